@@ -1,0 +1,305 @@
+//! `config.json`: what the Hugging Face architectures say, and what this decoder makes of it.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::CheckpointError;
+use crate::model_config::{FeedForward, Llama3Rope, ModelConfig, RouterOrder};
+
+/// Width of the shared expert that `Qwen2MoeForCausalLM` demands and that is written as zeros.
+///
+/// Converters to block-quantised formats want multiples of 32.
+pub(super) const NEUTRAL_SHARED_EXPERT: usize = 32;
+
+/// The Hugging Face class that computes a model of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Architecture {
+    /// Dense.
+    Llama,
+    /// Mixture of experts, top-k and then softmax.
+    Mixtral,
+    /// Mixture of experts, softmax and then top-k, without renormalising.
+    Qwen2Moe,
+}
+
+impl Architecture {
+    /// The architecture that a configuration is written as.
+    pub fn of(config: &ModelConfig) -> Self {
+        match config.feed_forward {
+            FeedForward::Dense => Self::Llama,
+            FeedForward::Moe { router: RouterOrder::TopkThenSoftmax, .. } => Self::Mixtral,
+            FeedForward::Moe { router: RouterOrder::SoftmaxThenTopk, .. } => Self::Qwen2Moe,
+        }
+    }
+
+    /// (class, `model_type`).
+    fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Llama => ("LlamaForCausalLM", "llama"),
+            Self::Mixtral => ("MixtralForCausalLM", "mixtral"),
+            Self::Qwen2Moe => ("Qwen2MoeForCausalLM", "qwen2_moe"),
+        }
+    }
+
+    /// (`rms_norm_eps`, `rope_theta`) of `transformers` where a file leaves them out.
+    fn defaults(self) -> (f32, f64) {
+        match self {
+            Self::Llama | Self::Qwen2Moe => (1e-6, 10_000.0),
+            Self::Mixtral => (1e-5, 1_000_000.0),
+        }
+    }
+}
+
+/// The settings that matter here; the others do not change what a decoder computes.
+#[derive(Deserialize)]
+struct File {
+    architectures: Option<Vec<String>>,
+    model_type: Option<String>,
+    vocab_size: Option<usize>,
+    hidden_size: Option<usize>,
+    num_hidden_layers: Option<usize>,
+    num_attention_heads: Option<usize>,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    intermediate_size: Option<usize>,
+    max_position_embeddings: Option<usize>,
+    hidden_act: Option<String>,
+    rms_norm_eps: Option<f32>,
+    tie_word_embeddings: Option<bool>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    sliding_window: Option<usize>,
+    use_sliding_window: Option<bool>,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<Rope>,
+    rope_parameters: Option<Rope>,
+    num_local_experts: Option<usize>,
+    num_experts: Option<usize>,
+    num_experts_per_tok: Option<usize>,
+    moe_intermediate_size: Option<usize>,
+    norm_topk_prob: Option<bool>,
+    decoder_sparse_step: Option<usize>,
+    mlp_only_layers: Option<Vec<usize>>,
+}
+
+/// `rope_scaling`, or with its own theta `rope_parameters`.
+#[derive(Deserialize)]
+struct Rope {
+    rope_theta: Option<f64>,
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<usize>,
+    partial_rotary_factor: Option<f64>,
+}
+
+/// Reads the text of a `config.json`; `path` is for messages.
+///
+/// # Errors
+/// A [`CheckpointError`] for text that is not such a configuration, or one that this decoder cannot follow.
+pub fn parse_config(path: &Path, text: &[u8]) -> Result<(Architecture, ModelConfig), CheckpointError> {
+    let file: File = serde_json::from_slice(text)
+        .map_err(|source| CheckpointError::Json { path: path.to_owned(), source })?;
+    let reader = Reader { path, file: &file };
+    let architecture = reader.architecture()?;
+    reader.refuse_what_is_not_computed(architecture)?;
+    let need = |value: Option<usize>, key| reader.need(value, key);
+    let hidden_size = need(file.hidden_size, "hidden_size")?;
+    let heads = need(file.num_attention_heads, "num_attention_heads")?;
+    let (eps, theta) = architecture.defaults();
+    let (rope_theta, rope_llama3) = reader.rope(theta)?;
+    let config = ModelConfig {
+        vocab_size: need(file.vocab_size, "vocab_size")?,
+        hidden_size,
+        layers: need(file.num_hidden_layers, "num_hidden_layers")?,
+        heads,
+        kv_heads: file.num_key_value_heads.unwrap_or(heads),
+        head_dim: file.head_dim.unwrap_or_else(|| hidden_size.checked_div(heads).unwrap_or(0)),
+        intermediate_size: match architecture {
+            Architecture::Qwen2Moe => need(file.moe_intermediate_size, "moe_intermediate_size")?,
+            _ => need(file.intermediate_size, "intermediate_size")?,
+        },
+        feed_forward: reader.feed_forward(architecture)?,
+        rms_norm_eps: file.rms_norm_eps.unwrap_or(eps),
+        rope_theta,
+        rope_llama3,
+        tie_word_embeddings: file.tie_word_embeddings.unwrap_or(false),
+        context: need(file.max_position_embeddings, "max_position_embeddings")?,
+    };
+    config.validate().map_err(|source| CheckpointError::Model { path: path.to_owned(), source })?;
+    Ok((architecture, config))
+}
+
+/// A parsed file with its name for messages.
+struct Reader<'a> {
+    path: &'a Path,
+    file: &'a File,
+}
+
+impl Reader<'_> {
+    fn need<T>(&self, value: Option<T>, key: &'static str) -> Result<T, CheckpointError> {
+        value.ok_or_else(|| CheckpointError::MissingKey { path: self.path.to_owned(), key })
+    }
+
+    fn unsupported(&self, key: &'static str, value: impl ToString) -> CheckpointError {
+        CheckpointError::Unsupported { path: self.path.to_owned(), key, value: value.to_string() }
+    }
+
+    fn architecture(&self) -> Result<Architecture, CheckpointError> {
+        let all = [Architecture::Llama, Architecture::Mixtral, Architecture::Qwen2Moe];
+        if let Some(class) = self.file.architectures.as_ref().and_then(|classes| classes.first()) {
+            let known = all.into_iter().find(|architecture| architecture.names().0 == class);
+            return known.ok_or_else(|| self.unsupported("architectures", class));
+        }
+        let model_type = self.need(self.file.model_type.as_deref(), "architectures")?;
+        let known = all.into_iter().find(|architecture| architecture.names().1 == model_type);
+        known.ok_or_else(|| self.unsupported("model_type", model_type))
+    }
+
+    fn refuse_what_is_not_computed(&self, architecture: Architecture) -> Result<(), CheckpointError> {
+        let file = self.file;
+        if let Some(activation) = file.hidden_act.as_ref().filter(|name| *name != "silu") {
+            return Err(self.unsupported("hidden_act", activation));
+        }
+        for (key, bias) in [("attention_bias", file.attention_bias), ("mlp_bias", file.mlp_bias)] {
+            if bias == Some(true) {
+                return Err(self.unsupported(key, true));
+            }
+        }
+        // A window as long as the context hides nothing.
+        let window = file.sliding_window.filter(|_| file.use_sliding_window != Some(false));
+        if let Some(window) = window.filter(|&window| Some(window) < file.max_position_embeddings) {
+            return Err(self.unsupported("sliding_window", window));
+        }
+        if architecture == Architecture::Qwen2Moe {
+            if file.norm_topk_prob == Some(true) {
+                return Err(self.unsupported("norm_topk_prob", true));
+            }
+            if let Some(step) = file.decoder_sparse_step.filter(|&step| step != 1) {
+                return Err(self.unsupported("decoder_sparse_step", step));
+            }
+            if let Some(layers) = file.mlp_only_layers.as_ref().filter(|layers| !layers.is_empty()) {
+                return Err(self.unsupported("mlp_only_layers", format!("{layers:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn feed_forward(&self, architecture: Architecture) -> Result<FeedForward, CheckpointError> {
+        let (experts, key, router) = match architecture {
+            Architecture::Llama => return Ok(FeedForward::Dense),
+            Architecture::Mixtral => {
+                (self.file.num_local_experts, "num_local_experts", RouterOrder::TopkThenSoftmax)
+            }
+            Architecture::Qwen2Moe => (self.file.num_experts, "num_experts", RouterOrder::SoftmaxThenTopk),
+        };
+        let experts = self.need(experts, key)?;
+        let top_k = self.need(self.file.num_experts_per_tok, "num_experts_per_tok")?;
+        Ok(FeedForward::Moe { experts, top_k, router })
+    }
+
+    /// Theta and Llama 3's scaling, from either spelling; the newer one wins where a file has both.
+    fn rope(&self, default_theta: f64) -> Result<(f64, Option<Llama3Rope>), CheckpointError> {
+        let newer = self.file.rope_parameters.as_ref();
+        let theta = newer.and_then(|rope| rope.rope_theta).or(self.file.rope_theta).unwrap_or(default_theta);
+        let Some(rope) = newer.or(self.file.rope_scaling.as_ref()) else { return Ok((theta, None)) };
+        if let Some(factor) = rope.partial_rotary_factor.filter(|&factor| factor != 1.0) {
+            return Err(self.unsupported("partial_rotary_factor", factor));
+        }
+        match rope.rope_type.as_deref() {
+            None | Some("default") => Ok((theta, None)),
+            Some("llama3") => {
+                let scaling = Llama3Rope {
+                    factor: self.need(rope.factor, "factor")?,
+                    low_freq_factor: self.need(rope.low_freq_factor, "low_freq_factor")?,
+                    high_freq_factor: self.need(rope.high_freq_factor, "high_freq_factor")?,
+                    original_context: self
+                        .need(rope.original_max_position_embeddings, "original_max_position_embeddings")?,
+                };
+                Ok((theta, Some(scaling)))
+            }
+            Some(other) => Err(self.unsupported("rope_type", other)),
+        }
+    }
+}
+
+/// The text of a `config.json` for a model; both spellings of the rotary settings are written.
+pub(super) fn to_json(config: &ModelConfig) -> String {
+    let architecture = Architecture::of(config);
+    let (class, model_type) = architecture.names();
+    let mut file = json!({
+        "architectures": [class],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.context,
+        "hidden_act": "silu",
+        "rms_norm_eps": shortest(config.rms_norm_eps),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_dropout": 0.0,
+        "initializer_range": crate::init::INIT_STD,
+        "use_cache": true,
+        "bos_token_id": null,
+        "eos_token_id": null,
+        "pad_token_id": null,
+        "torch_dtype": "float32",
+    });
+    let mut set = |entries: Value| {
+        if let (Value::Object(file), Value::Object(entries)) = (&mut file, entries) {
+            file.extend(entries);
+        }
+    };
+    set(rope_json(config));
+    match (architecture, config.feed_forward) {
+        (Architecture::Mixtral, FeedForward::Moe { experts, top_k, .. }) => set(json!({
+            "num_local_experts": experts,
+            "num_experts_per_tok": top_k,
+            "output_router_logits": false,
+            "router_jitter_noise": 0.0,
+            "sliding_window": null,
+        })),
+        (Architecture::Qwen2Moe, FeedForward::Moe { experts, top_k, .. }) => set(json!({
+            "num_experts": experts,
+            "num_experts_per_tok": top_k,
+            "moe_intermediate_size": config.intermediate_size,
+            "shared_expert_intermediate_size": NEUTRAL_SHARED_EXPERT,
+            "norm_topk_prob": false,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "qkv_bias": true,
+            "output_router_logits": false,
+            "use_sliding_window": false,
+        })),
+        _ => set(json!({ "attention_bias": false, "mlp_bias": false })),
+    }
+    format!("{file:#}\n")
+}
+
+fn rope_json(config: &ModelConfig) -> Value {
+    let scaling = config.rope_llama3.map(|scaling| {
+        json!({
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        })
+    });
+    let mut parameters = scaling.clone().unwrap_or_else(|| json!({ "rope_type": "default" }));
+    parameters["rope_theta"] = json!(config.rope_theta);
+    json!({ "rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters })
+}
+
+/// The number as its shortest decimal form: 1e-5 rather than the f64 nearest to the f32 nearest to it.
+fn shortest(value: f32) -> f64 {
+    value.to_string().parse().expect("Rust parses the numbers that it prints")
+}

@@ -1,0 +1,191 @@
+//! What a setting may be.
+
+use super::RunConfig;
+use super::file::RUN_FILE_BYTES_MAX;
+use crate::method::Method;
+use crate::model_config::ModelConfigError;
+
+/// Why a run cannot be configured so. Every message names the setting, its value and what is allowed.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is not TOML, or a value has the wrong type.
+    #[error("the run file is malformed: {0}")]
+    Malformed(String),
+    /// The file is larger than any run file.
+    #[error("the run file has {0} bytes; at most {RUN_FILE_BYTES_MAX} are read")]
+    FileTooLarge(usize),
+    /// A section that does not exist.
+    #[error("unknown section [{name}]; did you mean [{nearest}]?")]
+    UnknownSection {
+        /// As written.
+        name: String,
+        /// The known section most like it.
+        nearest: String,
+    },
+    /// A key that does not exist.
+    #[error("unknown key {key} in [{section}]; did you mean {nearest} in [{nearest_section}]?")]
+    UnknownKey {
+        /// As written.
+        key: String,
+        /// Where it was written.
+        section: String,
+        /// The known key most like it.
+        nearest: String,
+        /// Where that belongs.
+        nearest_section: String,
+    },
+    /// A known key outside its section.
+    #[error("{key} belongs in the section [{section}]")]
+    WrongSection {
+        /// The key.
+        key: String,
+        /// Its section.
+        section: String,
+    },
+    /// A value outside its range.
+    #[error("{key} = {value}, but it must be {allowed}")]
+    OutOfRange {
+        /// The setting.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What is allowed, in words.
+        allowed: &'static str,
+    },
+    /// The head size does not come out even.
+    #[error("hidden_size ({hidden_size}) must be a multiple of heads ({heads})")]
+    HeadSize {
+        /// Width of the residual stream.
+        hidden_size: usize,
+        /// Query heads.
+        heads: usize,
+    },
+    /// `msgd` with several workers.
+    #[error("method msgd is for one worker, and workers = {0}; use --workers 1, or asgd for several")]
+    OneWorkerOnly(u32),
+    /// The model's shape makes no model.
+    #[error(transparent)]
+    Model(#[from] ModelConfigError),
+}
+
+/// The most parameters a run may have: the flat vector, two optimiser states and a replica per worker must fit.
+const PARAMETERS_MAX: usize = 4_000_000_000;
+
+pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
+    let (training, exchange, server) = (&config.training, &config.exchange, &config.server);
+    let positive = "a positive number";
+    let fraction = "in (0, 1], such as 0.01 for 1 %";
+    let at_least_one = "at least 1";
+    require(config.run.workers >= 1, "workers", config.run.workers, at_least_one)?;
+    require(
+        config.run.workers <= server.sessions_max,
+        "workers",
+        config.run.workers,
+        "at most sessions_max",
+    )?;
+    require(is_plain_name(&config.run.name), "name", &config.run.name, "a plain file name without / or \\")?;
+    require(config.data.batch_size >= 1, "batch_size", config.data.batch_size, at_least_one)?;
+    require(config.data.batch_size <= 1 << 16, "batch_size", config.data.batch_size, "at most 65536")?;
+    require(training.steps >= 1, "steps", training.steps, at_least_one)?;
+    require(training.eval_every >= 1, "eval_every", training.eval_every, at_least_one)?;
+    for (key, value) in
+        [("learning_rate", training.learning_rate), ("learning_rate_max", training.learning_rate_max)]
+    {
+        require(value > 0.0 && value.is_finite(), key, value, positive)?;
+    }
+    let decays_to = training.final_rate_fraction;
+    require((0.0..=1.0).contains(&decays_to), "final_rate_fraction", decays_to, "in [0, 1]")?;
+    for (key, value) in [("momentum", training.momentum), ("beta2", training.beta2)] {
+        require((0.0..1.0).contains(&value), key, value, "in [0, 1)")?;
+    }
+    require(training.epsilon > 0.0 && training.epsilon.is_finite(), "epsilon", training.epsilon, positive)?;
+    for (key, value) in [
+        ("weight_decay", training.weight_decay),
+        ("clip_norm", training.clip_norm),
+        ("aux_loss", config.model.aux_loss),
+    ] {
+        require(value >= 0.0 && value.is_finite(), key, value, "zero or a positive number")?;
+    }
+    for (key, value) in [("keep", exchange.keep), ("secondary", exchange.secondary)] {
+        require(value > 0.0 && value <= 1.0, key, value, fraction)?;
+    }
+    require(server.lease_ms >= 1000, "lease_ms", server.lease_ms, "at least 1000")?;
+    require(server.lease_ms <= 86_400_000, "lease_ms", server.lease_ms, "at most a day, 86400000")?;
+    require(server.lease_batches >= 1, "lease_batches", server.lease_batches, at_least_one)?;
+    require(server.shards >= 1, "shards", server.shards, at_least_one)?;
+    require(server.sessions_max <= 1 << 16, "sessions_max", server.sessions_max, "at most 65536")?;
+    if training.method == Method::Msgd && config.run.workers != 1 {
+        return Err(ConfigError::OneWorkerOnly(config.run.workers));
+    }
+    check_model(config)
+}
+
+fn check_model(config: &RunConfig) -> Result<(), ConfigError> {
+    let model = &config.model;
+    for (key, value) in [
+        ("heads", model.heads),
+        ("hidden_size", model.hidden_size),
+        ("experts", model.experts),
+        ("top_k", model.top_k),
+    ] {
+        require(value >= 1, key, value, "at least 1")?;
+    }
+    if !model.hidden_size.is_multiple_of(model.heads) {
+        return Err(ConfigError::HeadSize { hidden_size: model.hidden_size, heads: model.heads });
+    }
+    if model.top_k > model.experts {
+        return Err(ModelConfigError::TopKTooLarge { top_k: model.top_k, experts: model.experts }.into());
+    }
+    for (key, value, most) in [
+        ("hidden_size", model.hidden_size, 1 << 17),
+        ("intermediate_size", model.intermediate_size, 1 << 20),
+        ("layers", model.layers, 1 << 10),
+        ("experts", model.experts, 1 << 10),
+        ("context", model.context, 1 << 20),
+    ] {
+        require(value <= most, key, value, "smaller (nothing that large can be trained here)")?;
+    }
+    // Any vocabulary serves for checking the rest; the corpus bounds its own.
+    let parameters = config.model_config(crate::corpus::VOCABULARY_MAX).layout()?.len();
+    require(parameters <= PARAMETERS_MAX, "parameters", parameters, "at most 4 000 000 000")?;
+    Ok(())
+}
+
+fn require(
+    holds: bool,
+    key: &'static str,
+    value: impl std::fmt::Display,
+    allowed: &'static str,
+) -> Result<(), ConfigError> {
+    if holds { Ok(()) } else { Err(ConfigError::OutOfRange { key, value: value.to_string(), allowed }) }
+}
+
+fn is_plain_name(name: &str) -> bool {
+    let reserved = ["", ".", ".."].contains(&name);
+    !reserved && name.len() <= 200 && !name.contains(['/', '\\', '\0'])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::parse;
+
+    #[test]
+    fn bad_values_are_named_with_what_is_allowed() {
+        let check = |text: &str, parts: &[&str]| {
+            let error = parse(text).unwrap().resolve().unwrap_err().to_string();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        };
+        check("[run]\nworkers = 0", &["workers = 0", "at least 1"]);
+        check("[run]\nname = \"../x\"", &["name", "plain file name"]);
+        check("[exchange]\nkeep = 0.0", &["keep = 0", "(0, 1]"]);
+        check("[exchange]\nkeep = 1.5", &["keep = 1.5", "(0, 1]"]);
+        check("[exchange]\nkeep = nan", &["keep = NaN", "(0, 1]"]);
+        check("[model]\ntop_k = 9", &["top_k is 9", "8 experts"]);
+        check("[model]\nhidden_size = 84\nheads = 12\nkv_heads = 12", &["head_dim is 7", "even"]);
+        check("[model]\nheads = 3", &["hidden_size (128)", "heads (3)"]);
+        check("[model]\nkv_heads = 3", &["heads (4)", "kv_heads (3)"]);
+        check("[model]\nlayers = 0", &["layers must be at least 1"]);
+        check("[training]\nmethod = \"msgd\"", &["one worker", "--workers 1"]);
+        check("[training]\nlearning_rate = -1.0", &["learning_rate = -1"]);
+    }
+}

@@ -1,0 +1,330 @@
+//! The configuration of a run: one TOML file, every key also a command-line option.
+//!
+//! A run is described by [`RunConfig`], fully resolved. What people write is a [`RunPartial`]: command line before
+//! file before defaults, where some defaults follow from the method ([`Method::defaults`]). The resolved
+//! configuration is written beside the results and sent to every worker, so nothing about a run is known to one side
+//! only. Secrets (the token) are not part of it.
+
+mod check;
+#[cfg(feature = "cli")]
+pub mod cli;
+mod file;
+mod settings;
+
+use std::path::Path;
+
+pub use check::ConfigError;
+pub use file::parse;
+use settings::settings;
+
+use crate::corpus::{Corpus, CorpusError};
+use crate::method::{Method, MethodDefaults, RateScaling};
+use crate::model_config::{FeedForward, ModelConfig, RouterOrder};
+use crate::sparse::ValueFormat;
+
+/// The value of `text` that stands for the bundled Shakespeare.
+pub const BUNDLED_TEXT: &str = "shakespeare";
+
+settings! {
+    /// What the run is called and where its results go.
+    RunSettings / RunPart ["Run"] from (_defaults: ()) {
+        /// Name of the run and of its folder of results; empty: made from text, method and workers
+        name: String = String::new();
+        /// Folder in which the run's folder is made
+        runs_dir: String = "runs".to_owned();
+        /// Seed of the initial parameters and of the batches
+        seed: u64 = 1337;
+        /// Workers that `train` starts on this machine; a server by itself takes as many as come
+        workers: u32 = 4;
+    }
+}
+
+settings! {
+    /// What is trained on.
+    DataSettings / DataPart ["Data"] from (_defaults: ()) {
+        /// A UTF-8 text file, or "shakespeare" for the bundled text; 90 % train, 5 % validation, 5 % test
+        text: String = BUNDLED_TEXT.to_owned();
+        /// Sequences per batch
+        batch_size: u32 = 4;
+    }
+}
+
+settings! {
+    /// The shape of the model: a Llama-style decoder whose feed-forward layers are mixtures of experts.
+    ModelSettings / ModelPart ["Model"] from (_defaults: ()) {
+        /// Width of the residual stream
+        hidden_size: usize = 128;
+        /// Decoder layers
+        layers: usize = 4;
+        /// Query heads; hidden_size / heads is the head size and must be even
+        heads: usize = 4;
+        /// Key and value heads; heads must be a multiple of it
+        kv_heads: usize = 2;
+        /// Width of one expert (of the whole feed-forward network when experts = 1)
+        intermediate_size: usize = 128;
+        /// Experts per layer; 1 makes the model dense
+        experts: usize = 8;
+        /// Experts active per token
+        top_k: usize = 2;
+        /// Whether the router selects before or after its softmax
+        router: RouterOrder = RouterOrder::TopkThenSoftmax;
+        /// Coefficient of the load-balancing loss; 0 lets experts die
+        aux_loss: f32 = 0.01;
+        /// Tokens per sequence
+        context: usize = 128;
+        /// Base of the rotary frequencies
+        rope_theta: f64 = 10_000.0;
+        /// Epsilon inside RMSNorm
+        rms_norm_eps: f32 = 1e-5;
+        /// Whether the output head is the embedding matrix
+        tie_word_embeddings: bool = true;
+    }
+}
+
+settings! {
+    /// How the model is trained.
+    TrainingSettings / TrainingPart ["Training"] from (defaults: &MethodDefaults) {
+        /// What workers accumulate and send
+        method: Method = defaults.method;
+        /// Gradient evaluations over all workers
+        steps: u64 = 4500;
+        /// Peak learning rate (η0); each method has a default of its own
+        learning_rate: f64 = defaults.learning_rate;
+        /// How the rate depends on the staleness τ: constant, inverse η0/(1+τ), inverse-sqrt η0/√(1+τ)
+        rate_scaling: RateScaling = defaults.rate_scaling;
+        /// Cap on the scaled rate (η_max)
+        learning_rate_max: f64 = defaults.learning_rate_max;
+        /// Server steps of linear warm-up
+        warmup_steps: u64 = 100;
+        /// The cosine decay ends at this fraction of the peak
+        final_rate_fraction: f64 = 0.1;
+        /// Momentum m of the method
+        momentum: f32 = defaults.momentum;
+        /// Decay of the second moment (dgs-adam)
+        beta2: f32 = 0.99;
+        /// Epsilon of the second moment (dgs-adam)
+        epsilon: f32 = 1e-8;
+        /// Decoupled weight decay λ
+        weight_decay: f32 = 0.0;
+        /// Gradients are scaled down to this norm; 0 leaves them alone
+        clip_norm: f32 = 1.0;
+        /// Compute the next gradient while an exchange is under way: hides the network, adds a step of staleness
+        overlap: bool = false;
+        /// Server steps between evaluations on the validation split
+        eval_every: u64 = 500;
+    }
+}
+
+settings! {
+    /// What travels.
+    ExchangeSettings / ExchangePart ["Exchange"] from (defaults: &MethodDefaults) {
+        /// Fraction R of each tensor's entries that is sent up, in (0, 1]
+        keep: f64 = defaults.keep;
+        /// Fraction of each tensor's entries that is sent down (secondary compression), in (0, 1]; 1 turns it off
+        secondary: f64 = defaults.secondary;
+        /// How values travel up
+        values_up: ValueFormat = defaults.values_up;
+        /// How values travel down; without secondary compression they are always f32
+        values_down: ValueFormat = defaults.values_down;
+        /// Tensors of up to this many elements are sent whole
+        dense_below: usize = defaults.dense_below;
+        /// Pushes between two checks of a worker's model against the server's replica; 0 turns them off
+        replica_check_every: u64 = 100;
+    }
+}
+
+settings! {
+    /// How the server serves.
+    ServerSettings / ServerPart ["Server"] from (_defaults: ()) {
+        /// UDP address to listen on; port 0 takes any free one
+        listen: String = "127.0.0.1:0".to_owned();
+        /// Host name or address in the join string, where it differs from `listen`; empty: the address listened on
+        advertise: String = String::new();
+        /// A worker that was not heard of for this long loses its session and its batches, milliseconds
+        lease_ms: u64 = 20_000;
+        /// Batches handed to a worker at a time
+        lease_batches: u32 = 4;
+        /// Most workers at a time; each costs the server one model of memory
+        sessions_max: u32 = 256;
+        /// Threads that apply updates, each to its own part of the model
+        shards: usize = 1;
+    }
+}
+
+/// A run, fully resolved.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Name, place and seed.
+    pub run: RunSettings,
+    /// The text.
+    pub data: DataSettings,
+    /// The model's shape.
+    pub model: ModelSettings,
+    /// Method and schedule.
+    pub training: TrainingSettings,
+    /// Compression.
+    pub exchange: ExchangeSettings,
+    /// Serving.
+    pub server: ServerSettings,
+}
+
+/// What a run file or a command line says of a run.
+#[derive(Clone, Debug, Default, PartialEq, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[cfg_attr(feature = "cli", derive(clap::Args))]
+pub struct RunPartial {
+    /// Section `[run]`.
+    #[cfg_attr(feature = "cli", command(flatten))]
+    pub run: RunPart,
+    /// Section `[data]`.
+    #[cfg_attr(feature = "cli", command(flatten))]
+    pub data: DataPart,
+    /// Section `[model]`.
+    #[cfg_attr(feature = "cli", command(flatten))]
+    pub model: ModelPart,
+    /// Section `[training]`.
+    #[cfg_attr(feature = "cli", command(flatten))]
+    pub training: TrainingPart,
+    /// Section `[exchange]`.
+    #[cfg_attr(feature = "cli", command(flatten))]
+    pub exchange: ExchangePart,
+    /// Section `[server]`.
+    #[cfg_attr(feature = "cli", command(flatten))]
+    pub server: ServerPart,
+}
+
+/// The sections of a run file and their keys.
+pub const SECTIONS: [(&str, &[&str]); 6] = [
+    ("run", RunPart::KEYS),
+    ("data", DataPart::KEYS),
+    ("model", ModelPart::KEYS),
+    ("training", TrainingPart::KEYS),
+    ("exchange", ExchangePart::KEYS),
+    ("server", ServerPart::KEYS),
+];
+
+impl RunPartial {
+    /// What `self` states, and where it states nothing, what `other` does.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            run: self.run.or(other.run),
+            data: self.data.or(other.data),
+            model: self.model.or(other.model),
+            training: self.training.or(other.training),
+            exchange: self.exchange.or(other.exchange),
+            server: self.server.or(other.server),
+        }
+    }
+
+    /// Fills in the defaults and checks the result.
+    ///
+    /// # Errors
+    /// A [`ConfigError`] that names the setting, its value and what is allowed.
+    pub fn resolve(self) -> Result<RunConfig, ConfigError> {
+        let defaults = self.training.method.unwrap_or_default().defaults();
+        let mut config = RunConfig {
+            run: self.run.resolve(()),
+            data: self.data.resolve(()),
+            model: self.model.resolve(()),
+            training: self.training.resolve(&defaults),
+            exchange: self.exchange.resolve(&defaults),
+            server: self.server.resolve(()),
+        };
+        if config.run.name.is_empty() {
+            config.run.name = config.default_name();
+        }
+        check::check(&config)?;
+        Ok(config)
+    }
+}
+
+impl Default for RunConfig {
+    /// The run that `train` makes without any option.
+    fn default() -> Self {
+        RunPartial::default().resolve().expect("the defaults are valid")
+    }
+}
+
+impl RunConfig {
+    fn default_name(&self) -> String {
+        let text = Path::new(&self.data.text).file_stem().and_then(|stem| stem.to_str()).unwrap_or("text");
+        let text: String = text.chars().map(|c| if c.is_alphanumeric() { c } else { '-' }).collect();
+        format!("{text}-{}-{}w", self.training.method, self.run.workers)
+    }
+
+    /// Reads the text that the run names and checks that its splits are long enough.
+    ///
+    /// # Errors
+    /// A [`CorpusError`] that names the file or says what is wrong with it.
+    pub fn corpus(&self) -> Result<Corpus, CorpusError> {
+        let corpus = match self.data.text.as_str() {
+            BUNDLED_TEXT => Corpus::bundled(),
+            path => Corpus::read(Path::new(path))?,
+        };
+        corpus.check_context(self.model.context)?;
+        Ok(corpus)
+    }
+
+    /// The architecture for a vocabulary of that size.
+    pub fn model_config(&self, vocab_size: usize) -> ModelConfig {
+        let model = &self.model;
+        let feed_forward = match model.experts {
+            1 => FeedForward::Dense,
+            experts => FeedForward::Moe { experts, top_k: model.top_k, router: model.router },
+        };
+        ModelConfig {
+            vocab_size,
+            hidden_size: model.hidden_size,
+            layers: model.layers,
+            heads: model.heads,
+            kv_heads: model.kv_heads,
+            head_dim: model.hidden_size / model.heads,
+            intermediate_size: model.intermediate_size,
+            feed_forward,
+            rms_norm_eps: model.rms_norm_eps,
+            rope_theta: model.rope_theta,
+            rope_llama3: None,
+            tie_word_embeddings: model.tie_word_embeddings,
+            context: model.context,
+        }
+    }
+
+    /// The run as a TOML file that resolves to the same run.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("every setting has a TOML form")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resolved_file_resolves_to_itself() {
+        let config = RunConfig::default();
+        let again = parse(&config.to_toml()).unwrap().resolve().unwrap();
+        assert_eq!(again, config);
+    }
+
+    #[test]
+    fn command_line_goes_before_file_before_defaults() {
+        let file = parse("[training]\nsteps = 7\nmethod = \"dgs\"\n[model]\nlayers = 2").unwrap();
+        let mut line = RunPartial::default();
+        line.training.steps = Some(9);
+        let config = line.or(file).resolve().unwrap();
+        assert_eq!((config.training.steps, config.model.layers), (9, 2));
+        assert_eq!(config.training.momentum, Method::Dgs.defaults().momentum);
+        assert_eq!(config.model.heads, RunConfig::default().model.heads);
+    }
+
+    #[test]
+    fn keys_are_unique_across_sections() {
+        let mut keys: Vec<_> = SECTIONS.iter().flat_map(|(_, keys)| keys.iter()).collect();
+        let count = keys.len();
+        keys.sort_unstable();
+        keys.dedup();
+        assert_eq!(keys.len(), count, "a command-line option would stand for two settings");
+    }
+}

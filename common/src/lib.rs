@@ -1,0 +1,18 @@
+//! What Sanderling's server and workers must agree on, and nothing else.
+//!
+//! Identifiers, the parameter layout, seeded initialisation, sparse vectors with their selection and codec, the
+//! wire format, the run configuration, the corpus and the checkpoint format. There is no network, no clock and no
+//! global randomness in here; `server` and `worker` depend on this crate and never on each other.
+
+pub mod checkpoint;
+pub mod config;
+pub mod corpus;
+pub mod ids;
+pub mod init;
+pub mod join;
+pub mod layout;
+pub mod method;
+pub mod model_config;
+pub mod schedule;
+pub mod sparse;
+pub mod wire;

@@ -1,0 +1,122 @@
+//! The learning rate as a function of the server's step and the gradient's staleness.
+
+use crate::config::RunConfig;
+use crate::ids::Step;
+use crate::method::RateScaling;
+
+/// Linear warm-up and cosine decay over server steps, times a rate that may shrink with staleness:
+/// η = min(η_max, η0/(1+τ))·s(t).
+///
+/// The server's steps rather than the worker's own count drive s, so that a worker that joins late neither warms up
+/// again nor lags behind the others' decay.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Schedule {
+    /// η0.
+    pub learning_rate: f64,
+    /// How the rate depends on staleness.
+    pub rate_scaling: RateScaling,
+    /// η_max, the cap on a rate that is scaled; a constant rate has none.
+    pub learning_rate_max: f64,
+    /// Steps over which s rises linearly to 1.
+    pub warmup_steps: u64,
+    /// The step at which the decay ends.
+    pub total_steps: u64,
+    /// Where it ends, as a fraction of the peak.
+    pub final_fraction: f64,
+}
+
+impl Schedule {
+    /// s(t): (t + 1)/warm-up at first, then from 1 along half a cosine to `final_fraction`, and constant after that.
+    pub fn factor(&self, step: Step) -> f64 {
+        let Step(step) = step;
+        if step < self.warmup_steps {
+            return (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        if step >= self.total_steps {
+            return self.final_fraction;
+        }
+        let progress = (step - self.warmup_steps) as f64 / (self.total_steps - self.warmup_steps) as f64;
+        let cosine = 0.5 * (1.0 + libm::cos(std::f64::consts::PI * progress));
+        self.final_fraction + (1.0 - self.final_fraction) * cosine
+    }
+
+    /// η for a gradient that enters at server step `step` with staleness τ.
+    pub fn rate(&self, step: Step, staleness: u32) -> f32 {
+        let age = 1.0 + f64::from(staleness);
+        let rate = match self.rate_scaling {
+            RateScaling::Constant => self.learning_rate,
+            RateScaling::Inverse => (self.learning_rate / age).min(self.learning_rate_max),
+            RateScaling::InverseSqrt => (self.learning_rate / libm::sqrt(age)).min(self.learning_rate_max),
+        };
+        (rate * self.factor(step)) as f32
+    }
+}
+
+impl From<&RunConfig> for Schedule {
+    fn from(run: &RunConfig) -> Self {
+        let training = &run.training;
+        Self {
+            learning_rate: training.learning_rate,
+            rate_scaling: training.rate_scaling,
+            learning_rate_max: training.learning_rate_max,
+            warmup_steps: training.warmup_steps,
+            total_steps: training.steps,
+            final_fraction: training.final_rate_fraction,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schedule() -> Schedule {
+        Schedule {
+            learning_rate: 2e-2,
+            rate_scaling: RateScaling::Inverse,
+            learning_rate_max: 5e-3,
+            warmup_steps: 100,
+            total_steps: 1100,
+            final_fraction: 0.1,
+        }
+    }
+
+    #[test]
+    fn factor_rises_falls_and_stays() {
+        let check = |step, expected: f64| {
+            let factor = schedule().factor(Step(step));
+            assert!((factor - expected).abs() < 1e-12, "s({step}) = {factor}, expected {expected}");
+        };
+        check(0, 0.01);
+        check(49, 0.5);
+        check(99, 1.0);
+        check(100, 1.0);
+        check(600, 0.55);
+        check(1100, 0.1);
+        check(u64::MAX, 0.1);
+    }
+
+    #[test]
+    fn runs_shorter_than_their_warm_up_have_a_rate() {
+        let short = Schedule { total_steps: 10, ..schedule() };
+        assert_eq!(short.factor(Step(9)), 0.1);
+        let none = Schedule { warmup_steps: 0, total_steps: 0, ..schedule() };
+        assert_eq!(none.factor(Step(0)), 0.1);
+    }
+
+    #[test]
+    fn staleness_scales_the_rate_below_its_cap() {
+        let check = |rate_scaling, staleness, expected: f64| {
+            let schedule = Schedule { rate_scaling, ..schedule() };
+            let rate = schedule.rate(Step(100), staleness);
+            assert!((f64::from(rate) - expected).abs() < 1e-9, "{rate_scaling:?} τ = {staleness}: {rate}");
+        };
+        check(RateScaling::Constant, 7, 2e-2);
+        check(RateScaling::Inverse, 0, 5e-3);
+        check(RateScaling::Inverse, 3, 5e-3);
+        check(RateScaling::Inverse, 7, 2.5e-3);
+        check(RateScaling::InverseSqrt, 3, 5e-3);
+        check(RateScaling::InverseSqrt, 99, 2e-3);
+        assert!(schedule().rate(Step(100), u32::MAX) > 0.0);
+    }
+}

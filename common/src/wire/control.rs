@@ -1,0 +1,227 @@
+//! Small control messages: hello, welcome, requests for work and bulk data, evaluation reports.
+//!
+//! serde and bincode, little-endian with variable-length integers, behind [`encode`] and [`decode`] alone, so that
+//! the format is pinned in one place. On a stream each message is preceded by its length as a little-endian `u32`.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::config::RunConfig;
+use crate::ids::{SessionId, Step, WorkerId};
+use crate::layout::LayoutHash;
+use crate::wire::{EvaluationJob, Work};
+
+/// The longest control message, in bytes. The largest is an evaluation report (a share per expert and layer).
+pub const CONTROL_BYTES_MAX: usize = 1 << 20;
+
+/// What a stream is for: its first byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum StreamKind {
+    /// Hello, ready and goodbye; the first stream of a connection, open as long as the connection.
+    Control = 1,
+    /// One exchange: a push frame up, a reply frame down ([`crate::wire::frame`]).
+    Exchange = 2,
+    /// One [`Request`] up, one [`Response`] down.
+    Request = 3,
+    /// One [`BulkRequest`] up; a [`BulkHeader`] and raw bytes down.
+    Bulk = 4,
+}
+
+impl TryFrom<u8> for StreamKind {
+    type Error = ControlError;
+
+    fn try_from(byte: u8) -> Result<Self, ControlError> {
+        [Self::Control, Self::Exchange, Self::Request, Self::Bulk]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
+            .ok_or(ControlError::UnknownStream(byte))
+    }
+}
+
+/// Why bytes are not a control message.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// A first byte that names no kind of stream.
+    #[error("a stream started with {0}, which is no kind of stream")]
+    UnknownStream(u8),
+    /// Longer than [`CONTROL_BYTES_MAX`].
+    #[error("a control message of {0} bytes; at most {CONTROL_BYTES_MAX} are allowed")]
+    TooLong(usize),
+    /// Not the expected structure.
+    #[error("a malformed control message: {0}")]
+    Malformed(#[from] bincode::error::DecodeError),
+    /// Bytes after the end of the message.
+    #[error("a control message has {0} bytes too many")]
+    Trailing(usize),
+}
+
+/// The first message of a worker.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Hello {
+    /// Admits the worker.
+    pub token: String,
+    /// The session to go on with, if there is one.
+    pub resume: Option<SessionId>,
+    /// The worker's software and version, for people.
+    pub software: String,
+}
+
+/// The server's answer to [`Hello`].
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Greeting {
+    /// Come in.
+    Welcome(Box<Welcome>),
+    /// Stay out: the token is not this run's.
+    WrongToken,
+    /// No room: `sessions_max` sessions exist.
+    Full {
+        /// The limit.
+        sessions_max: u32,
+    },
+    /// The run is over.
+    Finished,
+}
+
+/// Everything a worker needs to know about the run.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Welcome {
+    /// The number people know it by.
+    pub worker: WorkerId,
+    /// Its session, for this and later connections.
+    pub session: SessionId,
+    /// Whether this is the session the worker asked to resume.
+    pub resumed: bool,
+    /// The resolved configuration.
+    pub run: RunConfig,
+    /// SHA-256 of the text.
+    pub text_sha256: [u8; 32],
+    /// The server's layout; the worker derives its own from `run` and compares.
+    pub layout_hash: LayoutHash,
+}
+
+/// The worker's confirmation that it can take part.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Ready {
+    /// The layout the worker derived.
+    pub layout_hash: LayoutHash,
+}
+
+/// The server's answer to [`Ready`].
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Start {
+    /// A new session: fetch the base model, then ask for work.
+    Fetch {
+        /// The server step of the base.
+        step: Step,
+    },
+    /// A resumed session: repeat the unanswered push, or ask for work.
+    Resume,
+    /// The layouts differ; the two programs are not of the same version.
+    LayoutMismatch,
+}
+
+/// The last message of a worker that leaves of its own accord.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Goodbye;
+
+/// What a worker may ask for outside an exchange.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Request {
+    /// Something to do; the server may hold the answer back for a while when there is nothing yet.
+    Work(SessionId),
+    /// The result of an evaluation.
+    Evaluated(SessionId, Box<EvaluationReport>),
+}
+
+/// The server's answer to a [`Request`].
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Response {
+    /// What to do. All fields empty means: nothing yet, ask again.
+    Work(Work),
+    /// The session is gone; start anew.
+    UnknownSession,
+}
+
+/// The loss of the server's model at a step over a split, and how its routers behaved.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct EvaluationReport {
+    /// Which evaluation.
+    pub job: EvaluationJob,
+    /// Mean cross-entropy, nats per token.
+    pub loss: f64,
+    /// Tokens predicted.
+    pub tokens: u64,
+    /// Per layer, the share of routed token slots that went to each expert (sums to one); empty for dense models.
+    pub expert_share: Vec<Vec<f32>>,
+    /// Per layer, the mean entropy of the router's softmax over all experts, nats; empty for dense models.
+    pub router_entropy: Vec<f32>,
+}
+
+/// Asks for bulk data from an offset on.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct BulkRequest {
+    /// Whose session this is for.
+    pub session: SessionId,
+    /// What to send.
+    pub object: BulkObject,
+    /// Bytes the worker already has.
+    pub offset: u64,
+}
+
+/// Something large that a worker may fetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum BulkObject {
+    /// The model this session starts from, little-endian `f32` in layout order.
+    Base,
+    /// The server's model at an evaluation's step, likewise.
+    Snapshot(EvaluationJob),
+    /// The text.
+    Text,
+}
+
+/// Comes before the bytes of a bulk transfer.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum BulkHeader {
+    /// The object follows, from the requested offset to its end.
+    Found {
+        /// Size of the whole object.
+        bytes: u64,
+        /// SHA-256 of the whole object.
+        sha256: [u8; 32],
+    },
+    /// There is no such object, or the offset lies beyond its end.
+    NotFound,
+}
+
+fn format() -> impl bincode::config::Config {
+    bincode::config::standard().with_limit::<CONTROL_BYTES_MAX>()
+}
+
+/// The bytes of a control message, its length first.
+///
+/// # Panics
+/// If the message is longer than [`CONTROL_BYTES_MAX`], which the bounds on the model's size rule out.
+pub fn encode(message: &impl Serialize) -> Vec<u8> {
+    let body = bincode::serde::encode_to_vec(message, format()).expect("control messages can be serialised");
+    assert!(body.len() <= CONTROL_BYTES_MAX, "a control message of {} bytes", body.len());
+    let mut frame = Vec::with_capacity(4 + body.len());
+    frame.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    frame.extend_from_slice(&body);
+    frame
+}
+
+/// Reads the body of a control message, without its length.
+///
+/// # Errors
+/// A [`ControlError`] for bytes that are not exactly one message of this type.
+pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, ControlError> {
+    if body.len() > CONTROL_BYTES_MAX {
+        return Err(ControlError::TooLong(body.len()));
+    }
+    let (message, used) = bincode::serde::decode_from_slice(body, format())?;
+    if used != body.len() {
+        return Err(ControlError::Trailing(body.len() - used));
+    }
+    Ok(message)
+}

@@ -1,0 +1,153 @@
+//! `sanderling train`: a server and N workers in this process, over real QUIC on the loopback interface.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use sanderling_common::config::cli::RunOptions;
+use sanderling_common::join::JoinString;
+use sanderling_server::net::{Outcome, Server};
+use sanderling_server::progress::ProgressView;
+use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport, work};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+
+use crate::generate::Generator;
+use crate::report::{closing_table, plot_losses};
+
+/// Characters of generated text shown at the end.
+const SAMPLE_CHARACTERS: usize = 400;
+
+/// What the sample goes on from.
+const SAMPLE_PROMPT: &str = "\n";
+
+/// Temperature of the sample.
+const SAMPLE_TEMPERATURE: f32 = 0.8;
+
+/// Train on real text: one server and several workers on this machine, over QUIC
+///
+/// Trains a mixture-of-experts decoder at character level on Shakespeare, or on a text of yours, and writes the curve,
+/// a plot, a summary and a Hugging Face checkpoint to runs/<name>/. Ctrl-C ends the run early, with its checkpoint.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  sanderling train                                   # about two minutes on two cores
+  sanderling train --text novel.txt --steps 10000
+  sanderling train --workers 32
+  sanderling train --method dgs --momentum 0.7       # the published algorithm
+  sanderling train --config runs/NAME/run.toml --seed 2")]
+pub struct Arguments {
+    /// What is trained.
+    #[command(flatten)]
+    run: RunOptions,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever keeps the run from its end, in a sentence.
+pub fn train(arguments: Arguments) -> anyhow::Result<()> {
+    let run = arguments.run.resolve()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let outcome = runtime.context("cannot start the runtime")?.block_on(async {
+        let server = Server::start(run, None)?;
+        serve_with_workers(server).await
+    })?;
+    report(&outcome)
+}
+
+async fn serve_with_workers(server: Server) -> anyhow::Result<Outcome> {
+    let run = server.run().clone();
+    let mut view = ProgressView::new(run.training.steps);
+    view.say(&format!(
+        "{}: {} on {} characters, {} workers, seed {}; results go to {}",
+        run.run.name,
+        run.training.method,
+        server.corpus().bytes().len(),
+        run.run.workers,
+        run.run.seed,
+        server.folder().display()
+    ));
+    let (stop_workers, workers_stop) = watch::channel(false);
+    let mut workers = start_workers(server.join(), run.run.workers, &workers_stop);
+    let serving = server.serve(stop_on_interrupt(), |progress| view.update(progress));
+    tokio::pin!(serving);
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut serving => break outcome,
+            Some(ended) = workers.join_next() => {
+                let ended = ended.context("a worker ended with a panic")?;
+                ended.context("a worker cannot go on")?;
+            }
+        }
+    };
+    view.finish();
+    stop_workers.send_replace(true);
+    while workers.join_next().await.is_some() {}
+    Ok(outcome?)
+}
+
+/// Workers that share this process and its cores; they know the server by its join string alone.
+fn start_workers(
+    join: &JoinString,
+    count: u32,
+    stop: &watch::Receiver<bool>,
+) -> JoinSet<Result<WorkerReport, WorkerError>> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let compute_permits = Some(Arc::new(Semaphore::new(cores)));
+    let options = WorkerOptions { compute_permits, ..WorkerOptions::default() };
+    let mut workers = JoinSet::new();
+    for _ in 0..count {
+        let (join, options, stop) = (join.clone(), options.clone(), stop.clone());
+        workers.spawn(async move { work(&join, &options, stop).await });
+    }
+    workers
+}
+
+/// Becomes true with the first Ctrl-C; the second ends the process.
+fn stop_on_interrupt() -> watch::Receiver<bool> {
+    let (stop, stopped) = watch::channel(false);
+    tokio::spawn(async move {
+        if tokio::signal::ctrl_c().await.is_ok() {
+            stop.send_replace(true);
+            if tokio::signal::ctrl_c().await.is_ok() {
+                std::process::exit(130);
+            }
+        }
+    });
+    stopped
+}
+
+/// Table, sample, plot.
+fn report(outcome: &Outcome) -> anyhow::Result<()> {
+    let plot = outcome.folder.join("loss.svg");
+    plot_losses(&plot, &outcome.summary.name, &outcome.evaluations)?;
+    let sample = sample(outcome)?;
+    std::fs::write(outcome.folder.join("sample.txt"), &sample)
+        .with_context(|| format!("cannot write to {}", outcome.folder.display()))?;
+    let file = |name: &str| Path::new(&outcome.folder).join(name).display().to_string();
+    let mut out = std::io::stdout().lock();
+    let printed = write!(
+        out,
+        "\nA sample of the best model:\n{}\n\n{}\n  plot        {}\n  curve       {}\n  summary     {}\n  checkpoint  {}\n",
+        sample.trim_end(),
+        closing_table(&outcome.summary),
+        plot.display(),
+        file("metrics.jsonl"),
+        file("summary.json"),
+        outcome.checkpoint.display(),
+    );
+    // A closed pipe on the other side is no reason to fail a finished run.
+    drop(printed);
+    Ok(())
+}
+
+fn sample(outcome: &Outcome) -> anyhow::Result<String> {
+    let vocabulary = outcome.corpus.vocabulary();
+    let mut generator = Generator::new(&outcome.model, &outcome.parameters)?;
+    let prompt: Vec<u32> = SAMPLE_PROMPT.chars().filter_map(|c| vocabulary.token(c)).collect();
+    let prompt = if prompt.is_empty() { vec![0] } else { prompt };
+    let tokens = generator.generate(&prompt, SAMPLE_CHARACTERS, SAMPLE_TEMPERATURE, outcome.summary.seed)?;
+    Ok(tokens.into_iter().filter_map(|token| vocabulary.character(token)).collect())
+}

@@ -1,0 +1,7 @@
+//! Sanderling at a desk: whole runs on one machine, simulations, and the reports they write.
+//!
+//! The only crate that sees both server and worker.
+
+pub mod commands;
+pub mod generate;
+pub mod report;

@@ -1,0 +1,54 @@
+//! `sanderling`: what a person runs at a desk.
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use sanderling::commands::train;
+use sanderling_common::config::cli::{RunOptionsError, with_defaults_in_help};
+use tracing::level_filters::LevelFilter;
+
+/// Train mixture-of-experts language models asynchronously, with tens of times fewer bytes
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, arg_required_else_help = true)]
+struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    command: Command,
+    /// Say more (-v), or everything (-vv)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Train(Box<train::Arguments>),
+}
+
+fn main() -> ExitCode {
+    let command = Arguments::command().mut_subcommand("train", with_defaults_in_help);
+    let arguments =
+        Arguments::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
+    let level = match arguments.verbose {
+        // The progress bar says what there is to say.
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_target(level > LevelFilter::INFO)
+        .init();
+    let result = match arguments.command {
+        Command::Train(arguments) => train::train(*arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            // 2: the command line or the run file is to be mended; 1: anything else.
+            ExitCode::from(if error.is::<RunOptionsError>() { 2 } else { 1 })
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! What a finished run shows: a table, a plot, a sample.
+
+mod plot;
+mod table;
+
+pub use plot::{PlotError, plot_losses};
+pub use table::closing_table;

@@ -1,0 +1,71 @@
+//! The loss curve as SVG.
+
+use std::path::Path;
+
+use plotters::prelude::*;
+use sanderling_server::results::Evaluation;
+
+/// Why a plot cannot be drawn.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot draw {path}: {reason}")]
+pub struct PlotError {
+    path: String,
+    reason: String,
+}
+
+/// A series: its name, its colour and its points.
+type Series<'a> = (&'a str, RGBColor, Vec<(f64, f64)>);
+
+/// Draws training and validation loss over millions of training tokens.
+///
+/// # Errors
+/// A [`PlotError`] if the file cannot be written.
+pub fn plot_losses(path: &Path, title: &str, evaluations: &[Evaluation]) -> Result<(), PlotError> {
+    let million = |tokens: u64| tokens as f64 / 1e6;
+    let validation = evaluations.iter().map(|e| (million(e.tokens), e.val_loss)).collect();
+    let training =
+        evaluations.iter().filter_map(|e| e.train_loss.map(|loss| (million(e.tokens), loss))).collect();
+    let series: [Series<'_>; 2] =
+        [("training", RGBColor(150, 160, 170), training), ("validation", RGBColor(0, 110, 160), validation)];
+    draw(path, title, &series)
+        .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
+}
+
+fn draw(path: &Path, title: &str, series: &[Series<'_>]) -> Result<(), Box<dyn std::error::Error>> {
+    let points = || series.iter().flat_map(|(_, _, points)| points);
+    let right = points().map(|p| p.0).fold(0.0, f64::max).max(1e-6);
+    let bottom = points().map(|p| p.1).fold(f64::INFINITY, f64::min);
+    let top = points().map(|p| p.1).fold(f64::NEG_INFINITY, f64::max);
+    let (bottom, top) = if bottom < top { (bottom, top) } else { (bottom.min(0.0), bottom.max(0.0) + 1.0) };
+    let margin = (top - bottom) * 0.05;
+
+    let root = SVGBackend::new(path, (800, 480)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&root)
+        .caption(title, ("sans-serif", 20))
+        .margin(12)
+        .x_label_area_size(44)
+        .y_label_area_size(56)
+        .build_cartesian_2d(0.0..right, bottom - margin..top + margin)?;
+    chart
+        .configure_mesh()
+        .x_desc("training tokens, millions")
+        .y_desc("cross-entropy, nats per character")
+        .light_line_style(TRANSPARENT)
+        .draw()?;
+    for (name, colour, points) in series {
+        let style = colour.stroke_width(2);
+        chart
+            .draw_series(LineSeries::new(points.iter().copied(), style))?
+            .label(*name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE.mix(0.8))
+        .border_style(BLACK.mix(0.2))
+        .draw()?;
+    root.present()?;
+    Ok(())
+}

@@ -1,0 +1,415 @@
+//! The parameter server's decisions: no IO, no clock, no randomness.
+//!
+//! [`ServerCore`] knows the sessions, the order of steps and who does what next; [`Shard`]s hold the model and the
+//! workers' replicas. A push goes through three calls:
+//!
+//! 1. [`ServerCore::admit`] decides whether it is new, a repeat or refused, decodes and checks its payload, and gives
+//!    it its step. The jobs of the step are handed to the caller's queue while the order of steps is held, so every
+//!    shard gets the jobs of all pushes in the same order.
+//! 2. [`Shard::handle`] does a job; shards work side by side.
+//! 3. [`ServerCore::complete`] puts the parts of the difference together, stores the answer and returns it.
+//!
+//! The state is thus a fold over the sequence of jobs. [`SerialServer`] makes the three calls one after the other for
+//! tests and simulation; the network driver has a thread per shard.
+
+mod coordinator;
+mod evaluations;
+mod leases;
+mod sessions;
+mod shard;
+mod tracker;
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::Bytes;
+use sanderling_common::config::RunConfig;
+use sanderling_common::ids::{Seq, SessionId, Step, WorkerId};
+use sanderling_common::init::combine_tensor_hashes;
+use sanderling_common::layout::Layout;
+use sanderling_common::sparse::{Compression, Entries, Update, decode};
+use sanderling_common::wire::control::EvaluationReport;
+use sanderling_common::wire::frame::Reply;
+use sanderling_common::wire::{Answer, Push, Refusal, Work};
+
+use coordinator::{Coordinator, Placement};
+pub use coordinator::{Standing, WorkSettings};
+pub use evaluations::{Best, EVALUATIONS_MAX, Evaluated, Evaluations};
+pub use leases::LeasePool;
+pub use sessions::SessionsFull;
+use sessions::{SessionTable, Turn};
+pub use shard::{BASE_MAGNITUDE_MAX, Shard, ShardJob, ShardOutput, UPDATE_MAGNITUDE_MAX, secondary_compression};
+pub use tracker::{DifferenceTracker, Replicas};
+
+/// What the core needs to know of a run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ServerSettings {
+    /// How the run is divided into work.
+    pub work: WorkSettings,
+    /// What is kept of the differences; `None` sends them whole.
+    pub secondary: Option<Compression>,
+    /// Most sessions at a time.
+    pub sessions_max: u32,
+    /// Parts the model is cut into.
+    pub shards: usize,
+}
+
+impl From<&RunConfig> for ServerSettings {
+    fn from(run: &RunConfig) -> Self {
+        Self {
+            work: WorkSettings {
+                total_batches: run.training.steps,
+                lease_batches: run.server.lease_batches,
+                eval_every: run.training.eval_every,
+            },
+            secondary: secondary_compression(run),
+            sessions_max: run.server.sessions_max,
+            shards: run.server.shards,
+        }
+    }
+}
+
+/// What became of a push that was not refused.
+#[derive(Debug)]
+pub enum Admitted {
+    /// It was applied before; here is the frame that answered it.
+    Repeat(Bytes),
+    /// It has its step, and its jobs are queued.
+    New(Ticket),
+}
+
+/// A push between its step and its answer.
+#[derive(Debug)]
+pub struct Ticket {
+    session: SessionId,
+    seq: Seq,
+    worker: WorkerId,
+    placement: Placement,
+    staleness: u32,
+    update: Option<Arc<Update>>,
+    replica_hash: Option<[u8; 32]>,
+}
+
+impl Ticket {
+    /// The server's step after the push.
+    pub fn step(&self) -> Step {
+        self.placement.step
+    }
+
+    /// Updates applied since the model that the gradient was taken at.
+    pub fn staleness(&self) -> u32 {
+        self.staleness
+    }
+
+    /// Whether the push made a step.
+    pub fn applies(&self) -> bool {
+        self.placement.applies
+    }
+
+    /// The jobs of the push, for every shard, in this order: the check of the replica, the update, the snapshot.
+    pub fn jobs(&self) -> impl Iterator<Item = ShardJob> {
+        let check = self.replica_hash.map(|_| ShardJob::ReplicaHashes { worker: self.worker });
+        let apply = ShardJob::Apply { worker: self.worker, update: self.update.clone() };
+        let snapshot = self.placement.snapshot.then_some(ShardJob::Snapshot);
+        check.into_iter().chain([apply]).chain(snapshot)
+    }
+}
+
+/// What the shards made of a push's jobs, put together.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PushOutput {
+    /// Tensor blocks of the difference.
+    pub payload: Vec<u8>,
+    /// The replica's digest before the update, where it was asked for.
+    pub replica_hash: Option<[u8; 32]>,
+    /// The model after the update, where it was asked for.
+    pub snapshot: Option<Vec<f32>>,
+}
+
+impl PushOutput {
+    /// Joins the outputs of [`Ticket::jobs`], one list per shard, shards in order.
+    pub fn join(shards: impl IntoIterator<Item = Vec<ShardOutput>>) -> Self {
+        let mut joined = Self::default();
+        let mut hashes = Vec::new();
+        for output in shards.into_iter().flatten() {
+            match output {
+                ShardOutput::Difference(blocks) => joined.payload.extend(blocks),
+                ShardOutput::Snapshot(part) => joined.snapshot.get_or_insert_default().extend(part),
+                ShardOutput::ReplicaHashes(part) => hashes.extend(part),
+                ShardOutput::Base(_) | ShardOutput::Closed => unreachable!("a push has no such job"),
+            }
+        }
+        joined.replica_hash = (!hashes.is_empty()).then(|| combine_tensor_hashes(hashes));
+        joined
+    }
+}
+
+/// Sessions, the order of steps, leases and evaluations of one run. Shared by all connections.
+#[derive(Debug)]
+pub struct ServerCore {
+    layout: Arc<Layout>,
+    sessions: SessionTable,
+    /// One lock for everything that has an order. It is held for look-ups and for queueing jobs, never while decoding,
+    /// applying or encoding, so a map of finer locks would gain nothing.
+    coordinator: Mutex<Coordinator>,
+}
+
+impl ServerCore {
+    /// The core of a run that starts from `theta`, and its shards.
+    ///
+    /// # Panics
+    /// If `theta` does not fit the layout or the settings are zero where they must not be.
+    pub fn new(layout: &Arc<Layout>, theta: &[f32], settings: &ServerSettings) -> (Self, Vec<Shard>) {
+        let core = Self {
+            layout: layout.clone(),
+            sessions: SessionTable::new(settings.sessions_max),
+            coordinator: Mutex::new(Coordinator::new(&settings.work)),
+        };
+        (core, Shard::cut(layout, theta, settings.secondary, settings.shards))
+    }
+
+    fn coordinator(&self) -> MutexGuard<'_, Coordinator> {
+        self.coordinator.lock().expect("nothing panics while it holds the order of steps")
+    }
+
+    /// Opens a session under a name that was never used. `enqueue` gets the job that makes the worker's replica, while
+    /// the order of steps is held; the base model is what the shards return for it.
+    ///
+    /// # Errors
+    /// [`SessionsFull`].
+    ///
+    /// # Panics
+    /// If the session exists.
+    pub fn open_session(
+        &self,
+        session: SessionId,
+        enqueue: impl FnOnce(ShardJob),
+    ) -> Result<(WorkerId, Step), SessionsFull> {
+        let worker = self.sessions.reserve(session)?;
+        let mut coordinator = self.coordinator();
+        let step = coordinator.step();
+        self.sessions.open(session, step).expect("the session was just reserved");
+        coordinator.join(session);
+        enqueue(ShardJob::Open { worker });
+        Ok((worker, step))
+    }
+
+    /// Ends a session: what it holds goes back, its replica goes away. Unknown sessions are ignored.
+    pub fn close_session(&self, session: SessionId, enqueue: impl FnOnce(ShardJob)) {
+        let mut coordinator = self.coordinator();
+        if let Some(worker) = self.sessions.remove(session) {
+            coordinator.leave(session);
+            enqueue(ShardJob::Close { worker });
+        }
+    }
+
+    /// The worker of a session, if it exists.
+    pub fn worker(&self, session: SessionId) -> Option<WorkerId> {
+        self.sessions.worker(session)
+    }
+
+    /// Decides what a push is. `enqueue` gets the ticket of a new one while the order of steps is held, and must queue
+    /// its [`Ticket::jobs`] for every shard.
+    ///
+    /// # Errors
+    /// A [`Refusal`]; nothing has changed then.
+    pub fn admit(&self, push: &Push, enqueue: impl FnOnce(&Ticket)) -> Result<Admitted, Refusal> {
+        if let Turn::Repeat(answer) = self.sessions.turn(push.session, push.seq, push.step)? {
+            return Ok(Admitted::Repeat(answer));
+        }
+        // Decoding comes before the step, so that a malformed payload cannot have one.
+        let update = if push.skipped { None } else { Some(Arc::new(self.decode(&push.payload)?)) };
+        let mut coordinator = self.coordinator();
+        let worker = match self.sessions.claim(push.session, push.seq)? {
+            Turn::Repeat(answer) => return Ok(Admitted::Repeat(answer)),
+            Turn::Next(worker) => worker,
+        };
+        let placement = match coordinator.place(push.session, push.batch, push.skipped) {
+            Ok(placement) => placement,
+            Err(refusal) => {
+                self.sessions.unclaim(push.session);
+                return Err(refusal);
+            }
+        };
+        let before = placement.step.0 - u64::from(placement.applies);
+        let ticket = Ticket {
+            session: push.session,
+            seq: push.seq,
+            worker,
+            placement,
+            staleness: u32::try_from(before - push.step.0).unwrap_or(u32::MAX),
+            update: update.filter(|_| placement.applies),
+            replica_hash: push.replica_hash,
+        };
+        enqueue(&ticket);
+        Ok(Admitted::New(ticket))
+    }
+
+    fn decode(&self, payload: &[u8]) -> Result<Update, Refusal> {
+        let tensors = 0..self.layout.tensors().len();
+        let update = decode(&self.layout, tensors, payload).map_err(|_| Refusal::BadPayload)?;
+        let in_range = update.iter().all(|(_, entries)| {
+            let (Entries::Dense(values) | Entries::Sparse { values, .. }) = entries;
+            values.iter().all(|value| value.abs() <= UPDATE_MAGNITUDE_MAX)
+        });
+        if in_range { Ok(update) } else { Err(Refusal::BadPayload) }
+    }
+
+    /// Makes the answer to a push out of what its jobs returned, and stores it for a repeat. A snapshot among them is
+    /// to be stored first, and announced by [`snapshot_ready`](Self::snapshot_ready).
+    ///
+    /// # Errors
+    /// [`Refusal::ReplicaMismatch`] if the worker's model was not the server's replica of it: the update was applied,
+    /// but the session cannot go on and is to be closed. [`Refusal::UnknownSession`] if it was closed meanwhile.
+    pub fn complete(&self, ticket: &Ticket, output: &PushOutput) -> Result<Bytes, Refusal> {
+        if ticket.replica_hash.is_some() && ticket.replica_hash != output.replica_hash {
+            return Err(Refusal::ReplicaMismatch);
+        }
+        let work = self.coordinator().work_with_answer(ticket.session);
+        let mut frame = Vec::new();
+        Reply::Answer(Answer {
+            seq: ticket.seq,
+            step: ticket.step(),
+            staleness: ticket.staleness,
+            work,
+            payload: output.payload.clone(),
+        })
+        .encode(&mut frame);
+        let frame = Bytes::from(frame);
+        self.sessions.answer(ticket.session, ticket.seq, ticket.step(), &frame)?;
+        Ok(frame)
+    }
+
+    /// What an idle session is to do; `None` if there is no such session.
+    pub fn work(&self, session: SessionId) -> Option<Work> {
+        self.sessions.worker(session)?;
+        Some(self.coordinator().work_on_request(session))
+    }
+
+    /// Takes the result of an evaluation, from whoever brings it first: it is the same whoever computed it.
+    pub fn report(&self, report: &EvaluationReport) -> Evaluated {
+        self.coordinator().report(report)
+    }
+
+    /// Whether the snapshot of a step may still be asked for.
+    pub fn needs_snapshot(&self, step: Step) -> bool {
+        self.coordinator().needs_snapshot(step)
+    }
+
+    /// Leases no more batches. If the current model is still to be evaluated, `enqueue` gets the snapshot job and the
+    /// step is returned; [`snapshot_ready`](Self::snapshot_ready) is to be called when it is there.
+    pub fn stop(&self, enqueue: impl FnOnce(ShardJob)) -> Option<Step> {
+        let mut coordinator = self.coordinator();
+        let step = coordinator.stop();
+        if step.is_some() {
+            enqueue(ShardJob::Snapshot);
+        }
+        step
+    }
+
+    /// Calls `enqueue` while the order of steps is held, for jobs that belong to no push.
+    pub fn in_order(&self, enqueue: impl FnOnce()) {
+        let _order = self.coordinator();
+        enqueue();
+    }
+
+    /// The snapshot of a step can be fetched from now on.
+    pub fn snapshot_ready(&self, step: Step) {
+        self.coordinator().snapshot_ready(step);
+    }
+
+    /// Ends the run, whatever is still to be done.
+    pub fn abandon(&self) {
+        self.coordinator().abandon();
+    }
+
+    /// Where the run stands.
+    pub fn standing(&self) -> Standing {
+        self.coordinator().standing()
+    }
+
+    /// The best model so far.
+    pub fn best(&self) -> Option<Best> {
+        self.coordinator().best()
+    }
+}
+
+/// The core and its shards in one thread: what tests and simulations drive.
+#[derive(Debug)]
+pub struct SerialServer {
+    core: ServerCore,
+    shards: Vec<Shard>,
+}
+
+impl SerialServer {
+    /// A server that starts from `theta`; see [`ServerCore::new`].
+    pub fn new(layout: &Arc<Layout>, theta: &[f32], settings: &ServerSettings) -> Self {
+        let (core, shards) = ServerCore::new(layout, theta, settings);
+        Self { core, shards }
+    }
+
+    /// The part that decides.
+    pub fn core(&self) -> &ServerCore {
+        &self.core
+    }
+
+    /// Opens a session and returns its worker, the step and the base model.
+    ///
+    /// # Errors
+    /// [`SessionsFull`].
+    pub fn open_session(&mut self, session: SessionId) -> Result<(WorkerId, Step, Vec<f32>), SessionsFull> {
+        let mut base = Vec::new();
+        let shards = &mut self.shards;
+        let (worker, step) = self.core.open_session(session, |job| {
+            for shard in shards {
+                let ShardOutput::Base(part) = shard.handle(&job) else { unreachable!("the job was Open") };
+                base.extend(part);
+            }
+        })?;
+        Ok((worker, step, base))
+    }
+
+    /// Ends a session.
+    pub fn close_session(&mut self, session: SessionId) {
+        let shards = &mut self.shards;
+        self.core.close_session(session, |job| shards.iter_mut().for_each(|shard| drop(shard.handle(&job))));
+    }
+
+    /// A whole exchange: the reply frame, and the snapshot if one fell due.
+    ///
+    /// # Errors
+    /// A [`Refusal`].
+    pub fn handle_push(&mut self, push: &Push) -> Result<(Bytes, Option<Vec<f32>>), Refusal> {
+        let shards = &mut self.shards;
+        let mut outputs = Vec::new();
+        let admitted = self.core.admit(push, |ticket| {
+            outputs.extend(shards.iter_mut().map(|s| ticket.jobs().map(|job| s.handle(&job)).collect()));
+        })?;
+        match admitted {
+            Admitted::Repeat(answer) => Ok((answer, None)),
+            Admitted::New(ticket) => {
+                let output = PushOutput::join(outputs);
+                if output.snapshot.is_some() {
+                    self.core.snapshot_ready(ticket.step());
+                }
+                let completed = self.core.complete(&ticket, &output);
+                if completed == Err(Refusal::ReplicaMismatch) {
+                    self.close_session(push.session);
+                }
+                Ok((completed?, output.snapshot))
+            }
+        }
+    }
+
+    /// θ, flat.
+    pub fn theta(&self) -> Vec<f32> {
+        self.shards.iter().flat_map(|shard| shard.theta().iter().copied()).collect()
+    }
+
+    /// A worker's replica, flat.
+    ///
+    /// # Panics
+    /// If the worker is not open.
+    pub fn replica(&self, worker: WorkerId) -> Vec<f32> {
+        self.shards.iter().flat_map(|shard| shard.replica(worker).iter().copied()).collect()
+    }
+}

@@ -1,0 +1,182 @@
+//! A part of the model, and what is done to it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use sanderling_common::config::RunConfig;
+use sanderling_common::ids::WorkerId;
+use sanderling_common::init::tensor_hash;
+use sanderling_common::layout::Layout;
+use sanderling_common::sparse::{Compression, Update};
+
+use super::tracker::{DifferenceTracker, Replicas};
+
+/// The largest magnitude of an update's entry: a push with a larger one is refused.
+///
+/// It is what keeps the model finite. From |θ0| ≤ 2¹⁰⁰ ([`BASE_MAGNITUDE_MAX`]) and |g| ≤ 2⁶⁴ follows
+/// |θ_t| ≤ 2¹⁰⁰ + t·2⁶⁴, which stays below 2¹²⁷ for all of the 2⁶⁴ steps that can be counted. A replica lies no
+/// further from θ than θ has moved, so that it is finite too, and so is every difference. Workers that compute real
+/// gradients stay below 2⁴⁰ by far.
+pub const UPDATE_MAGNITUDE_MAX: f32 = (1_u128 << 64) as f32;
+
+/// The largest magnitude of an initial parameter; see [`UPDATE_MAGNITUDE_MAX`].
+pub const BASE_MAGNITUDE_MAX: f32 = (1_u128 << 100) as f32;
+
+/// Something to do for every shard, in the order of the server's steps.
+#[derive(Clone, Debug)]
+pub enum ShardJob {
+    /// A worker starts from the current model.
+    Open {
+        /// Who.
+        worker: WorkerId,
+    },
+    /// A worker is gone.
+    Close {
+        /// Who.
+        worker: WorkerId,
+    },
+    /// Apply an update and make the answer.
+    Apply {
+        /// Whose.
+        worker: WorkerId,
+        /// What to subtract, over all shards; `None` for a push that only asks for the difference.
+        update: Option<Arc<Update>>,
+    },
+    /// Copy the model.
+    Snapshot,
+    /// Hash a worker's replica.
+    ReplicaHashes {
+        /// Whose.
+        worker: WorkerId,
+    },
+}
+
+/// What came of a [`ShardJob`] in one shard.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ShardOutput {
+    /// Of `Open`: the part of the model the worker starts from.
+    Base(Vec<f32>),
+    /// Of `Close`.
+    Closed,
+    /// Of `Apply`: the tensor blocks of the difference.
+    Difference(Vec<u8>),
+    /// Of `Snapshot`: the part of the model.
+    Snapshot(Vec<f32>),
+    /// Of `ReplicaHashes`: one hash per tensor.
+    ReplicaHashes(Vec<[u8; 32]>),
+}
+
+/// A run of tensors of the model, with what the workers have of it.
+///
+/// The shards of a model do not know of each other. Each handles the same jobs in the same order, and since every
+/// selection is per tensor, their outputs put together do not depend on how many they are.
+#[derive(Debug)]
+pub struct Shard<T = Replicas> {
+    layout: Arc<Layout>,
+    tensors: Range<usize>,
+    /// θ, the elements of `tensors`.
+    theta: Vec<f32>,
+    tracker: T,
+}
+
+impl Shard {
+    /// Cuts the model into at most `count` shards with a replica per worker. `secondary` is what is kept of the
+    /// differences, `None` to send them whole.
+    ///
+    /// # Panics
+    /// If `theta` is not of the layout's length, or holds a value that is not finite or above
+    /// [`BASE_MAGNITUDE_MAX`].
+    pub fn cut(
+        layout: &Arc<Layout>,
+        theta: &[f32],
+        secondary: Option<Compression>,
+        count: usize,
+    ) -> Vec<Self> {
+        assert_eq!(theta.len(), layout.len(), "the model is of another layout");
+        let shard = |tensors: Range<usize>| {
+            let theta = theta[layout.elements(tensors.clone())].to_vec();
+            Self::new(layout.clone(), tensors.clone(), theta, Replicas::new(tensors, secondary))
+        };
+        layout.shards(count).into_iter().map(shard).collect()
+    }
+}
+
+impl<T: DifferenceTracker> Shard<T> {
+    /// A shard of the given tensors.
+    ///
+    /// # Panics
+    /// If `theta` does not hold exactly those, or a value that is not finite or above [`BASE_MAGNITUDE_MAX`].
+    pub fn new(layout: Arc<Layout>, tensors: Range<usize>, theta: Vec<f32>, tracker: T) -> Self {
+        assert_eq!(theta.len(), layout.elements(tensors.clone()).len(), "the shard holds other tensors");
+        let in_range = theta.iter().all(|value| value.abs() <= BASE_MAGNITUDE_MAX);
+        assert!(in_range, "an initial parameter is not finite, or too large to stay so");
+        Self { layout, tensors, theta, tracker }
+    }
+
+    /// Does one job.
+    ///
+    /// # Panics
+    /// If the job names a worker that is not open.
+    pub fn handle(&mut self, job: &ShardJob) -> ShardOutput {
+        match job {
+            &ShardJob::Open { worker } => {
+                self.tracker.open(worker, &self.theta);
+                ShardOutput::Base(self.theta.clone())
+            }
+            &ShardJob::Close { worker } => {
+                self.tracker.close(worker);
+                ShardOutput::Closed
+            }
+            ShardJob::Apply { worker, update } => {
+                ShardOutput::Difference(self.apply(*worker, update.as_deref()))
+            }
+            ShardJob::Snapshot => ShardOutput::Snapshot(self.theta.clone()),
+            &ShardJob::ReplicaHashes { worker } => ShardOutput::ReplicaHashes(self.replica_hashes(worker)),
+        }
+    }
+
+    /// θ ← θ − g; then what the worker is owed.
+    fn apply(&mut self, worker: WorkerId, update: Option<&Update>) -> Vec<u8> {
+        if let Some(update) = update {
+            update.part(self.tensors.clone()).subtract_from(&self.layout, &mut self.theta);
+        }
+        let mut payload = Vec::new();
+        self.tracker.answer(worker, &self.layout, &self.theta, &mut payload);
+        payload
+    }
+
+    fn replica_hashes(&self, worker: WorkerId) -> Vec<[u8; 32]> {
+        let replica = self.tracker.replica(worker);
+        let start = self.layout.elements(self.tensors.clone()).start;
+        let tensors = &self.layout.tensors()[self.tensors.clone()];
+        tensors.iter().map(|t| tensor_hash(&replica[t.offset - start..t.offset - start + t.len])).collect()
+    }
+
+    /// The shard's tensors.
+    pub fn tensors(&self) -> Range<usize> {
+        self.tensors.clone()
+    }
+
+    /// The elements of its tensors.
+    pub fn theta(&self) -> &[f32] {
+        &self.theta
+    }
+
+    /// The same elements of a worker's replica.
+    ///
+    /// # Panics
+    /// If the worker is not open.
+    pub fn replica(&self, worker: WorkerId) -> &[f32] {
+        self.tracker.replica(worker)
+    }
+}
+
+/// What a run keeps of the differences: `None` if it has no secondary compression.
+pub fn secondary_compression(run: &RunConfig) -> Option<Compression> {
+    let exchange = &run.exchange;
+    (exchange.secondary < 1.0).then_some(Compression {
+        keep: exchange.secondary,
+        dense_below: exchange.dense_below,
+        format: exchange.values_down,
+    })
+}

@@ -1,0 +1,97 @@
+//! What each worker has been sent, and what it is owed.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use sanderling_common::ids::WorkerId;
+use sanderling_common::layout::Layout;
+use sanderling_common::sparse::{Compression, Compressor, Update};
+
+/// Knows the model of every worker and makes the differences that bring it nearer to the server's.
+///
+/// All flat vectors hold the tensors of one shard.
+pub trait DifferenceTracker: Send {
+    /// A worker starts from `theta`.
+    ///
+    /// # Panics
+    /// If the worker is known already.
+    fn open(&mut self, worker: WorkerId, theta: &[f32]);
+
+    /// A worker is gone. Unknown workers are ignored.
+    fn close(&mut self, worker: WorkerId);
+
+    /// Appends the tensor blocks of what the worker is sent next to `payload`, and takes it as sent.
+    ///
+    /// # Panics
+    /// If the worker is unknown.
+    fn answer(&mut self, worker: WorkerId, layout: &Layout, theta: &[f32], payload: &mut Vec<u8>);
+
+    /// The worker's model after the last answer, bit for bit.
+    ///
+    /// # Panics
+    /// If the worker is unknown.
+    fn replica(&self, worker: WorkerId) -> &[f32];
+}
+
+/// One replica w_k per worker: one model of memory each, and a scan of it per answer.
+///
+/// The paper keeps v_k, what was sent so far. In floating point (θ0 + a) + b is not θ0 + (a + b), so v_k drifts away
+/// from what the worker has; w_k = θ0 + v_k, updated by the same additions as the worker's own model, cannot.
+#[derive(Debug)]
+pub struct Replicas {
+    /// The tensors of the shard.
+    tensors: Range<usize>,
+    compressor: Compressor,
+    replicas: HashMap<WorkerId, Vec<f32>>,
+    /// G of one tensor at a time, so that it stays in the cache between the scan, the selection and the addition.
+    difference: Vec<f32>,
+    sent: Update,
+}
+
+impl Replicas {
+    /// Sends the top R of each difference, as `secondary` says, or without it every entry that differs, in float32:
+    /// rounding leftovers would otherwise stay in every later difference.
+    pub fn new(tensors: Range<usize>, secondary: Option<Compression>) -> Self {
+        let compressor = secondary.map_or_else(Compressor::nonzero, Compressor::without_zeros);
+        Self {
+            tensors,
+            compressor,
+            replicas: HashMap::new(),
+            difference: Vec::new(),
+            sent: Update::default(),
+        }
+    }
+}
+
+impl DifferenceTracker for Replicas {
+    fn open(&mut self, worker: WorkerId, theta: &[f32]) {
+        let previous = self.replicas.insert(worker, theta.to_vec());
+        assert!(previous.is_none(), "{worker} was opened twice");
+    }
+
+    fn close(&mut self, worker: WorkerId) {
+        self.replicas.remove(&worker);
+    }
+
+    /// G = θ − w_k; select and encode; w_k += decode(encode(G)), tensor by tensor.
+    fn answer(&mut self, worker: WorkerId, layout: &Layout, theta: &[f32], payload: &mut Vec<u8>) {
+        let replica = self.replicas.get_mut(&worker).expect("updates come from workers that were opened");
+        let start = layout.elements(self.tensors.clone()).start;
+        for tensor in self.tensors.clone() {
+            let elements = layout.elements(tensor..tensor + 1);
+            let elements = elements.start - start..elements.end - start;
+            let (theta, replica) = (&theta[elements.clone()], &mut replica[elements]);
+            self.difference.clear();
+            self.difference.extend(theta.iter().zip(&*replica).map(|(theta, replica)| theta - replica));
+            let run = tensor..tensor + 1;
+            self.compressor
+                .compress_into(layout, run, &self.difference, 1.0, payload, &mut self.sent)
+                .expect("the bound on updates keeps model and replicas finite");
+            self.sent.add_to(layout, replica);
+        }
+    }
+
+    fn replica(&self, worker: WorkerId) -> &[f32] {
+        self.replicas.get(&worker).expect("only workers that were opened have replicas")
+    }
+}

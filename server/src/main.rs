@@ -1,0 +1,114 @@
+//! `sanderling-server`: serves one run to as many workers as come.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{CommandFactory, FromArgMatches, Parser};
+use sanderling_common::config::cli::{RunOptions, RunOptionsError, with_defaults_in_help};
+use sanderling_common::join::{JoinError, Token};
+use sanderling_server::net::Server;
+use sanderling_server::progress::ProgressView;
+use tokio::sync::watch;
+use tracing::{info, level_filters::LevelFilter};
+
+/// Serve a training run: hold the model, apply workers' sparse updates, write the results
+///
+/// Prints a join string on standard output; `sanderling-worker --join '…'` is all that a worker needs. Without
+/// options it serves the run that `sanderling train` makes. Results are written to runs/<name>/.
+#[derive(Debug, Parser)]
+#[command(version, after_help = "\
+Examples:
+  sanderling-server                                  # this machine only, any free port
+  sanderling-server --listen 0.0.0.0:4433 --advertise training.example.org
+  sanderling-server --config run.toml --steps 20000 --join-file /shared/join")]
+struct Arguments {
+    /// What is trained.
+    #[command(flatten)]
+    run: RunOptions,
+    /// The token that admits workers; drawn afresh if none is given
+    #[arg(long, env = "SANDERLING_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// Also write the join string to this file, readable by its owner only
+    #[arg(long, value_name = "FILE")]
+    join_file: Option<PathBuf>,
+    /// Say more (-v), or everything (-vv)
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+fn main() -> ExitCode {
+    let matches = with_defaults_in_help(Arguments::command()).get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let level = match arguments.verbose {
+        0 => LevelFilter::INFO,
+        1 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_target(level > LevelFilter::INFO)
+        .init();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            // 2: the command line or the run file is to be mended; 1: anything else.
+            let usage = error.is::<RunOptionsError>() || error.is::<JoinError>();
+            ExitCode::from(if usage { 2 } else { 1 })
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let run = arguments.run.resolve()?;
+    let token: Option<Token> = arguments.token.as_deref().map(str::parse).transpose()?;
+    let server = Server::start(run, token)?;
+    let join = server.join().reveal();
+    if let Some(path) = &arguments.join_file {
+        write_join_file(path, &join).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    writeln!(std::io::stdout(), "{join}").context("cannot print the join string")?;
+    info!("results go to {}; waiting for workers", server.folder().display());
+    let mut view = ProgressView::new(server.run().training.steps);
+    let served = server.serve(stop_on_interrupt(), |progress| view.update(progress)).await;
+    view.finish();
+    let outcome = served?;
+    if let Some(path) = &arguments.join_file {
+        // It would lead workers to a server that is gone; where somebody else removed it, that is as well.
+        let _ = std::fs::remove_file(path);
+    }
+    let summary = serde_json::to_string_pretty(&outcome.summary).context("cannot print the summary")?;
+    writeln!(std::io::stdout(), "{summary}").context("cannot print the summary")?;
+    info!("results are in {}", outcome.folder.display());
+    Ok(())
+}
+
+/// Written under another name and renamed, so that a worker never reads half of it.
+fn write_join_file(path: &Path, join: &str) -> std::io::Result<()> {
+    let temporary = path.with_extension("partial");
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(&temporary)?.write_all(format!("{join}\n").as_bytes())?;
+    std::fs::rename(&temporary, path)
+}
+
+/// Becomes true with the first Ctrl-C; the second ends the process.
+fn stop_on_interrupt() -> watch::Receiver<bool> {
+    let (stop, stopped) = watch::channel(false);
+    tokio::spawn(async move {
+        if tokio::signal::ctrl_c().await.is_ok() {
+            info!("Ctrl-C again to stop at once, without a checkpoint");
+            stop.send_replace(true);
+            if tokio::signal::ctrl_c().await.is_ok() {
+                std::process::exit(130);
+            }
+        }
+    });
+    stopped
+}

@@ -1,0 +1,55 @@
+//! Sending large objects from an offset on.
+
+use bytes::Bytes;
+use quinn::SendStream;
+use sanderling_common::ids::SessionId;
+use sanderling_common::wire::control::{BulkHeader, BulkObject, BulkRequest};
+use sanderling_transport::{MessageError, send};
+use sha2::{Digest, Sha256};
+
+use super::hub::Hub;
+
+/// A large object, immutable, with its hash.
+#[derive(Clone, Debug)]
+pub(crate) struct Blob {
+    bytes: Bytes,
+    sha256: [u8; 32],
+}
+
+impl Blob {
+    /// Little-endian `f32`.
+    pub(crate) fn of_parameters(parameters: &[f32]) -> Self {
+        let mut bytes = Vec::with_capacity(parameters.len() * 4);
+        parameters.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
+        Self::of_bytes(bytes.into())
+    }
+
+    pub(crate) fn of_bytes(bytes: Bytes) -> Self {
+        Self { sha256: Sha256::digest(&bytes).into(), bytes }
+    }
+
+    /// The parameters again.
+    pub(crate) fn parameters(&self) -> Vec<f32> {
+        self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    }
+}
+
+/// Answers one request.
+pub(super) async fn serve(
+    hub: &Hub,
+    session: SessionId,
+    request: BulkRequest,
+    down: &mut SendStream,
+) -> Result<(), MessageError> {
+    let blob = match request.object {
+        BulkObject::Base => hub.base(session),
+        BulkObject::Snapshot(job) => hub.snapshot(job.step),
+        BulkObject::Text => Some(hub.text()),
+    };
+    let found = blob.filter(|blob| request.session == session && request.offset <= blob.bytes.len() as u64);
+    let Some(blob) = found else {
+        return send(down, &BulkHeader::NotFound).await;
+    };
+    send(down, &BulkHeader::Found { bytes: blob.bytes.len() as u64, sha256: blob.sha256 }).await?;
+    Ok(down.write_chunk(blob.bytes.slice(request.offset as usize..)).await?)
+}

@@ -1,0 +1,398 @@
+//! What the connections of a run share.
+//!
+//! | what | guarded by | why |
+//! | --- | --- | --- |
+//! | the core and the order of shard jobs | [`Pipeline`] | a step must reach every shard in order |
+//! | the books, the best model, the folder | one mutex each, held briefly and never across an await | touched once per push or evaluation |
+//! | connections, bases | `DashMap` by session | many tasks look up different sessions at once; no guard lives across an await |
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use dashmap::DashMap;
+use quinn::Connection;
+use sanderling_common::config::RunConfig;
+use sanderling_common::corpus::Corpus;
+use sanderling_common::ids::{SessionId, Step, WorkerId};
+use sanderling_common::join::Token;
+use sanderling_common::layout::{Layout, LayoutHash};
+use sanderling_common::wire::control::EvaluationReport;
+use sanderling_common::wire::frame::frame_bytes_max;
+use sanderling_common::wire::{Push, Refusal, Work};
+use sanderling_common::model_config::ModelConfigError;
+use sanderling_transport::{CloseCode, secure_random};
+use tokio::sync::{Notify, mpsc};
+use tracing::{info, warn};
+
+use super::bulk::Blob;
+use super::pipeline::{News, Pipeline, Snapshot};
+use crate::core::Evaluated;
+use crate::progress::Progress;
+use crate::recorder::{PushRecord, Recorder};
+use crate::results::{Evaluation, Summary};
+
+/// A worker is told of new steps at most this often; between two notices its estimate of its staleness lags by the
+/// updates that fall between them.
+pub(super) const NOTICE_EVERY: Duration = Duration::from_millis(10);
+
+/// No session can be opened.
+pub(super) enum OpenError {
+    /// As many as allowed exist.
+    Full {
+        /// The limit.
+        sessions_max: u32,
+    },
+}
+
+/// A session that begins.
+pub(super) struct Opened {
+    /// Its name.
+    pub(super) session: SessionId,
+    /// The number people know the worker by.
+    pub(super) worker: WorkerId,
+    /// The step of its base model.
+    pub(super) step: Step,
+}
+
+/// A worker's connection, for as long as its session is attached to it.
+struct Attached {
+    connection: Connection,
+    worker: WorkerId,
+}
+
+/// The state of a run that is being served.
+pub(crate) struct Hub {
+    run: RunConfig,
+    corpus: Corpus,
+    layout: Arc<Layout>,
+    token: Token,
+    pipeline: Pipeline,
+    started: Instant,
+    recorder: Mutex<Recorder>,
+    attached: DashMap<SessionId, Attached>,
+    bases: DashMap<SessionId, Blob>,
+    text: Blob,
+    /// The models that are to be evaluated, and the best.
+    snapshots: Mutex<BTreeMap<Step, Blob>>,
+    /// New lines of the curve, for whoever writes them down; bounded by the number of evaluations of the run.
+    curve: mpsc::UnboundedSender<Evaluation>,
+    closed_bytes_up: AtomicU64,
+    closed_bytes_down: AtomicU64,
+    /// Woken when there may be work for those who wait, or the run is over.
+    changed: Notify,
+}
+
+impl Hub {
+    pub(super) fn new(
+        run: RunConfig,
+        corpus: Corpus,
+        token: Token,
+        initial: &[f32],
+        curve: mpsc::UnboundedSender<Evaluation>,
+    ) -> Result<Self, ModelConfigError> {
+        let model = run.model_config(corpus.vocabulary().len());
+        let layout = Arc::new(model.layout()?);
+        let recorder = Recorder::new(run.clone(), layout.len(), model.active_parameters()?);
+        Ok(Self {
+            pipeline: Pipeline::start(&layout, &run, initial),
+            layout,
+            token,
+            started: Instant::now(),
+            recorder: Mutex::new(recorder),
+            attached: DashMap::new(),
+            bases: DashMap::new(),
+            text: Blob::of_bytes(Bytes::copy_from_slice(corpus.bytes())),
+            snapshots: Mutex::default(),
+            curve,
+            closed_bytes_up: AtomicU64::new(0),
+            closed_bytes_down: AtomicU64::new(0),
+            changed: Notify::new(),
+            run,
+            corpus,
+        })
+    }
+
+    pub(crate) fn run(&self) -> &RunConfig {
+        &self.run
+    }
+
+    pub(crate) fn corpus(&self) -> &Corpus {
+        &self.corpus
+    }
+
+    pub(super) fn token(&self) -> &Token {
+        &self.token
+    }
+
+    pub(super) fn layout_hash(&self) -> LayoutHash {
+        self.layout.hash()
+    }
+
+    pub(super) fn lease(&self) -> Duration {
+        Duration::from_millis(self.run.server.lease_ms)
+    }
+
+    pub(super) fn frame_bytes_max(&self) -> usize {
+        usize::try_from(frame_bytes_max(&self.layout)).unwrap_or(usize::MAX)
+    }
+
+    /// Whether every batch and every evaluation is done, or the run was abandoned.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.pipeline.standing().finished
+    }
+
+    /// Waits until [`is_finished`](Self::is_finished).
+    pub(crate) async fn finished(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.is_finished() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Hands out no more batches; what has been applied is still evaluated, if there is anybody to do it.
+    pub(crate) async fn stop_training(&self) {
+        if let Some(snapshot) = self.pipeline.stop().await {
+            self.keep(&snapshot);
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// Gives up on what is still to be evaluated.
+    pub(crate) fn abandon(&self) {
+        self.pipeline.abandon();
+        self.changed.notify_waiters();
+    }
+
+    fn seconds(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
+    }
+
+    fn recorder(&self) -> MutexGuard<'_, Recorder> {
+        self.recorder.lock().expect("no holder of the books panics")
+    }
+}
+
+/// Sessions and connections.
+impl Hub {
+    /// A session for a new worker, under a name that nobody can guess.
+    pub(super) async fn open(&self, connection: &Connection) -> Result<Opened, OpenError> {
+        let session = SessionId(random_u64());
+        let (opened, base) = self.pipeline.open(session).await?;
+        // Copying and hashing a large model takes a while.
+        let base = tokio::task::spawn_blocking(move || Blob::of_parameters(&base)).await;
+        self.bases.insert(session, base.expect("making a blob does not panic"));
+        self.attach(session, opened.worker, connection);
+        self.recorder().session_opened();
+        Ok(opened)
+    }
+
+    /// Attaches a session that still exists to another connection.
+    pub(super) fn resume(&self, session: SessionId, connection: &Connection) -> Option<WorkerId> {
+        let worker = self.pipeline.worker(session)?;
+        self.attach(session, worker, connection);
+        Some(worker)
+    }
+
+    fn attach(&self, session: SessionId, worker: WorkerId, connection: &Connection) {
+        let attached = Attached { connection: connection.clone(), worker };
+        if let Some(old) = self.attached.insert(session, attached) {
+            CloseCode::Replaced.close(&old.connection, "the session goes on over another connection");
+            self.count_closed(&old.connection);
+        }
+    }
+
+    /// A connection has ended. Its session goes on for the rest of the lease, unless the worker said goodbye or the
+    /// session is attached to another connection by now.
+    pub(super) fn detach(self: &Arc<Self>, session: SessionId, connection: &Connection, for_good: bool) {
+        let id = connection.stable_id();
+        let removed = self.attached.remove_if(&session, |_, attached| attached.connection.stable_id() == id);
+        let Some((_, attached)) = removed else { return };
+        self.count_closed(connection);
+        if for_good {
+            return self.close(session);
+        }
+        let (hub, worker) = (self.clone(), attached.worker);
+        tokio::spawn(async move {
+            // The connection itself lasted half the lease without a sign of life.
+            tokio::time::sleep(hub.lease() / 2).await;
+            if !hub.attached.contains_key(&session) && hub.pipeline.worker(session).is_some() {
+                info!("{worker} did not come back within its lease; its batches go to others");
+                hub.close(session);
+            }
+        });
+    }
+
+    fn close(&self, session: SessionId) {
+        self.bases.remove(&session);
+        self.pipeline.close(session);
+        self.changed.notify_waiters();
+    }
+
+    /// Closes every connection.
+    pub(crate) fn disconnect_all(&self, code: CloseCode, reason: &str) {
+        for attached in &self.attached {
+            code.close(&attached.connection, reason);
+        }
+    }
+
+    /// Workers connected.
+    pub(crate) fn connected(&self) -> u32 {
+        u32::try_from(self.attached.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Tells every worker the newest step, so that it knows how stale its gradient is. A lost notice costs nothing:
+    /// the next one says more.
+    pub(super) fn announce(&self, step: Step) {
+        let notice = Bytes::copy_from_slice(&step.0.to_le_bytes());
+        for attached in &self.attached {
+            // A worker that takes no datagrams estimates its staleness from its last answer.
+            let _ = attached.connection.send_datagram(notice.clone());
+        }
+    }
+
+    /// The newest step.
+    pub(super) fn step(&self) -> Step {
+        self.pipeline.standing().step
+    }
+}
+
+/// Exchanges, evaluations and what they leave behind.
+impl Hub {
+    /// Applies a push and returns the reply frame.
+    pub(super) async fn push(&self, push: Push) -> Result<Bytes, Refusal> {
+        let pushed = self.pipeline.push(&push).await?;
+        let Some(News { step, staleness, applied, snapshot }) = pushed.news else {
+            return Ok(pushed.reply);
+        };
+        self.bases.remove(&push.session);
+        self.recorder().pushed(PushRecord {
+            step: step.0,
+            loss: push.loss,
+            tokens: push.tokens,
+            staleness,
+            skipped: !applied,
+            seconds: self.seconds(),
+        });
+        if let Some(snapshot) = snapshot {
+            self.keep(&snapshot);
+        }
+        if self.is_finished() {
+            self.changed.notify_waiters();
+        }
+        Ok(pushed.reply)
+    }
+}
+
+/// Evaluations and results.
+impl Hub {
+    /// Something to do for an idle worker; waits for it until `deadline`. `None` if the session is gone.
+    pub(super) async fn wait_for_work(&self, session: SessionId, deadline: Instant) -> Option<Work> {
+        loop {
+            let changed = self.changed.notified();
+            let work = self.pipeline.work(session)?;
+            if work != Work::default() {
+                return Some(work);
+            }
+            if tokio::time::timeout_at(deadline.into(), changed).await.is_err() {
+                return Some(work);
+            }
+        }
+    }
+
+    /// Notes the result of an evaluation; one that is not on the list, or came twice, changes nothing.
+    pub(super) fn evaluated(&self, report: &EvaluationReport) {
+        if !report.loss.is_finite() {
+            warn!("the loss at {} is not finite: the model has diverged", report.job.step);
+        }
+        if self.pipeline.report(report) == Evaluated::Ignored {
+            return;
+        }
+        if let Some(line) = self.recorder().evaluated(report).cloned() {
+            // Nobody listens any more when the run is being concluded.
+            let _ = self.curve.send(line);
+        }
+        self.snapshots().retain(|&step, _| self.pipeline.needs_snapshot(step));
+        self.changed.notify_waiters();
+    }
+
+    /// Keeps the model of a step that is to be evaluated.
+    fn keep(&self, snapshot: &Snapshot) {
+        let (up, down) = self.bytes();
+        self.recorder().snapshot_taken(snapshot.step.0, up, down);
+        self.snapshots().insert(snapshot.step, Blob::of_parameters(&snapshot.parameters));
+        self.pipeline.snapshot_ready(snapshot.step);
+        self.changed.notify_waiters();
+    }
+
+    /// The model of an evaluation, while it is wanted.
+    pub(super) fn snapshot(&self, step: Step) -> Option<Blob> {
+        self.snapshots().get(&step).cloned()
+    }
+
+    fn snapshots(&self) -> MutexGuard<'_, BTreeMap<Step, Blob>> {
+        self.snapshots.lock().expect("no holder of the snapshots panics")
+    }
+
+    /// The model a session starts from, until its first push.
+    pub(super) fn base(&self, session: SessionId) -> Option<Blob> {
+        self.bases.get(&session).map(|blob| blob.clone())
+    }
+
+    /// The text.
+    pub(super) fn text(&self) -> Blob {
+        self.text.clone()
+    }
+
+    /// The best model by validation or, when none was evaluated, the last one.
+    pub(crate) async fn best_parameters(&self) -> Vec<f32> {
+        let best = self.pipeline.best().and_then(|best| self.snapshot(best.step));
+        match best {
+            Some(blob) => blob.parameters(),
+            None => self.pipeline.theta().await,
+        }
+    }
+
+    /// Where the run stands.
+    pub(crate) fn progress(&self) -> Progress {
+        let (up, down) = self.bytes();
+        self.recorder().progress(self.connected(), up, down)
+    }
+
+    /// The closing figures.
+    pub(crate) fn summary(&self, seconds: f64) -> Summary {
+        let (up, down) = self.bytes();
+        self.recorder().summary(seconds, up, down)
+    }
+
+    /// The curve.
+    pub(crate) fn evaluations(&self) -> Vec<Evaluation> {
+        self.recorder().evaluations()
+    }
+
+    /// UDP payload bytes up and down, of connections past and present.
+    fn bytes(&self) -> (u64, u64) {
+        let closed =
+            (self.closed_bytes_up.load(Ordering::Relaxed), self.closed_bytes_down.load(Ordering::Relaxed));
+        self.attached.iter().fold(closed, |(up, down), attached| {
+            let stats = attached.connection.stats();
+            (up + stats.udp_rx.bytes, down + stats.udp_tx.bytes)
+        })
+    }
+
+    /// Adds a connection that is no longer attached to the totals.
+    pub(super) fn count_closed(&self, connection: &Connection) {
+        let stats = connection.stats();
+        self.closed_bytes_up.fetch_add(stats.udp_rx.bytes, Ordering::Relaxed);
+        self.closed_bytes_down.fetch_add(stats.udp_tx.bytes, Ordering::Relaxed);
+    }
+}
+
+fn random_u64() -> u64 {
+    u64::from_le_bytes(secure_random())
+}

@@ -1,0 +1,258 @@
+//! The driver around the server's core: accepts workers over QUIC and writes down what the run leaves behind.
+
+mod bulk;
+mod connection;
+mod hub;
+mod pipeline;
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quinn::Endpoint;
+use sanderling_common::config::RunConfig;
+use sanderling_common::corpus::{Corpus, CorpusError};
+use sanderling_common::ids::Step;
+use sanderling_common::init::initial_parameters;
+use sanderling_common::join::{JoinString, Token, hex};
+use sanderling_common::model_config::{ModelConfig, ModelConfigError};
+use sanderling_transport::{Certificate, CloseCode, EndpointError, TlsError, secure_random, server_endpoint};
+use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
+use tracing::info;
+
+use crate::progress::Progress;
+use crate::results::{Evaluation, ResultsError, RunFolder, Summary};
+use hub::{Hub, NOTICE_EVERY};
+
+/// How often progress is shown.
+const SHOW_EVERY: Duration = Duration::from_millis(150);
+
+/// Workers that were told that the run is over may take this long to say goodbye.
+const GOODBYES_WAIT: Duration = Duration::from_secs(3);
+
+/// After an early stop, the final evaluation may take this long.
+const FINAL_EVALUATION_WAIT: Duration = Duration::from_secs(15);
+
+/// Why a run cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// `listen` is no address.
+    #[error("cannot listen on {0:?}: give an address and a port, such as 0.0.0.0:4433")]
+    Listen(String),
+    /// The address is taken or not allowed.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// No certificate.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The text cannot be trained on.
+    #[error(transparent)]
+    Corpus(#[from] CorpusError),
+    /// The model cannot be built.
+    #[error(transparent)]
+    Model(#[from] ModelConfigError),
+    /// Results cannot be written.
+    #[error(transparent)]
+    Results(#[from] ResultsError),
+    /// The system gave no local address.
+    #[error("cannot tell the address listened on: {0}")]
+    Address(#[from] std::io::Error),
+}
+
+/// What a finished run leaves behind.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The closing figures, also in `summary.json`.
+    pub summary: Summary,
+    /// The curve, also in `metrics.jsonl`.
+    pub evaluations: Vec<Evaluation>,
+    /// The run's folder.
+    pub folder: PathBuf,
+    /// The checkpoint in it.
+    pub checkpoint: PathBuf,
+    /// The architecture of the checkpoint.
+    pub model: ModelConfig,
+    /// Its parameters, flat.
+    pub parameters: Vec<f32>,
+    /// The text it was trained on, with its vocabulary.
+    pub corpus: Corpus,
+}
+
+/// A server that listens.
+pub struct Server {
+    hub: Arc<Hub>,
+    endpoint: Endpoint,
+    join: JoinString,
+    folder: RunFolder,
+    model: ModelConfig,
+    curve: mpsc::UnboundedReceiver<Evaluation>,
+    started: Instant,
+}
+
+impl Server {
+    /// Makes the run's folder, initialises the model and listens. Without a token a fresh one is drawn.
+    ///
+    /// # Errors
+    /// A [`ServerError`].
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn start(mut run: RunConfig, token: Option<Token>) -> Result<Self, ServerError> {
+        let started = Instant::now();
+        let corpus: Corpus = run.corpus()?;
+        let address = listen_address(&run.server.listen)?;
+        let certificate = Certificate::generate()?;
+        // Half the lease passes before a silent connection is lost, the other half before its session is.
+        let idle = Duration::from_millis(run.server.lease_ms / 2);
+        let endpoint = server_endpoint(address, &certificate, idle)?;
+        let bound = endpoint.local_addr()?;
+        let token = match token {
+            Some(token) => token,
+            None => hex(&secure_random::<16>()).parse().expect("32 hexadecimal digits are a token"),
+        };
+        let join = JoinString {
+            host: advertised_host(&run, bound),
+            port: bound.port(),
+            pin: certificate.pin(),
+            token: token.clone(),
+        };
+        let folder = RunFolder::create(&mut run)?;
+        let model = run.model_config(corpus.vocabulary().len());
+        let initial = initial_parameters(&model, run.run.seed)?;
+        let (sender, curve) = mpsc::unbounded_channel();
+        let hub = Arc::new(Hub::new(run, corpus, token, &initial, sender)?);
+        tokio::spawn(accept(hub.clone(), endpoint.clone()));
+        tokio::spawn(announce_steps(hub.clone()));
+        Ok(Self { hub, endpoint, join, folder, model, curve, started })
+    }
+
+    /// What workers need to join.
+    pub fn join(&self) -> &JoinString {
+        &self.join
+    }
+
+    /// The run as it is served, under the name its folder has.
+    pub fn run(&self) -> &RunConfig {
+        self.hub.run()
+    }
+
+    /// The text it trains on.
+    pub fn corpus(&self) -> &Corpus {
+        self.hub.corpus()
+    }
+
+    /// Where the results go.
+    pub fn folder(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+
+    /// Serves until the run is over, or until `stop` becomes true and what was applied by then is evaluated. `show` is
+    /// called several times a second.
+    ///
+    /// # Errors
+    /// [`ServerError::Results`] if a result cannot be written.
+    pub async fn serve(
+        mut self,
+        stop: watch::Receiver<bool>,
+        mut show: impl FnMut(&Progress),
+    ) -> Result<Outcome, ServerError> {
+        let mut ticks = tokio::time::interval(SHOW_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let hub = self.hub.clone();
+        let stopping = tokio::spawn(stop_early(hub.clone(), stop));
+        let finished = hub.finished();
+        tokio::pin!(finished);
+        loop {
+            tokio::select! {
+                Some(evaluation) = self.curve.recv() => self.folder.append(&evaluation)?,
+                _ = ticks.tick() => show(&hub.progress()),
+                () = &mut finished => break,
+            }
+        }
+        stopping.abort();
+        while let Ok(evaluation) = self.curve.try_recv() {
+            self.folder.append(&evaluation)?;
+        }
+        show(&hub.progress());
+        let outcome = self.conclude().await?;
+        self.say_goodbye().await;
+        Ok(outcome)
+    }
+
+    /// Writes the checkpoint and the summary.
+    async fn conclude(&self) -> Result<Outcome, ServerError> {
+        let parameters = self.hub.best_parameters().await;
+        let checkpoint = self.folder.write_checkpoint(&self.model, &parameters, self.hub.corpus())?;
+        let summary = self.hub.summary(self.started.elapsed().as_secs_f64());
+        self.folder.write_summary(&summary)?;
+        Ok(Outcome {
+            summary,
+            evaluations: self.hub.evaluations(),
+            folder: self.folder.path().to_owned(),
+            checkpoint,
+            model: self.model.clone(),
+            parameters,
+            corpus: self.hub.corpus().clone(),
+        })
+    }
+
+    async fn say_goodbye(&self) {
+        let deadline = Instant::now() + GOODBYES_WAIT;
+        while self.hub.connected() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.hub.disconnect_all(CloseCode::Finished, "the run is over");
+        self.endpoint.close(quinn::VarInt::from_u32(CloseCode::Finished as u32), b"the run is over");
+        let _ = tokio::time::timeout(GOODBYES_WAIT, self.endpoint.wait_idle()).await;
+    }
+}
+
+async fn accept(hub: Arc<Hub>, endpoint: Endpoint) {
+    while let Some(incoming) = endpoint.accept().await {
+        tokio::spawn(connection::serve(hub.clone(), incoming));
+    }
+}
+
+async fn announce_steps(hub: Arc<Hub>) {
+    let mut ticks = tokio::time::interval(NOTICE_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut announced = Step(0);
+    while !hub.is_finished() {
+        ticks.tick().await;
+        let step = hub.step();
+        if step > announced {
+            announced = step;
+            hub.announce(step);
+        }
+    }
+}
+
+async fn stop_early(hub: Arc<Hub>, mut stop: watch::Receiver<bool>) {
+    if stop.wait_for(|stop| *stop).await.is_err() {
+        return;
+    }
+    info!("stopping early: evaluating what was trained so far");
+    hub.stop_training().await;
+    if hub.connected() > 0 {
+        tokio::time::sleep(FINAL_EVALUATION_WAIT).await;
+    }
+    hub.abandon();
+}
+
+fn listen_address(text: &str) -> Result<SocketAddr, ServerError> {
+    let found = text.to_socket_addrs().ok().and_then(|mut addresses| addresses.next());
+    found.ok_or_else(|| ServerError::Listen(text.to_owned()))
+}
+
+/// The host of the join string: what the run says, or the address listened on; this machine by its loopback address
+/// where that is every address.
+fn advertised_host(run: &RunConfig, bound: SocketAddr) -> String {
+    match (run.server.advertise.as_str(), bound) {
+        ("", SocketAddr::V4(bound)) if bound.ip().is_unspecified() => "127.0.0.1".to_owned(),
+        ("", SocketAddr::V6(bound)) if bound.ip().is_unspecified() => "::1".to_owned(),
+        ("", bound) => bound.ip().to_string(),
+        (host, _) => host.to_owned(),
+    }
+}

@@ -1,0 +1,203 @@
+//! The core with a thread per shard: pushes are pipelined, so one may be applied to the first shard while the one
+//! before it is in the second.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use bytes::Bytes;
+use sanderling_common::config::RunConfig;
+use sanderling_common::ids::{SessionId, Step, WorkerId};
+use sanderling_common::layout::Layout;
+use sanderling_common::wire::control::EvaluationReport;
+use sanderling_common::wire::{Push, Refusal, Work};
+use tokio::sync::oneshot;
+
+use super::hub::{OpenError, Opened};
+use crate::core::{
+    Admitted, Best, Evaluated, PushOutput, ServerCore, ServerSettings, SessionsFull, Shard, ShardJob, ShardOutput,
+    Standing, Ticket,
+};
+
+/// Jobs that one session can have queued: the three of a push, and its opening and closing.
+const JOBS_PER_SESSION: usize = 5;
+
+/// Jobs that belong to no session: snapshots.
+const JOBS_WITHOUT_SESSION: usize = 16;
+
+struct Task {
+    job: ShardJob,
+    done: oneshot::Sender<ShardOutput>,
+}
+
+/// Outputs to come: a list per shard.
+type Pending = Vec<Vec<oneshot::Receiver<ShardOutput>>>;
+
+/// The model of a step.
+pub(super) struct Snapshot {
+    pub(super) step: Step,
+    pub(super) parameters: Vec<f32>,
+}
+
+/// What became of a push.
+pub(super) struct Pushed {
+    /// The frame that answers it.
+    pub(super) reply: Bytes,
+    /// What is new about it; none for a repeat.
+    pub(super) news: Option<News>,
+}
+
+/// A push that was handled for the first time.
+pub(super) struct News {
+    pub(super) step: Step,
+    pub(super) staleness: u32,
+    /// Whether it made a step.
+    pub(super) applied: bool,
+    /// The model after it, if it is to be evaluated.
+    pub(super) snapshot: Option<Snapshot>,
+}
+
+/// The core, and the queues of its shards. The queues are filled only by closures that the core calls while it holds
+/// the order of steps, so every shard sees the same order.
+pub(super) struct Pipeline {
+    core: ServerCore,
+    shards: Vec<SyncSender<Task>>,
+}
+
+impl Pipeline {
+    /// Starts the shards' threads; they end with the pipeline.
+    pub(super) fn start(layout: &Arc<Layout>, run: &RunConfig, initial: &[f32]) -> Self {
+        let settings = ServerSettings::from(run);
+        let (core, shards) = ServerCore::new(layout, initial, &settings);
+        let queue_max = JOBS_PER_SESSION * settings.sessions_max as usize + JOBS_WITHOUT_SESSION;
+        let start = |(number, shard): (usize, Shard)| {
+            let (queue, tasks) = sync_channel(queue_max);
+            let thread = std::thread::Builder::new().name(format!("shard {number}"));
+            thread.spawn(move || work_off(shard, &tasks)).expect("the system has a thread for each shard");
+            queue
+        };
+        Self { core, shards: shards.into_iter().enumerate().map(start).collect() }
+    }
+
+    /// Queues jobs for every shard. Called while the order of steps is held, so it must not wait: the queues have
+    /// room for whatever sessions can ask for.
+    fn enqueue(&self, jobs: &[ShardJob], pending: &mut Pending) {
+        pending.extend(self.shards.iter().map(|queue| {
+            let task = |job: &ShardJob| {
+                let (done, output) = oneshot::channel();
+                let task = Task { job: job.clone(), done };
+                queue.try_send(task).expect("a shard's queue has room for every session's jobs");
+                output
+            };
+            jobs.iter().map(task).collect()
+        }));
+    }
+
+    /// A new session and its base model.
+    pub(super) async fn open(&self, session: SessionId) -> Result<(Opened, Vec<f32>), OpenError> {
+        let mut pending = Pending::new();
+        let opened = self.core.open_session(session, |job| self.enqueue(&[job], &mut pending));
+        let (worker, step) = opened.map_err(|SessionsFull { sessions_max }| OpenError::Full { sessions_max })?;
+        let parts = outputs(pending).await.into_iter().flatten().map(|output| match output {
+            ShardOutput::Base(part) => part,
+            _ => unreachable!("the job was Open"),
+        });
+        Ok((Opened { session, worker, step }, parts.flatten().collect()))
+    }
+
+    /// Ends a session.
+    pub(super) fn close(&self, session: SessionId) {
+        self.core.close_session(session, |job| self.enqueue(&[job], &mut Pending::new()));
+    }
+
+    /// One exchange.
+    pub(super) async fn push(&self, push: &Push) -> Result<Pushed, Refusal> {
+        let mut pending = Pending::new();
+        let queue = |ticket: &Ticket| self.enqueue(&ticket.jobs().collect::<Vec<_>>(), &mut pending);
+        let ticket = match self.core.admit(push, queue)? {
+            Admitted::Repeat(reply) => return Ok(Pushed { reply, news: None }),
+            Admitted::New(ticket) => ticket,
+        };
+        let mut output = PushOutput::join(outputs(pending).await);
+        let completed = self.core.complete(&ticket, &output);
+        if completed == Err(Refusal::ReplicaMismatch) {
+            self.close(push.session);
+        }
+        let step = ticket.step();
+        let snapshot = output.snapshot.take().map(|parameters| Snapshot { step, parameters });
+        let news = News { step, staleness: ticket.staleness(), applied: ticket.applies(), snapshot };
+        Ok(Pushed { reply: completed?, news: Some(news) })
+    }
+
+    /// Leases nothing more; returns the current model if it is still to be evaluated.
+    pub(super) async fn stop(&self) -> Option<Snapshot> {
+        let mut pending = Pending::new();
+        let step = self.core.stop(|job| self.enqueue(&[job], &mut pending))?;
+        Some(Snapshot { step, parameters: snapshot(pending).await })
+    }
+
+    /// The model as it is when the queued jobs are done.
+    pub(super) async fn theta(&self) -> Vec<f32> {
+        let mut pending = Pending::new();
+        self.core.in_order(|| self.enqueue(&[ShardJob::Snapshot], &mut pending));
+        snapshot(pending).await
+    }
+
+    pub(super) fn worker(&self, session: SessionId) -> Option<WorkerId> {
+        self.core.worker(session)
+    }
+
+    pub(super) fn work(&self, session: SessionId) -> Option<Work> {
+        self.core.work(session)
+    }
+
+    pub(super) fn report(&self, report: &EvaluationReport) -> Evaluated {
+        self.core.report(report)
+    }
+
+    pub(super) fn snapshot_ready(&self, step: Step) {
+        self.core.snapshot_ready(step);
+    }
+
+    pub(super) fn needs_snapshot(&self, step: Step) -> bool {
+        self.core.needs_snapshot(step)
+    }
+
+    pub(super) fn abandon(&self) {
+        self.core.abandon();
+    }
+
+    pub(super) fn best(&self) -> Option<Best> {
+        self.core.best()
+    }
+
+    pub(super) fn standing(&self) -> Standing {
+        self.core.standing()
+    }
+}
+
+fn work_off(mut shard: Shard, tasks: &Receiver<Task>) {
+    while let Ok(Task { job, done }) = tasks.recv() {
+        // Whoever asked may be gone; the job is done all the same.
+        let _ = done.send(shard.handle(&job));
+    }
+}
+
+async fn outputs(pending: Pending) -> Vec<Vec<ShardOutput>> {
+    let mut all = Vec::with_capacity(pending.len());
+    for shard in pending {
+        let mut of_shard = Vec::with_capacity(shard.len());
+        for output in shard {
+            of_shard.push(output.await.expect("shards do every job they are given"));
+        }
+        all.push(of_shard);
+    }
+    all
+}
+
+async fn snapshot(pending: Pending) -> Vec<f32> {
+    let parts = outputs(pending).await.into_iter().flatten().map(|output| match output {
+        ShardOutput::Snapshot(part) => part,
+        _ => unreachable!("the job was Snapshot"),
+    });
+    parts.flatten().collect()
+}

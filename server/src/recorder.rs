@@ -1,0 +1,292 @@
+//! Turns what happens in a run into its curve, its progress and its summary. No IO: the time and the traffic are
+//! arguments.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use sanderling_common::config::{BUNDLED_TEXT, RunConfig};
+use sanderling_common::wire::control::EvaluationReport;
+use sanderling_common::wire::{EvaluationJob, Split};
+
+use crate::progress::Progress;
+use crate::results::{Evaluation, Summary, Traffic};
+
+/// Pushes over which the progress display averages loss, staleness and speed.
+const RECENT_PUSHES: usize = 64;
+
+/// Tokens of nanoGPT's CPU example: 2 000 batches of 12 × 64.
+pub const REFERENCE_TOKENS: u64 = 2_000 * 12 * 64;
+
+/// What the recorder wants to know of one applied or skipped push.
+#[derive(Clone, Copy, Debug)]
+pub struct PushRecord {
+    /// The step the push was given; for a skipped one the step reached before.
+    pub step: u64,
+    /// Its training loss.
+    pub loss: f32,
+    /// Its tokens.
+    pub tokens: u32,
+    /// Its staleness.
+    pub staleness: u32,
+    /// Whether it was skipped.
+    pub skipped: bool,
+    /// Seconds since the server started.
+    pub seconds: f64,
+}
+
+/// Sums over a stretch of pushes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Stretch {
+    pushes: u64,
+    loss: f64,
+    staleness: u64,
+    staleness_max: u64,
+}
+
+impl Stretch {
+    fn add(&mut self, push: &PushRecord) {
+        self.pushes += 1;
+        self.loss += f64::from(push.loss);
+        self.staleness += u64::from(push.staleness);
+        self.staleness_max = self.staleness_max.max(u64::from(push.staleness));
+    }
+
+    fn staleness_mean(&self) -> f64 {
+        self.staleness as f64 / self.pushes.max(1) as f64
+    }
+}
+
+/// What was known when a step was applied whose evaluation is still out.
+#[derive(Clone, Copy, Debug)]
+struct Mark {
+    stretch: Stretch,
+    tokens: u64,
+    traffic: Traffic,
+    seconds: f64,
+}
+
+/// The books of one run.
+#[derive(Debug)]
+pub struct Recorder {
+    run: RunConfig,
+    parameters: u64,
+    active_parameters: u64,
+    steps: u64,
+    skipped: u64,
+    tokens: u64,
+    sessions: u32,
+    whole: Stretch,
+    since_mark: Stretch,
+    first_push: Option<f64>,
+    last_push: f64,
+    recent: VecDeque<PushRecord>,
+    marks: BTreeMap<u64, Mark>,
+    evaluations: BTreeMap<u64, Evaluation>,
+    test_loss: Option<(u64, f64)>,
+}
+
+impl Recorder {
+    /// Empty books.
+    pub fn new(run: RunConfig, parameters: usize, active_parameters: usize) -> Self {
+        Self {
+            run,
+            parameters: parameters as u64,
+            active_parameters: active_parameters as u64,
+            steps: 0,
+            skipped: 0,
+            tokens: 0,
+            sessions: 0,
+            whole: Stretch::default(),
+            since_mark: Stretch::default(),
+            first_push: None,
+            last_push: 0.0,
+            recent: VecDeque::new(),
+            marks: BTreeMap::new(),
+            evaluations: BTreeMap::new(),
+            test_loss: None,
+        }
+    }
+
+    /// A session was opened.
+    pub fn session_opened(&mut self) {
+        self.sessions += 1;
+    }
+
+    /// A push was answered.
+    pub fn pushed(&mut self, push: PushRecord) {
+        self.first_push.get_or_insert(push.seconds);
+        self.last_push = push.seconds;
+        if push.skipped {
+            self.skipped += 1;
+            return;
+        }
+        self.steps = self.steps.max(push.step);
+        self.tokens += u64::from(push.tokens);
+        self.whole.add(&push);
+        self.since_mark.add(&push);
+        self.recent.push_back(push);
+        if self.recent.len() > RECENT_PUSHES {
+            self.recent.pop_front();
+        }
+    }
+
+    /// A snapshot was taken at `step` for evaluation: notes what the curve will say of this step.
+    pub fn snapshot_taken(&mut self, step: u64, bytes_up: u64, bytes_down: u64) {
+        let stretch = std::mem::take(&mut self.since_mark);
+        let traffic = self.traffic(step, bytes_up, bytes_down);
+        let mark = Mark { stretch, tokens: self.tokens, traffic, seconds: self.training_seconds() };
+        self.marks.insert(step, mark);
+    }
+
+    /// An evaluation came back. Returns the new line of the curve, if it is one of the validation split.
+    pub fn evaluated(&mut self, report: &EvaluationReport) -> Option<&Evaluation> {
+        let EvaluationJob { step, split, .. } = report.job;
+        if split == Split::Test {
+            self.test_loss = Some((step.0, report.loss));
+            return None;
+        }
+        let mark = self.marks.remove(&step.0)?;
+        let best = self.best().map_or(report.loss, |best| best.val_loss.min(report.loss));
+        let line = Evaluation {
+            steps: step.0,
+            tokens: mark.tokens,
+            val_loss: report.loss,
+            best_val_loss: best,
+            train_loss: (mark.stretch.pushes > 0).then(|| mark.stretch.loss / mark.stretch.pushes as f64),
+            traffic: mark.traffic,
+            staleness_mean: mark.stretch.staleness_mean(),
+            staleness_max: mark.stretch.staleness_max,
+            seconds: mark.seconds,
+            tokens_per_second: per_second(mark.tokens, mark.seconds),
+            expert_share: report.expert_share.clone(),
+            router_entropy: report.router_entropy.clone(),
+        };
+        self.evaluations.insert(step.0, line);
+        self.evaluations.get(&step.0)
+    }
+
+    /// The evaluation with the lowest validation loss, the earliest of equals.
+    fn best(&self) -> Option<&Evaluation> {
+        self.evaluations.values().min_by(|a, b| a.val_loss.total_cmp(&b.val_loss))
+    }
+
+    /// The curve, in order of step.
+    pub fn evaluations(&self) -> Vec<Evaluation> {
+        self.evaluations.values().cloned().collect()
+    }
+
+    /// Where the run stands, for display.
+    pub fn progress(&self, workers: u32, bytes_up: u64, bytes_down: u64) -> Progress {
+        let count = self.recent.len() as f64;
+        let mean = |value: fn(&PushRecord) -> f64| self.recent.iter().map(value).sum::<f64>() / count.max(1.0);
+        let (first, last) = (self.recent.front(), self.recent.back());
+        let span = first.zip(last).map_or(0.0, |(first, last)| last.seconds - first.seconds);
+        let tokens = self.recent.iter().skip(1).map(|push| u64::from(push.tokens)).sum();
+        Progress {
+            done: self.steps + self.skipped,
+            total: self.run.training.steps,
+            workers,
+            loss: (count > 0.0).then(|| mean(|push| f64::from(push.loss))),
+            tokens_per_second: per_second(tokens, span),
+            staleness: mean(|push| f64::from(push.staleness)),
+            traffic: self.traffic(self.steps, bytes_up, bytes_down),
+            evaluation: self.evaluations.values().next_back().cloned(),
+        }
+    }
+
+    /// The summary of the run as it stands.
+    pub fn summary(&self, seconds: f64, bytes_up: u64, bytes_down: u64) -> Summary {
+        let best = self.best();
+        let last = self.evaluations.get(&self.steps);
+        let training_seconds = self.training_seconds();
+        let at_reference = (self.run.data.text == BUNDLED_TEXT)
+            .then(|| self.evaluations.values().find(|line| line.tokens >= REFERENCE_TOKENS))
+            .flatten();
+        let test_loss = self.test_loss.filter(|(step, _)| best.is_none_or(|best| best.steps == *step));
+        Summary {
+            name: self.run.run.name.clone(),
+            method: self.run.training.method.to_string(),
+            workers: self.run.run.workers,
+            sessions: self.sessions,
+            seed: self.run.run.seed,
+            completed: self.steps + self.skipped >= self.run.training.steps,
+            steps: self.steps,
+            skipped: self.skipped,
+            tokens: self.tokens,
+            val_loss: last.map(|line| line.val_loss),
+            best_val_loss: best.map(|line| line.val_loss),
+            best_step: best.map_or(self.steps, |line| line.steps),
+            test_loss: test_loss.map(|(_, loss)| loss),
+            val_loss_at_1_54m: at_reference.map(|line| line.val_loss),
+            traffic: self.traffic(self.steps, bytes_up, bytes_down),
+            staleness_mean: self.whole.staleness_mean(),
+            staleness_max: self.whole.staleness_max,
+            training_seconds,
+            seconds,
+            tokens_per_second: per_second(self.tokens, training_seconds),
+            parameters: self.parameters,
+            active_parameters: self.active_parameters,
+        }
+    }
+
+    fn training_seconds(&self) -> f64 {
+        self.first_push.map_or(0.0, |first| self.last_push - first)
+    }
+
+    fn traffic(&self, steps: u64, bytes_up: u64, bytes_down: u64) -> Traffic {
+        let dense = 4 * self.parameters * steps;
+        Traffic { bytes_up, bytes_down, dense_bytes_up: dense, dense_bytes_down: dense }
+    }
+}
+
+fn per_second(count: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 { count as f64 / seconds } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use sanderling_common::ids::Step;
+
+    use super::*;
+
+    fn push(step: u64, seconds: f64) -> PushRecord {
+        PushRecord { step, loss: step as f32, tokens: 10, staleness: 3, skipped: false, seconds }
+    }
+
+    fn report(step: u64, split: Split, loss: f64) -> EvaluationReport {
+        let job = EvaluationJob { id: 1, step: Step(step), split };
+        EvaluationReport { job, loss, tokens: 100, expert_share: vec![], router_entropy: vec![] }
+    }
+
+    #[test]
+    fn the_curve_tells_what_was_known_at_each_step() {
+        let mut recorder = Recorder::new(RunConfig::default(), 1000, 500);
+        (1..=4).for_each(|step| recorder.pushed(push(step, step as f64)));
+        recorder.snapshot_taken(4, 40, 80);
+        (5..=8).for_each(|step| recorder.pushed(push(step, step as f64)));
+        recorder.snapshot_taken(8, 90, 99);
+        // Results may come back out of order.
+        recorder.evaluated(&report(8, Split::Validation, 1.5)).unwrap();
+        let line = recorder.evaluated(&report(4, Split::Validation, 2.0)).unwrap();
+        assert_eq!((line.steps, line.tokens, line.train_loss), (4, 40, Some(2.5)));
+        assert_eq!((line.traffic.bytes_up, line.traffic.dense_bytes_up), (40, 16_000));
+        assert_eq!((line.seconds, line.staleness_mean, line.staleness_max), (3.0, 3.0, 3));
+        assert_eq!(recorder.evaluations().iter().map(|e| e.steps).collect::<Vec<_>>(), [4, 8]);
+
+        recorder.evaluated(&report(8, Split::Test, 1.6));
+        let summary = recorder.summary(9.0, 100, 200);
+        assert_eq!((summary.best_step, summary.best_val_loss, summary.test_loss), (8, Some(1.5), Some(1.6)));
+        assert_eq!((summary.val_loss, summary.tokens, summary.completed), (Some(1.5), 80, false));
+    }
+
+    #[test]
+    fn a_test_loss_of_another_model_is_not_reported() {
+        let mut recorder = Recorder::new(RunConfig::default(), 1000, 500);
+        (1..=2).for_each(|step| {
+            recorder.pushed(push(step, 1.0));
+            recorder.snapshot_taken(step, 0, 0);
+            recorder.evaluated(&report(step, Split::Validation, step as f64));
+        });
+        recorder.evaluated(&report(2, Split::Test, 9.0));
+        assert_eq!(recorder.summary(1.0, 0, 0).test_loss, None);
+    }
+}

@@ -1,0 +1,132 @@
+//! Making and filling a run's folder.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use sanderling_common::checkpoint::{self, CheckpointError};
+use sanderling_common::config::RunConfig;
+use sanderling_common::corpus::Corpus;
+use sanderling_common::model_config::ModelConfig;
+
+use super::{Evaluation, Summary};
+
+/// Folders tried before giving up: `name`, `name-2`, … `name-999`.
+const NAMES_TRIED_MAX: u32 = 999;
+
+/// Why results cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum ResultsError {
+    /// The system refused.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Every name is taken.
+    #[error("{0} and its numbered successors all exist; choose another --name")]
+    NamesTaken(PathBuf),
+    /// The checkpoint cannot be written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+}
+
+/// The folder of one run, made for it alone.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    metrics: File,
+}
+
+impl RunFolder {
+    /// Makes `runs_dir/name`, or `name-2`, `name-3`, … where that exists: results are never overwritten. Writes the
+    /// resolved configuration, under the name that was taken.
+    ///
+    /// # Errors
+    /// A [`ResultsError`] that names the path.
+    pub fn create(run: &mut RunConfig) -> Result<Self, ResultsError> {
+        let path = Self::make(run)?;
+        if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
+            name.clone_into(&mut run.run.name);
+        }
+        write(&path.join("run.toml"), run.to_toml().as_bytes())?;
+        let metrics = path.join("metrics.jsonl");
+        let opened = OpenOptions::new().create(true).append(true).open(&metrics);
+        let metrics = opened.map_err(|source| ResultsError::Write { path: metrics, source })?;
+        Ok(Self { path, metrics })
+    }
+
+    fn make(run: &RunConfig) -> Result<PathBuf, ResultsError> {
+        let parent = Path::new(&run.run.runs_dir);
+        fs::create_dir_all(parent)
+            .map_err(|source| ResultsError::Write { path: parent.to_owned(), source })?;
+        let wanted = parent.join(&run.run.name);
+        for number in 1..=NAMES_TRIED_MAX {
+            let path = match number {
+                1 => wanted.clone(),
+                _ => parent.join(format!("{}-{number}", run.run.name)),
+            };
+            match fs::create_dir(&path) {
+                Ok(()) => return Ok(path),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(source) => return Err(ResultsError::Write { path, source }),
+            }
+        }
+        Err(ResultsError::NamesTaken(wanted))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Appends a line to `metrics.jsonl`.
+    ///
+    /// # Errors
+    /// [`ResultsError::Write`].
+    pub fn append(&mut self, evaluation: &Evaluation) -> Result<(), ResultsError> {
+        let mut line = serde_json::to_string(evaluation).expect("an evaluation has a JSON form");
+        line.push('\n');
+        let written = self.metrics.write_all(line.as_bytes());
+        written.map_err(|source| ResultsError::Write { path: self.path.join("metrics.jsonl"), source })
+    }
+
+    /// Writes `summary.json`.
+    ///
+    /// # Errors
+    /// [`ResultsError::Write`].
+    pub fn write_summary(&self, summary: &Summary) -> Result<(), ResultsError> {
+        let json = serde_json::to_vec_pretty(summary).expect("a summary has a JSON form");
+        write(&self.path.join("summary.json"), &json)
+    }
+
+    /// Writes the model, its configuration and its tokenizer to `checkpoint/`.
+    ///
+    /// # Errors
+    /// A [`ResultsError`].
+    pub fn write_checkpoint(
+        &self,
+        model: &ModelConfig,
+        parameters: &[f32],
+        corpus: &Corpus,
+    ) -> Result<PathBuf, ResultsError> {
+        let path = self.path.join("checkpoint");
+        let tokenizer = serde_json::to_vec_pretty(&corpus.vocabulary().tokenizer_json());
+        let tokenizer = tokenizer.expect("a tokenizer has a JSON form");
+        checkpoint::save(&path, model, parameters, &[("tokenizer.json", &tokenizer)])?;
+        Ok(path)
+    }
+}
+
+/// Writes to a temporary name and renames, so that a reader never sees half a file.
+fn write(path: &Path, bytes: &[u8]) -> Result<(), ResultsError> {
+    let temporary = path.with_extension("partial");
+    let written = File::create(&temporary).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    });
+    written.map_err(|source| ResultsError::Write { path: path.to_owned(), source })
+}

@@ -1,0 +1,96 @@
+//! What a run reports, while it goes on and at its end.
+
+/// Bytes exchanged with all workers so far, and what dense exchange would have cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Traffic {
+    /// UDP payload bytes received from workers, by the QUIC implementation's counters: pushes, requests,
+    /// acknowledgements, handshakes.
+    pub bytes_up: u64,
+    /// UDP payload bytes sent to workers, base models and snapshots included.
+    pub bytes_down: u64,
+    /// 4 · parameters · steps: every push a dense float32 gradient.
+    pub dense_bytes_up: u64,
+    /// 4 · parameters · steps: every answer a dense float32 model.
+    pub dense_bytes_down: u64,
+}
+
+/// A line of `metrics.jsonl`: the model at one step.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Evaluation {
+    /// Updates applied to the evaluated model.
+    pub steps: u64,
+    /// Training tokens behind it.
+    pub tokens: u64,
+    /// Mean cross-entropy over the validation split, nats per token.
+    pub val_loss: f64,
+    /// The lowest of them so far.
+    pub best_val_loss: f64,
+    /// Mean training loss of the pushes since the line before; none when there was no push.
+    pub train_loss: Option<f64>,
+    /// Bytes up to this step.
+    #[serde(flatten)]
+    pub traffic: Traffic,
+    /// Mean staleness of the updates since the line before.
+    pub staleness_mean: f64,
+    /// The largest staleness since the line before.
+    pub staleness_max: u64,
+    /// Wall time since the first push, when the step was applied.
+    pub seconds: f64,
+    /// Training tokens per second since the first push.
+    pub tokens_per_second: f64,
+    /// Per layer, the share of routed token slots of each expert on the validation split.
+    pub expert_share: Vec<Vec<f32>>,
+    /// Per layer, the mean entropy of the router's softmax over all experts, nats.
+    pub router_entropy: Vec<f32>,
+}
+
+/// `summary.json`.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Summary {
+    /// The run's name.
+    pub name: String,
+    /// The compression method.
+    pub method: String,
+    /// Workers that the run was configured for.
+    pub workers: u32,
+    /// Sessions opened; more than `workers` when some came back after their lease had expired.
+    pub sessions: u32,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Whether every batch was done, as opposed to an early stop.
+    pub completed: bool,
+    /// Updates applied.
+    pub steps: u64,
+    /// Batches whose gradient was not finite and was left out.
+    pub skipped: u64,
+    /// Training tokens behind the applied updates.
+    pub tokens: u64,
+    /// Validation loss of the last model; none if it was not evaluated.
+    pub val_loss: Option<f64>,
+    /// The lowest validation loss of the run.
+    pub best_val_loss: Option<f64>,
+    /// The step of that model, which is the one in `checkpoint/`.
+    pub best_step: u64,
+    /// Test loss of that model.
+    pub test_loss: Option<f64>,
+    /// Validation loss at the first evaluation at or after 1.536 M tokens (2 000 batches of 12 × 64, the length of
+    /// nanoGPT's CPU example); none for shorter runs and for other texts than the bundled one.
+    pub val_loss_at_1_54m: Option<f64>,
+    /// Bytes of the whole run.
+    #[serde(flatten)]
+    pub traffic: Traffic,
+    /// Mean staleness of all updates.
+    pub staleness_mean: f64,
+    /// The largest staleness.
+    pub staleness_max: u64,
+    /// Wall time from the first push to the last.
+    pub training_seconds: f64,
+    /// Wall time of the whole run, evaluations included.
+    pub seconds: f64,
+    /// Training tokens per second of `training_seconds`.
+    pub tokens_per_second: f64,
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// Parameters a token passes through.
+    pub active_parameters: u64,
+}

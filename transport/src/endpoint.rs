@@ -1,0 +1,103 @@
+//! UDP sockets and QUIC endpoints.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{ClientConfig, Endpoint, EndpointConfig, ServerConfig, TokioRuntime, TransportConfig, VarInt};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::tls::{Certificate, TlsError, client_tls, server_tls};
+
+/// Asked of the system for each direction: the default loses packets by the thousand on fast links. The system may
+/// grant less, which costs retransmissions and nothing else.
+const SOCKET_BUFFER_BYTES: usize = 8 << 20;
+
+/// Streams one connection may have open at a time: control, an exchange, a request, a bulk transfer, and room for
+/// those that are being closed.
+const STREAMS_MAX: u32 = 16;
+
+/// Bytes one stream may have under way unread.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+
+/// Bytes one connection may have under way unread, which bounds what a peer can make this side buffer.
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+
+/// A worker sends something at least this often, whatever it computes; the server's lease is at least twice that.
+const KEEP_ALIVE: Duration = Duration::from_millis(400);
+
+/// Why an endpoint cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointError {
+    /// The address is taken, not this machine's, or not allowed.
+    #[error("cannot listen on UDP {address}: {source}")]
+    Bind {
+        /// The address asked for.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// TLS cannot be set up.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+/// An endpoint that accepts workers. A connection that is silent for `idle` is lost.
+///
+/// # Errors
+/// An [`EndpointError`].
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub fn server_endpoint(
+    address: SocketAddr,
+    certificate: &Certificate,
+    idle: Duration,
+) -> Result<Endpoint, EndpointError> {
+    let mut config = ServerConfig::with_crypto(Arc::new(server_tls(certificate)?));
+    config.transport_config(Arc::new(transport(idle)));
+    open(address, Some(config))
+}
+
+/// An endpoint that connects to the server with this certificate pin.
+///
+/// # Errors
+/// An [`EndpointError`].
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub fn client_endpoint(server: SocketAddr, pin: [u8; 32], idle: Duration) -> Result<Endpoint, EndpointError> {
+    let mut config = ClientConfig::new(Arc::new(client_tls(pin)?));
+    config.transport_config(Arc::new(transport(idle)));
+    let any = match server {
+        SocketAddr::V4(_) => SocketAddr::from(([0; 4], 0)),
+        SocketAddr::V6(_) => SocketAddr::from(([0; 16], 0)),
+    };
+    let mut endpoint = open(any, None)?;
+    endpoint.set_default_client_config(config);
+    Ok(endpoint)
+}
+
+fn transport(idle: Duration) -> TransportConfig {
+    let mut transport = TransportConfig::default();
+    let idle_ms = u32::try_from(idle.as_millis()).unwrap_or(u32::MAX);
+    transport.max_idle_timeout(Some(VarInt::from_u32(idle_ms).into()));
+    transport.keep_alive_interval(Some(KEEP_ALIVE.max(idle / 8).min(idle / 2)));
+    transport.max_concurrent_bidi_streams(STREAMS_MAX.into());
+    transport.max_concurrent_uni_streams(0u32.into());
+    transport.stream_receive_window(STREAM_WINDOW_BYTES.into());
+    transport.receive_window(CONNECTION_WINDOW_BYTES.into());
+    transport.send_window(CONNECTION_WINDOW_BYTES.into());
+    transport
+}
+
+fn open(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoint, EndpointError> {
+    let failed = |source| EndpointError::Bind { address, source };
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP)).map_err(failed)?;
+    // A refusal leaves the system's default, which works, only slower.
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
+    socket.bind(&address.into()).map_err(failed)?;
+    let socket: UdpSocket = socket.into();
+    Endpoint::new(EndpointConfig::default(), server, socket, Arc::new(TokioRuntime)).map_err(failed)
+}

@@ -1,0 +1,140 @@
+//! TLS 1.3 with a self-signed certificate that workers recognise by its SHA-256, so that nobody needs a certificate
+//! authority. The signature of the handshake is verified as usual: a pin without it would prove only that the other
+//! side has seen the certificate.
+
+use std::sync::Arc;
+
+use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
+use rustls::DigitallySignedStruct;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use sanderling_common::wire::ALPN;
+use sha2::{Digest, Sha256};
+
+/// Why TLS cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// No certificate could be made.
+    #[error("cannot make a certificate: {0}")]
+    Certificate(#[from] rcgen::Error),
+    /// rustls refused the configuration.
+    #[error("cannot set up TLS: {0}")]
+    Rustls(#[from] rustls::Error),
+    /// The cryptographic provider lacks the cipher that QUIC needs.
+    #[error("cannot set up TLS for QUIC: {0}")]
+    Cipher(#[from] NoInitialCipherSuite),
+}
+
+/// A self-signed certificate with its key.
+pub struct Certificate {
+    der: CertificateDer<'static>,
+    key: PrivatePkcs8KeyDer<'static>,
+}
+
+impl Certificate {
+    /// Makes a fresh one (ECDSA P-256).
+    ///
+    /// # Errors
+    /// [`TlsError::Certificate`].
+    pub fn generate() -> Result<Self, TlsError> {
+        let made = rcgen::generate_simple_self_signed(["sanderling".to_owned()])?;
+        Ok(Self { der: made.cert.der().clone(), key: PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()) })
+    }
+
+    /// The SHA-256 by which workers recognise it.
+    pub fn pin(&self) -> [u8; 32] {
+        Sha256::digest(&self.der).into()
+    }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+/// Bytes from the system's secure generator, for tokens and session names.
+///
+/// # Panics
+/// If the system has no randomness to give, when nothing secret can be made.
+pub fn secure_random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    provider().secure_random.fill(&mut bytes).expect("the system's random generator works");
+    bytes
+}
+
+/// The server's side of TLS.
+///
+/// # Errors
+/// A [`TlsError`].
+pub fn server_tls(certificate: &Certificate) -> Result<QuicServerConfig, TlsError> {
+    let key = PrivateKeyDer::Pkcs8(certificate.key.clone_key());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.der.clone()], key)?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(QuicServerConfig::try_from(config)?)
+}
+
+/// The worker's side of TLS: trusts the certificate with this pin and no other.
+///
+/// # Errors
+/// A [`TlsError`].
+pub fn client_tls(pin: [u8; 32]) -> Result<QuicClientConfig, TlsError> {
+    let provider = provider();
+    let verifier = PinVerifier { pin, provider: provider.clone() };
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(QuicClientConfig::try_from(config)?)
+}
+
+/// Accepts exactly one certificate.
+#[derive(Debug)]
+struct PinVerifier {
+    pin: [u8; 32],
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for PinVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if <[u8; 32]>::from(Sha256::digest(end_entity)) == self.pin {
+            return Ok(ServerCertVerified::assertion());
+        }
+        Err(rustls::Error::General(
+            "the server's certificate is not the one of the join string (is this the string it printed last?)".into(),
+        ))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("QUIC runs over TLS 1.3 only".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}

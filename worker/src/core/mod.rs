@@ -1,0 +1,342 @@
+//! The worker's half of an exchange as a state machine: no IO, no clock, no randomness.
+//!
+//! A driver fetches a base model, makes a [`WorkerCore`] of it, and then repeats:
+//!
+//! | call | when |
+//! | --- | --- |
+//! | [`next_batch`](WorkerCore::next_batch) | to learn which batch comes next; `None`: ask the server for work |
+//! | [`view`](WorkerCore::view) | to take that batch's gradient |
+//! | [`handle_gradient`](WorkerCore::handle_gradient) | with the gradient, once no push is pending; makes one |
+//! | [`pending`](WorkerCore::pending) | to send, and to send again after a lost connection |
+//! | [`handle_answer`](WorkerCore::handle_answer) | with the server's answer to it |
+//!
+//! To overlap computing with an exchange, take the next gradient between `handle_gradient` and `handle_answer`; it is
+//! then a step staler, and the view accounts for the push that is under way.
+
+pub mod method;
+mod queue;
+
+use std::sync::Arc;
+
+use sanderling_common::config::RunConfig;
+use sanderling_common::ids::{BatchId, Seq, SessionId, Step};
+use sanderling_common::init::parameters_hash;
+use sanderling_common::layout::Layout;
+use sanderling_common::method::MethodSettings;
+use sanderling_common::schedule::Schedule;
+use sanderling_common::sparse::{DecodeError, NonFinite, Update, decode_into};
+use sanderling_common::wire::{Answer, BatchRange, Push, Work};
+
+use method::{CompressionMethod, Direction, clip_scale};
+use queue::BatchQueue;
+pub use queue::LEASES_MAX;
+
+/// What a worker needs to know of the run's configuration.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct WorkerSettings {
+    /// What it accumulates and sends.
+    pub method: MethodSettings,
+    /// The learning rate.
+    pub schedule: Schedule,
+    /// Every so many pushes one carries the hash of the worker's model; 0: none does.
+    pub replica_check_every: u64,
+}
+
+impl From<&RunConfig> for WorkerSettings {
+    fn from(run: &RunConfig) -> Self {
+        Self {
+            method: run.into(),
+            schedule: run.into(),
+            replica_check_every: run.exchange.replica_check_every,
+        }
+    }
+}
+
+/// What a worker has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkerCounters {
+    /// Pushes made, skipped ones included.
+    pub pushes: u64,
+    /// Gradients that could not be used.
+    pub skipped: u64,
+    /// Answers applied.
+    pub answers: u64,
+}
+
+/// The accumulators overflowed: with this learning rate the training cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("the training diverged: the worker's accumulator overflows at learning rate {rate} ({source})")]
+pub struct Diverged {
+    /// The rate of the step.
+    pub rate: f32,
+    /// Where.
+    pub source: NonFinite,
+}
+
+/// Why an answer cannot be what the server meant to send. The session cannot go on after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AnswerError {
+    /// There is no push to answer.
+    #[error("the answer to {0} came without being waited for")]
+    Unexpected(Seq),
+    /// It answers another push.
+    #[error("the answer to {got} came while {expected} was waited for")]
+    OtherPush {
+        /// The pending push.
+        expected: Seq,
+        /// The answered one.
+        got: Seq,
+    },
+    /// The server's step did not advance by the update it acknowledges.
+    #[error("the server went from {from} to {to} with an update of ours in between")]
+    StepBack {
+        /// The step of the previous answer.
+        from: Step,
+        /// The step of this one.
+        to: Step,
+    },
+    /// The difference cannot be decoded.
+    #[error("the difference cannot be decoded: {0}")]
+    Payload(#[from] DecodeError),
+    /// The difference makes the model overflow.
+    #[error("the difference makes the model overflow")]
+    NonFinite,
+    /// The leased batches do not exist, or there are more leases than a server hands out.
+    #[error("a lease of {} batches from {} on cannot be held", .0.count, .0.first)]
+    Lease(BatchRange),
+}
+
+/// One worker's model, method and place in the exchange. See the [module](self) for the order of calls.
+pub struct WorkerCore {
+    layout: Arc<Layout>,
+    settings: WorkerSettings,
+    session: SessionId,
+    /// θ_k; the server holds an exact replica of it.
+    theta: Vec<f32>,
+    /// The server step of θ_k.
+    step: Step,
+    method: Box<dyn CompressionMethod>,
+    /// θ_k − u_k, empty unless the method takes gradients there.
+    view: Vec<f32>,
+    view_is_current: bool,
+    /// The server step of the model that the last view was made of.
+    view_step: Step,
+    queue: BatchQueue,
+    seq: Seq,
+    /// The last push; kept when answered for the sake of its buffer.
+    push: Option<Push>,
+    is_pending: bool,
+    staleness: u32,
+    difference: Update,
+    counters: WorkerCounters,
+}
+
+impl WorkerCore {
+    /// A worker at the beginning of its session, with the base model `theta` of server step `step`.
+    ///
+    /// # Panics
+    /// If `theta` is not of the layout's length, or the settings are out of the ranges their types document.
+    pub fn new(
+        layout: Arc<Layout>,
+        settings: &WorkerSettings,
+        session: SessionId,
+        theta: Vec<f32>,
+        step: Step,
+    ) -> Self {
+        assert_eq!(theta.len(), layout.len(), "the base model is of another layout");
+        let method = method::build(&settings.method, &layout);
+        let view = if method.uses_local_view() { vec![0.0; theta.len()] } else { Vec::new() };
+        Self {
+            settings: *settings,
+            session,
+            step,
+            view_step: step,
+            method,
+            view,
+            view_is_current: false,
+            queue: BatchQueue::default(),
+            seq: Seq(0),
+            push: None,
+            is_pending: false,
+            staleness: 0,
+            difference: Update::default(),
+            counters: WorkerCounters::default(),
+            layout,
+            theta,
+        }
+    }
+
+    /// The session.
+    pub fn session(&self) -> SessionId {
+        self.session
+    }
+
+    /// The layout of all flat vectors.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// θ_k, the model as the server knows it.
+    pub fn theta(&self) -> &[f32] {
+        &self.theta
+    }
+
+    /// The server step of θ_k.
+    pub fn step(&self) -> Step {
+        self.step
+    }
+
+    /// The server step of the last view; its distance to the server's current step is the staleness of a gradient
+    /// taken there.
+    pub fn view_step(&self) -> Step {
+        self.view_step
+    }
+
+    /// The staleness of the last answered push, the best guess at the next one's for want of news.
+    pub fn last_staleness(&self) -> u32 {
+        self.staleness
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> WorkerCounters {
+        self.counters
+    }
+
+    /// The method, with its accumulators.
+    pub fn method(&self) -> &dyn CompressionMethod {
+        &*self.method
+    }
+
+    /// The batch that the next gradient is to be of; the same one until [`handle_gradient`](Self::handle_gradient)
+    /// has taken it.
+    pub fn next_batch(&self) -> Option<BatchId> {
+        self.queue.first()
+    }
+
+    /// Batches waiting.
+    pub fn queued_batches(&self) -> u64 {
+        self.queue.len()
+    }
+
+    /// The push that waits for its answer.
+    pub fn pending(&self) -> Option<&Push> {
+        self.push.as_ref().filter(|_| self.is_pending)
+    }
+
+    /// The parameters at which the next gradient is to be taken.
+    ///
+    /// That is θ_k or, for methods with a local view, θ_k − u_k: the worker's own unsent progress included. While a
+    /// push is pending its update is in neither of the two, and is subtracted as well.
+    pub fn view(&mut self) -> &[f32] {
+        self.view_step = self.step;
+        if !self.method.uses_local_view() {
+            return &self.theta;
+        }
+        if !self.view_is_current {
+            let residual = self.method.residual();
+            for ((view, &theta), &u) in self.view.iter_mut().zip(&self.theta).zip(residual) {
+                *view = theta - u;
+            }
+            if self.pending().is_some_and(|push| !push.skipped) {
+                self.method.sent().subtract_from(&self.layout, &mut self.view);
+            }
+            self.view_is_current = true;
+        }
+        &self.view
+    }
+
+    /// Takes in the gradient of the next batch, taken at the last [`view`](Self::view), and makes the push.
+    ///
+    /// `staleness` is τ as well as it is known: the server's updates since [`view_step`](Self::view_step). A gradient
+    /// or a loss that is not finite changes nothing; it makes a push without an update.
+    ///
+    /// # Errors
+    /// [`Diverged`] if an accumulator overflowed.
+    ///
+    /// # Panics
+    /// If a push is pending, `batch` is not the [`next_batch`](Self::next_batch), or the gradient is of another
+    /// layout.
+    pub fn handle_gradient(
+        &mut self,
+        batch: BatchId,
+        gradient: &[f32],
+        loss: f32,
+        tokens: u32,
+        staleness: u32,
+    ) -> Result<&Push, Diverged> {
+        assert!(!self.is_pending, "a gradient came while a push was pending");
+        assert_eq!(Some(batch), self.queue.first(), "the gradient is of another batch than the next");
+        assert_eq!(gradient.len(), self.layout.len(), "the gradient is of another layout");
+        let mut payload = self.push.take().map_or_else(Vec::new, |push| push.payload);
+        payload.clear();
+        let usable = clip_scale(gradient, self.settings.method.clip_norm).filter(|_| loss.is_finite());
+        if let Some(scale) = usable {
+            let entered_at = Step(self.view_step.0 + u64::from(staleness));
+            let rate = self.settings.schedule.rate(entered_at, staleness);
+            let theta = if self.method.uses_local_view() { &self.view } else { &self.theta };
+            let direction = Direction { gradient, scale, rate, theta };
+            self.method.step(&direction, &mut payload).map_err(|source| Diverged { rate, source })?;
+            self.view_is_current = false;
+        } else {
+            self.counters.skipped += 1;
+        }
+        self.queue.take_first();
+        self.seq = Seq(self.seq.0 + 1);
+        self.counters.pushes += 1;
+        self.is_pending = true;
+        let every = self.settings.replica_check_every;
+        let check = every > 0 && self.seq.0.is_multiple_of(every);
+        Ok(self.push.insert(Push {
+            session: self.session,
+            seq: self.seq,
+            batch,
+            step: self.view_step,
+            loss,
+            tokens,
+            skipped: usable.is_none(),
+            replica_hash: check.then(|| parameters_hash(&self.layout, &self.theta)),
+            payload,
+        }))
+    }
+
+    /// Applies the answer to the pending push, θ_k ← θ_k + G, and queues the batches it brings. What else it wants
+    /// is returned.
+    ///
+    /// # Errors
+    /// An [`AnswerError`] if the answer makes no sense; the session cannot go on then.
+    pub fn handle_answer(&mut self, answer: &Answer) -> Result<Work, AnswerError> {
+        let push = self.pending().ok_or(AnswerError::Unexpected(answer.seq))?;
+        if push.seq != answer.seq {
+            return Err(AnswerError::OtherPush { expected: push.seq, got: answer.seq });
+        }
+        let least = self.step.0 + u64::from(!push.skipped);
+        if answer.step.0 < least {
+            return Err(AnswerError::StepBack { from: self.step, to: answer.step });
+        }
+        let tensors = 0..self.layout.tensors().len();
+        decode_into(&self.layout, tensors.clone(), &answer.payload, &mut self.difference)?;
+        let mut finite = true;
+        self.difference.part(tensors).for_each(&self.layout, &mut self.theta, |theta, value| {
+            *theta += value;
+            finite &= theta.is_finite();
+        });
+        if !finite {
+            return Err(AnswerError::NonFinite);
+        }
+        self.add_work(&answer.work)?;
+        self.step = answer.step;
+        self.staleness = answer.staleness;
+        self.is_pending = false;
+        self.view_is_current = false;
+        self.counters.answers += 1;
+        Ok(answer.work)
+    }
+
+    /// Queues the batches of work that came outside an exchange.
+    ///
+    /// # Errors
+    /// [`AnswerError::Lease`] if they do not exist or are too many.
+    pub fn add_work(&mut self, work: &Work) -> Result<(), AnswerError> {
+        work.batches.map_or(Ok(()), |range| self.queue.add(range).map_err(AnswerError::Lease))
+    }
+}

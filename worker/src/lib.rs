@@ -1,0 +1,12 @@
+//! Sanderling's worker: computes gradients of a mixture-of-experts language model on its own data and exchanges them,
+//! sparsely, for differences of the server's model.
+//!
+//! [`core`] holds the exchange and the compression methods, without IO; [`model`] the decoder, written once over the
+//! trait of [`kernels`]; [`data`] the batches; [`net`] the driver that joins a server and works for it.
+
+pub mod core;
+pub mod data;
+pub mod engine;
+pub mod kernels;
+pub mod model;
+pub mod net;

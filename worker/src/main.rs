@@ -1,0 +1,142 @@
+//! `sanderling-worker`: joins a server by its join string and works until the run is over.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Parser;
+use sanderling_common::join::{JoinError, JoinString};
+use sanderling_worker::net::{WorkerOptions, WorkerReport, work};
+use tokio::sync::watch;
+use tracing::{info, level_filters::LevelFilter};
+
+/// Work for a Sanderling server: fetch its model, compute gradients, exchange sparse updates
+///
+/// The join string is the line that the server prints on start; it is all that a worker needs. The configuration, the
+/// text and the batches come from the server. A worker that loses the server tries again and resumes its session.
+#[derive(Debug, Parser)]
+#[command(version, after_help = "\
+Examples:
+  sanderling-worker --join 'sanderling://192.0.2.7:4433?pin=…&token=…'
+  sanderling-worker --join-file /shared/join        # waits until the server has written it
+  SANDERLING_JOIN='sanderling://…' sanderling-worker -v")]
+struct Arguments {
+    /// The join string that the server printed, in quotes
+    #[arg(long, env = "SANDERLING_JOIN", hide_env_values = true, value_name = "STRING")]
+    #[arg(required_unless_present = "join_file", conflicts_with = "join_file")]
+    join: Option<String>,
+    /// A file that holds the join string; waited for if it does not exist yet
+    #[arg(long, value_name = "FILE")]
+    join_file: Option<PathBuf>,
+    /// Give up after this many seconds without a server
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    give_up_after_s: u64,
+    /// Say more (-v), or everything (-vv)
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Say only what went wrong
+    #[arg(short, long, conflicts_with = "verbose")]
+    quiet: bool,
+}
+
+/// How often a join file is looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// The largest join file read, in bytes.
+const JOIN_FILE_BYTES_MAX: u64 = 4096;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let level = match (arguments.quiet, arguments.verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (_, 0) => LevelFilter::INFO,
+        (_, 1) => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_target(level > LevelFilter::INFO)
+        .init();
+    match run(&arguments) {
+        Ok(report) => {
+            let WorkerReport { exchanges, skipped, reconnects, stopped, .. } = report;
+            let why = if stopped { "stopped" } else { "the run is over" };
+            info!("{why}: {exchanges} exchanges, {skipped} gradients skipped, {reconnects} reconnects");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            tracing::error!("{error:#}");
+            // 2: the command line is to be mended; 1: anything else.
+            ExitCode::from(if error.is::<JoinError>() { 2 } else { 1 })
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(arguments: &Arguments) -> anyhow::Result<WorkerReport> {
+    let stop = stop_on_interrupt();
+    let give_up_after = Duration::from_secs(arguments.give_up_after_s);
+    let text = match (&arguments.join, &arguments.join_file) {
+        (Some(text), _) => text.clone(),
+        (None, Some(path)) => match wait_for_file(path, give_up_after, stop.clone()).await? {
+            Some(text) => text,
+            None => return Ok(WorkerReport { stopped: true, ..WorkerReport::default() }),
+        },
+        (None, None) => unreachable!("clap asks for one of the two"),
+    };
+    let join: JoinString = text.parse()?;
+    info!("joining {}:{}", join.host, join.port);
+    Ok(work(&join, &WorkerOptions { give_up_after, ..WorkerOptions::default() }, stop).await?)
+}
+
+/// Becomes true with the first Ctrl-C; the second ends the process.
+fn stop_on_interrupt() -> watch::Receiver<bool> {
+    let (stop, stopped) = watch::channel(false);
+    tokio::spawn(async move {
+        if tokio::signal::ctrl_c().await.is_ok() {
+            info!("stopping after the gradient under way; Ctrl-C again to stop at once");
+            stop.send_replace(true);
+            if tokio::signal::ctrl_c().await.is_ok() {
+                std::process::exit(130);
+            }
+        }
+    });
+    stopped
+}
+
+/// The content of a join file, once it has a whole line.
+async fn wait_for_file(
+    path: &Path,
+    give_up_after: Duration,
+    mut stop: watch::Receiver<bool>,
+) -> anyhow::Result<Option<String>> {
+    let deadline = Instant::now() + give_up_after;
+    let mut said = false;
+    loop {
+        match std::fs::metadata(path) {
+            Ok(metadata) if metadata.len() > JOIN_FILE_BYTES_MAX => {
+                anyhow::bail!("{} is too large to be a join string", path.display());
+            }
+            Ok(_) => {
+                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                if text.ends_with('\n') {
+                    return Ok(Some(text));
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        }
+        if Instant::now() >= deadline {
+            anyhow::bail!("gave up waiting for the join string in {}", path.display());
+        }
+        if !std::mem::replace(&mut said, true) {
+            info!("waiting for the join string in {}", path.display());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            _ = stop.wait_for(|stop| *stop) => return Ok(None),
+        }
+    }
+}

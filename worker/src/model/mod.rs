@@ -1,0 +1,370 @@
+//! The decoder: Llama's architecture, dense or mixture of experts, forward and backward.
+//!
+//! Written once over the [`Kernels`] trait. Tensors are views into one flat parameter vector, laid out by
+//! [`ModelConfig::layout`]; gradients come back as one flat vector of the same layout. All memory of a pass is
+//! allocated for the largest batch seen and reused.
+
+mod pass;
+mod plan;
+mod rope;
+mod workspace;
+
+use std::error::Error;
+
+use ndarray::{ArrayView2, ArrayView3};
+use sanderling_common::model_config::{FeedForward, ModelConfig, ModelConfigError};
+
+use self::pass::Pass;
+use self::plan::Plan;
+use self::workspace::{Activations, Gradients};
+use crate::kernels::{AttentionShape, Kernels, RouterStatistics};
+
+/// The loss of one training batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepLoss {
+    /// Mean cross-entropy per token, in nats.
+    pub cross_entropy: f64,
+    /// Mean over the layers of the load-balancing loss, without its coefficient; 1 at perfect balance, 0 for a
+    /// dense model.
+    pub auxiliary: f64,
+}
+
+/// What an evaluation of one batch found, as sums that add up over batches.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EvalSums {
+    /// Sum of the cross-entropy over the tokens, in nats.
+    pub loss_sum: f64,
+    /// Tokens predicted.
+    pub tokens: u64,
+    /// Mean over the layers of the load-balancing loss, times the tokens; 0 for a dense model.
+    pub auxiliary_sum: f64,
+    /// One entry per mixture-of-experts layer.
+    pub layers: Vec<RouterSums>,
+}
+
+/// What one layer's router did during an evaluation.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RouterSums {
+    /// Token slots and summed probabilities per expert.
+    pub statistics: RouterStatistics,
+    /// Sum over the tokens of the entropy of the softmax over all experts, in nats.
+    pub entropy_sum: f64,
+}
+
+impl EvalSums {
+    /// Adds another batch's sums.
+    ///
+    /// # Panics
+    /// If the two come from models with different layers or experts.
+    pub fn merge(&mut self, other: &Self) {
+        self.loss_sum += other.loss_sum;
+        self.tokens += other.tokens;
+        self.auxiliary_sum += other.auxiliary_sum;
+        if self.layers.is_empty() {
+            self.layers.clone_from(&other.layers);
+            return;
+        }
+        assert_eq!(self.layers.len(), other.layers.len(), "evaluations of different models do not add up");
+        for (sums, other) in self.layers.iter_mut().zip(&other.layers) {
+            sums.entropy_sum += other.entropy_sum;
+            sums.statistics.merge(&other.statistics);
+        }
+    }
+
+    /// Mean cross-entropy per token, in nats; NaN without tokens.
+    pub fn loss(&self) -> f64 {
+        self.loss_sum / self.tokens as f64
+    }
+}
+
+/// Why a pass over a batch was not possible.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The configuration has no layout.
+    #[error(transparent)]
+    Config(#[from] ModelConfigError),
+    /// A token that the vocabulary does not have.
+    #[error("token {token} at sequence {sequence}, position {position} is outside the vocabulary of {vocab_size}")]
+    TokenOutOfVocabulary {
+        /// The token's id.
+        token: u32,
+        /// Its row in the batch.
+        sequence: usize,
+        /// Its place in the row.
+        position: usize,
+        /// Tokens that there are.
+        vocab_size: usize,
+    },
+    /// A batch without tokens.
+    #[error("a batch of {batch} sequences of {time} tokens is empty")]
+    EmptyBatch {
+        /// Sequences.
+        batch: usize,
+        /// Tokens per sequence.
+        time: usize,
+    },
+    /// A sequence longer than the model's context.
+    #[error("a sequence of {time} tokens is longer than the context of {context}")]
+    SequenceTooLong {
+        /// Tokens per sequence.
+        time: usize,
+        /// The most that the model takes.
+        context: usize,
+    },
+    /// Inputs and targets of different shapes.
+    #[error("inputs have the shape {inputs:?}, targets {targets:?}")]
+    ShapeMismatch {
+        /// (batch, time) of the inputs.
+        inputs: (usize, usize),
+        /// (batch, time) of the targets.
+        targets: (usize, usize),
+    },
+    /// The device failed.
+    #[error("the compute device failed")]
+    Device(#[source] Box<dyn Error + Send + Sync>),
+}
+
+impl ModelError {
+    fn device(error: impl Error + Send + Sync + 'static) -> Self {
+        Self::Device(Box::new(error))
+    }
+}
+
+/// A decoder on a device: everything but its parameters, which the caller holds.
+pub struct Model<K: Kernels> {
+    config: ModelConfig,
+    plan: Plan,
+    kernels: K,
+    rope: K::Storage,
+    activations: Option<Activations<K>>,
+    gradients: Option<Gradients<K>>,
+    /// Where logits are handed out from (rows · vocab).
+    host_logits: Vec<f32>,
+}
+
+impl<K: Kernels> Model<K> {
+    /// Prepares a model; memory for its passes comes with the first batch.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for a configuration without a layout, [`ModelError::Device`] if the device fails.
+    pub fn new(config: ModelConfig, mut kernels: K) -> Result<Self, ModelError> {
+        let plan = Plan::new(&config)?;
+        let tables = rope::tables(&config);
+        let mut rope = kernels.allocate(tables.len()).map_err(ModelError::device)?;
+        kernels.upload(&tables, &mut rope);
+        let (activations, gradients, host_logits) = (None, None, Vec::new());
+        Ok(Self { config, plan, kernels, rope, activations, gradients, host_logits })
+    }
+
+    /// The configuration given to [`new`](Self::new).
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Elements of the flat parameter and gradient vectors.
+    pub fn parameters(&self) -> usize {
+        self.plan.parameters
+    }
+
+    /// The device, for instance to read its counters.
+    pub fn kernels_mut(&mut self) -> &mut K {
+        &mut self.kernels
+    }
+
+    /// The loss of a batch of (batch, time) tokens, and in `grad`, which is overwritten, the gradient of
+    /// mean cross-entropy + `aux_coefficient` · mean over layers of the load-balancing loss.
+    ///
+    /// # Errors
+    /// A [`ModelError`] for a batch that does not fit the model or a failing device; `grad` is then unspecified.
+    ///
+    /// # Panics
+    /// If `params` or `grad` are shorter than [`parameters`](Self::parameters).
+    pub fn loss_and_grad(
+        &mut self,
+        params: &K::Buffer,
+        inputs: ArrayView2<'_, u32>,
+        targets: ArrayView2<'_, u32>,
+        aux_coefficient: f32,
+        grad: &mut K::Buffer,
+    ) -> Result<StepLoss, ModelError> {
+        let shape = self.prepare(inputs, Some(targets))?;
+        let rows = shape.rows();
+        self.prepare_gradients()?;
+        self.forward(shape, params);
+        let (activations, gradients) = (present(&mut self.activations), present(&mut self.gradients));
+        self.kernels.cross_entropy(
+            (rows, self.config.vocab_size),
+            &activations.targets,
+            Some(1.0 / rows as f32),
+            &mut activations.logits,
+            &mut activations.losses,
+        );
+        let loss = self.kernels.sum(&activations.losses, rows).map_err(ModelError::device)?;
+        let auxiliary = load_balance(&mut self.kernels, activations).map_err(ModelError::device)?;
+        let mut pass = Pass {
+            config: &self.config,
+            plan: &self.plan,
+            kernels: &mut self.kernels,
+            rope: &self.rope,
+            shape,
+        };
+        let per_layer = aux_coefficient / self.config.layers as f32;
+        pass.backward(params, activations, gradients, per_layer, grad);
+        Ok(StepLoss { cross_entropy: loss / rows as f64, auxiliary })
+    }
+
+    /// The logits (batch, time, vocab) of a batch.
+    ///
+    /// # Errors
+    /// As [`loss_and_grad`](Self::loss_and_grad).
+    ///
+    /// # Panics
+    /// If `params` is shorter than [`parameters`](Self::parameters).
+    pub fn logits(
+        &mut self,
+        params: &K::Buffer,
+        inputs: ArrayView2<'_, u32>,
+    ) -> Result<ArrayView3<'_, f32>, ModelError> {
+        let shape = self.prepare(inputs, None)?;
+        self.forward(shape, params);
+        self.host_logits.resize(shape.rows() * self.config.vocab_size, 0.0);
+        let activations = present(&mut self.activations);
+        self.kernels.download(&activations.logits, &mut self.host_logits).map_err(ModelError::device)?;
+        let dimensions = (shape.batch, shape.time, self.config.vocab_size);
+        let view = ArrayView3::from_shape(dimensions, &self.host_logits);
+        Ok(view.expect("the logits were resized to their shape"))
+    }
+
+    /// Loss and routing of a batch, forward only.
+    ///
+    /// # Errors
+    /// As [`loss_and_grad`](Self::loss_and_grad).
+    ///
+    /// # Panics
+    /// If `params` is shorter than [`parameters`](Self::parameters).
+    pub fn evaluate(
+        &mut self,
+        params: &K::Buffer,
+        inputs: ArrayView2<'_, u32>,
+        targets: ArrayView2<'_, u32>,
+    ) -> Result<EvalSums, ModelError> {
+        let shape = self.prepare(inputs, Some(targets))?;
+        let rows = shape.rows();
+        self.forward(shape, params);
+        let activations = present(&mut self.activations);
+        let kernels = &mut self.kernels;
+        kernels.cross_entropy(
+            (rows, self.config.vocab_size),
+            &activations.targets,
+            None,
+            &mut activations.logits,
+            &mut activations.losses,
+        );
+        let loss_sum = kernels.sum(&activations.losses, rows).map_err(ModelError::device)?;
+        let mut layers = Vec::new();
+        for moe in activations.layers.iter().filter_map(|layer| layer.moe.as_ref()) {
+            let mut sums = RouterSums::default();
+            kernels.router_statistics(&moe.routing, &mut sums.statistics).map_err(ModelError::device)?;
+            sums.entropy_sum = kernels.router_entropy(&moe.routing).map_err(ModelError::device)?;
+            layers.push(sums);
+        }
+        let load: f64 = layers.iter().map(|sums| sums.statistics.load_balance()).sum();
+        let auxiliary_sum = if layers.is_empty() { 0.0 } else { load / layers.len() as f64 * rows as f64 };
+        Ok(EvalSums { loss_sum, tokens: rows as u64, auxiliary_sum, layers })
+    }
+
+    /// Checks a batch, makes room for it and uploads it.
+    fn prepare(
+        &mut self,
+        inputs: ArrayView2<'_, u32>,
+        targets: Option<ArrayView2<'_, u32>>,
+    ) -> Result<AttentionShape, ModelError> {
+        let (batch, time) = inputs.dim();
+        if batch == 0 || time == 0 {
+            return Err(ModelError::EmptyBatch { batch, time });
+        }
+        if time > self.config.context {
+            return Err(ModelError::SequenceTooLong { time, context: self.config.context });
+        }
+        if let Some(targets) = targets
+            && targets.dim() != inputs.dim()
+        {
+            return Err(ModelError::ShapeMismatch { inputs: inputs.dim(), targets: targets.dim() });
+        }
+        let vocab_size = self.config.vocab_size;
+        for ids in std::iter::once(inputs).chain(targets) {
+            let wrong = ids.indexed_iter().find(|&(_, &token)| token as usize >= vocab_size);
+            if let Some(((sequence, position), &token)) = wrong {
+                return Err(ModelError::TokenOutOfVocabulary { token, sequence, position, vocab_size });
+            }
+        }
+        let rows = batch * time;
+        if self.activations.as_ref().is_none_or(|activations| activations.rows < rows) {
+            // The old memory goes first, so that both are never held at once.
+            self.activations = None;
+            self.gradients = None;
+            let activations = Activations::new(&self.config, &mut self.kernels, rows);
+            self.activations = Some(activations.map_err(ModelError::device)?);
+        }
+        let activations = present(&mut self.activations);
+        self.kernels.upload_tokens(inputs, &mut activations.inputs);
+        if let Some(targets) = targets {
+            self.kernels.upload_tokens(targets, &mut activations.targets);
+        }
+        let ModelConfig { heads, kv_heads, head_dim, .. } = self.config;
+        Ok(AttentionShape { batch, time, heads, kv_heads, head_dim })
+    }
+
+    fn prepare_gradients(&mut self) -> Result<(), ModelError> {
+        if self.gradients.is_none() {
+            let rows = present(&mut self.activations).rows;
+            let gradients = Gradients::new(&self.config, &mut self.kernels, rows);
+            self.gradients = Some(gradients.map_err(ModelError::device)?);
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, shape: AttentionShape, params: &K::Buffer) {
+        let mut pass = Pass {
+            config: &self.config,
+            plan: &self.plan,
+            kernels: &mut self.kernels,
+            rope: &self.rope,
+            shape,
+        };
+        pass.forward(params, present(&mut self.activations));
+    }
+}
+
+/// Mean over the layers of the load-balancing loss, 0 for a dense model.
+fn load_balance<K: Kernels>(kernels: &mut K, activations: &Activations<K>) -> Result<f64, K::Error> {
+    let mut statistics = RouterStatistics::default();
+    let mut sum = 0.0;
+    for layer in &activations.layers {
+        if let Some(moe) = &layer.moe {
+            kernels.router_statistics(&moe.routing, &mut statistics)?;
+            sum += statistics.load_balance();
+        }
+    }
+    Ok(sum / activations.layers.len() as f64)
+}
+
+fn present<T>(memory: &mut Option<T>) -> &mut T {
+    memory.as_mut().expect("a batch is prepared before a pass")
+}
+
+/// Floating-point operations of products and attention for one token's forward pass, counting a multiply-add as two.
+///
+/// `causal` counts the half of attention that is computed; otherwise all of it, the convention of most published
+/// MFU figures. Training costs three times as much.
+pub fn forward_flops_per_token(config: &ModelConfig, time: usize, causal: bool) -> f64 {
+    let (d, f) = (config.hidden_size as f64, config.intermediate_size as f64);
+    let (out, kv) = ((config.heads * config.head_dim) as f64, (config.kv_heads * config.head_dim) as f64);
+    let feed_forward = match config.feed_forward {
+        FeedForward::Dense => 3.0 * d * f,
+        FeedForward::Moe { experts, top_k, .. } => experts as f64 * d + top_k as f64 * 3.0 * d * f,
+    };
+    let seen = if causal { (time as f64 + 1.0) / 2.0 } else { time as f64 };
+    let per_layer = d * (out + 2.0 * kv) + out * d + feed_forward + 2.0 * out * seen;
+    2.0 * (config.layers as f64 * per_layer + d * config.vocab_size as f64)
+}

@@ -1,0 +1,258 @@
+//! The forward and the backward pass, one layer after the other.
+
+use sanderling_common::model_config::ModelConfig;
+
+use super::plan::{FeedForwardPlan, LayerPlan, Plan};
+use super::workspace::{Activations, Gradients, LayerActivations};
+use crate::kernels::{AttentionShape, Kernels, RmsNorm, Rotation, RouterShape, Write};
+
+/// What both passes over one batch need.
+pub(super) struct Pass<'a, K: Kernels> {
+    pub(super) config: &'a ModelConfig,
+    pub(super) plan: &'a Plan,
+    pub(super) kernels: &'a mut K,
+    /// Cosines and sines, see [`Kernels::rotary`].
+    pub(super) rope: &'a K::Buffer,
+    pub(super) shape: AttentionShape,
+}
+
+impl<K: Kernels> Pass<'_, K> {
+    fn rows(&self) -> usize {
+        self.shape.rows()
+    }
+
+    fn norm(&self, offset: usize) -> RmsNorm {
+        let (rows, width) = (self.rows(), self.config.hidden_size);
+        RmsNorm { offset, rows, width, eps: self.config.rms_norm_eps }
+    }
+
+    /// From `activations.inputs` to `activations.logits`.
+    pub(super) fn forward(&mut self, params: &K::Buffer, activations: &mut Activations<K>) {
+        let (plan, rows) = (self.plan, self.rows());
+        let Activations { layers, residual, delta, expert_outputs, .. } = activations;
+        self.kernels.embed(
+            params,
+            plan.embedding,
+            rows,
+            &activations.inputs,
+            &mut layers[0].attention_input,
+        );
+        for (number, layer_plan) in plan.layers.iter().enumerate() {
+            let (before, after) = layers.split_at_mut(number + 1);
+            let layer = &mut before[number];
+            self.attention(layer_plan, params, layer, delta);
+            self.feed_forward(&layer_plan.feed_forward, params, layer, (delta, expert_outputs));
+            let next = after.first_mut().map_or(&mut *residual, |next| &mut next.attention_input);
+            self.kernels.add(rows * self.config.hidden_size, &layer.feed_forward_input, delta, next);
+        }
+        self.kernels.rms_norm(
+            self.norm(plan.final_norm),
+            params,
+            &activations.residual,
+            &mut activations.normed,
+            &mut activations.inverse_rms,
+        );
+        self.kernels.product(params, plan.head, rows, &activations.normed, &mut activations.logits);
+    }
+
+    /// From a layer's input through attention to its normed feed-forward input.
+    fn attention(
+        &mut self,
+        plan: &LayerPlan,
+        params: &K::Buffer,
+        layer: &mut LayerActivations<K>,
+        delta: &mut K::Storage,
+    ) {
+        let (shape, rows) = (self.shape, self.rows());
+        let (attention_norm, feed_forward_norm) =
+            (self.norm(plan.attention_norm), self.norm(plan.feed_forward_norm));
+        let kernels = &mut *self.kernels;
+        kernels.rms_norm(
+            attention_norm,
+            params,
+            &layer.attention_input,
+            &mut layer.attention_normed,
+            &mut layer.attention_inverse_rms,
+        );
+        kernels.product(params, plan.qkv, rows, &layer.attention_normed, &mut layer.qkv);
+        kernels.rotary(shape, self.rope, Rotation::Forward, &mut layer.qkv);
+        kernels.attention(shape, &layer.qkv, &mut layer.attended, &mut layer.statistics);
+        kernels.product(params, plan.attention_out, rows, &layer.attended, delta);
+        kernels.add(
+            rows * feed_forward_norm.width,
+            &layer.attention_input,
+            delta,
+            &mut layer.feed_forward_input,
+        );
+        kernels.rms_norm(
+            feed_forward_norm,
+            params,
+            &layer.feed_forward_input,
+            &mut layer.feed_forward_normed,
+            &mut layer.feed_forward_inverse_rms,
+        );
+    }
+
+    /// What the feed-forward network adds to the residual stream, to `delta`.
+    fn feed_forward(
+        &mut self,
+        plan: &FeedForwardPlan,
+        params: &K::Buffer,
+        layer: &mut LayerActivations<K>,
+        (delta, expert_outputs): (&mut K::Storage, &mut K::Storage),
+    ) {
+        let (rows, d, f) = (self.rows(), self.config.hidden_size, self.config.intermediate_size);
+        let LayerActivations { feed_forward_normed: normed, gate_up, hidden, moe, .. } = layer;
+        let kernels = &mut *self.kernels;
+        match (plan, moe) {
+            (&FeedForwardPlan::Dense { gate_up: gate_up_weights, down }, _) => {
+                kernels.product(params, gate_up_weights, rows, normed, gate_up);
+                kernels.swiglu(rows, f, None, gate_up, hidden);
+                kernels.product(params, down, rows, hidden, delta);
+            }
+            (&FeedForwardPlan::Moe { router, top_k, order, gate_up: gate_up_weights, down }, Some(moe)) => {
+                kernels.product(params, router, rows, normed, &mut moe.logits);
+                let shape = RouterShape { rows, experts: router.outputs, top_k, order };
+                kernels.route(shape, &moe.logits, &mut moe.routing);
+                kernels.permute(&moe.routing, d, normed, &mut moe.sorted);
+                kernels.expert_product(params, gate_up_weights, &moe.routing, &moe.sorted, gate_up);
+                kernels.swiglu(rows * top_k, f, Some(&moe.routing), gate_up, hidden);
+                kernels.expert_product(params, down, &moe.routing, hidden, expert_outputs);
+                kernels.unpermute(&moe.routing, d, expert_outputs, delta);
+            }
+            _ => unreachable!("a mixture-of-experts plan comes with room for its routing"),
+        }
+    }
+
+    /// From the gradient of the logits, in `activations.logits`, to that of every parameter.
+    ///
+    /// `auxiliary` is the coefficient of one layer's load-balancing loss. `activations` is used up.
+    pub(super) fn backward(
+        &mut self,
+        params: &K::Buffer,
+        activations: &mut Activations<K>,
+        gradients: &mut Gradients<K>,
+        auxiliary: f32,
+        grad: &mut K::Buffer,
+    ) {
+        let (plan, rows) = (self.plan, self.rows());
+        let final_norm = self.norm(plan.final_norm);
+        let logits = &activations.logits;
+        self.kernels.product_weight_gradient(grad, plan.head, rows, logits, &activations.normed);
+        self.kernels.product_input_gradient(
+            params,
+            plan.head,
+            rows,
+            logits,
+            &mut gradients.normed,
+            Write::Replace,
+        );
+        self.kernels.zero(&mut gradients.residual, 0..rows * self.config.hidden_size);
+        self.kernels.rms_norm_backward(
+            final_norm,
+            params,
+            (&activations.residual, &activations.inverse_rms),
+            &gradients.normed,
+            &mut gradients.residual,
+            grad,
+        );
+        for (layer_plan, layer) in plan.layers.iter().zip(&mut activations.layers).rev() {
+            self.feed_forward_backward(&layer_plan.feed_forward, params, layer, gradients, auxiliary, grad);
+            self.kernels.rms_norm_backward(
+                self.norm(layer_plan.feed_forward_norm),
+                params,
+                (&layer.feed_forward_input, &layer.feed_forward_inverse_rms),
+                &gradients.normed,
+                &mut gradients.residual,
+                grad,
+            );
+            self.attention_backward(layer_plan, params, layer, gradients, grad);
+        }
+        if plan.head != plan.embedding {
+            self.kernels.zero(grad, plan.embedding.range());
+        }
+        self.kernels.embed_backward(grad, plan.embedding, rows, &activations.inputs, &gradients.residual);
+    }
+
+    /// From the residual stream's gradient to that of the feed-forward network's normed input.
+    fn feed_forward_backward(
+        &mut self,
+        plan: &FeedForwardPlan,
+        params: &K::Buffer,
+        layer: &mut LayerActivations<K>,
+        gradients: &mut Gradients<K>,
+        auxiliary: f32,
+        grad: &mut K::Buffer,
+    ) {
+        let (rows, d, f) = (self.rows(), self.config.hidden_size, self.config.intermediate_size);
+        let LayerActivations { feed_forward_normed: normed, gate_up, hidden, moe, .. } = layer;
+        let kernels = &mut *self.kernels;
+        match (plan, moe) {
+            (&FeedForwardPlan::Dense { gate_up: gate_up_weights, down }, _) => {
+                let dout = &gradients.residual;
+                kernels.product_weight_gradient(grad, down, rows, dout, hidden);
+                kernels.product_input_gradient(
+                    params,
+                    down,
+                    rows,
+                    dout,
+                    &mut gradients.hidden,
+                    Write::Replace,
+                );
+                kernels.swiglu_backward(rows, f, None, &gradients.hidden, gate_up);
+                kernels.product_weight_gradient(grad, gate_up_weights, rows, gate_up, normed);
+                let dnormed = &mut gradients.normed;
+                kernels.product_input_gradient(
+                    params,
+                    gate_up_weights,
+                    rows,
+                    gate_up,
+                    dnormed,
+                    Write::Replace,
+                );
+            }
+            (&FeedForwardPlan::Moe { router, top_k, gate_up: gate_up_weights, down, .. }, Some(moe)) => {
+                let routing = &mut moe.routing;
+                kernels.permute(routing, d, &gradients.residual, &mut gradients.sorted);
+                kernels.expert_product_weight_gradient(grad, down, routing, &gradients.sorted, hidden);
+                let dhidden = &mut gradients.hidden;
+                kernels.expert_product_input_gradient(params, down, routing, &gradients.sorted, dhidden);
+                kernels.swiglu_backward(rows * top_k, f, Some(routing), dhidden, gate_up);
+                kernels.expert_product_weight_gradient(grad, gate_up_weights, routing, gate_up, &moe.sorted);
+                let dsorted = &mut gradients.sorted;
+                kernels.expert_product_input_gradient(params, gate_up_weights, routing, gate_up, dsorted);
+                kernels.unpermute(routing, d, dsorted, &mut gradients.normed);
+                kernels.router_backward(auxiliary, routing, &mut gradients.router_logits);
+                let dlogits = &gradients.router_logits;
+                kernels.product_weight_gradient(grad, router, rows, dlogits, normed);
+                let dnormed = &mut gradients.normed;
+                kernels.product_input_gradient(params, router, rows, dlogits, dnormed, Write::Add);
+            }
+            _ => unreachable!("a mixture-of-experts plan comes with room for its routing"),
+        }
+    }
+
+    /// Adds to the residual stream's gradient what comes back through attention.
+    fn attention_backward(
+        &mut self,
+        plan: &LayerPlan,
+        params: &K::Buffer,
+        layer: &LayerActivations<K>,
+        gradients: &mut Gradients<K>,
+        grad: &mut K::Buffer,
+    ) {
+        let (shape, rows) = (self.shape, self.rows());
+        let norm = self.norm(plan.attention_norm);
+        let Gradients { residual, normed, attended, qkv, .. } = gradients;
+        let kernels = &mut *self.kernels;
+        kernels.product_weight_gradient(grad, plan.attention_out, rows, residual, &layer.attended);
+        kernels.product_input_gradient(params, plan.attention_out, rows, residual, attended, Write::Replace);
+        let saved: (&K::Buffer, &K::Buffer) = (&layer.attended, &layer.statistics);
+        kernels.attention_backward(shape, &layer.qkv, saved, attended, qkv);
+        kernels.rotary(shape, self.rope, Rotation::Inverse, qkv);
+        kernels.product_weight_gradient(grad, plan.qkv, rows, qkv, &layer.attention_normed);
+        kernels.product_input_gradient(params, plan.qkv, rows, qkv, normed, Write::Replace);
+        let saved: (&K::Buffer, &K::Buffer) = (&layer.attention_input, &layer.attention_inverse_rms);
+        kernels.rms_norm_backward(norm, params, saved, normed, residual, grad);
+    }
+}

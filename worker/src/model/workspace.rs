@@ -1,0 +1,166 @@
+//! The memory of one pass, allocated once for the largest batch and reused.
+
+use sanderling_common::model_config::{FeedForward, ModelConfig};
+
+use crate::kernels::{ATTENTION_STATISTICS, Kernels, RouterShape};
+
+/// What the forward pass computes and the backward pass needs.
+pub(super) struct Activations<K: Kernels> {
+    /// Tokens that there is room for.
+    pub(super) rows: usize,
+    pub(super) inputs: K::Tokens,
+    pub(super) targets: K::Tokens,
+    pub(super) layers: Vec<LayerActivations<K>>,
+    /// The residual stream after the last layer (rows, d), its norm, and the norm's statistics (rows).
+    pub(super) residual: K::Storage,
+    pub(super) normed: K::Storage,
+    pub(super) inverse_rms: K::Storage,
+    /// Logits, later their gradient (rows, vocab), and losses (rows).
+    pub(super) logits: K::Storage,
+    pub(super) losses: K::Storage,
+    /// What a sublayer adds to the residual stream (rows, d).
+    pub(super) delta: K::Storage,
+    /// The experts' outputs in slot order (slots, d); empty in a dense model.
+    pub(super) expert_outputs: K::Storage,
+}
+
+/// What one layer keeps.
+pub(super) struct LayerActivations<K: Kernels> {
+    /// The residual stream before attention and before the feed-forward network (rows, d).
+    pub(super) attention_input: K::Storage,
+    pub(super) feed_forward_input: K::Storage,
+    /// Both after their norms (rows, d), and the norms' statistics (rows).
+    pub(super) attention_normed: K::Storage,
+    pub(super) attention_inverse_rms: K::Storage,
+    pub(super) feed_forward_normed: K::Storage,
+    pub(super) feed_forward_inverse_rms: K::Storage,
+    /// Queries, keys and values, rotated (rows, qkv_width).
+    pub(super) qkv: K::Storage,
+    /// What attention puts out (rows, heads · head_dim), with its statistics.
+    pub(super) attended: K::Storage,
+    pub(super) statistics: K::Storage,
+    /// Gates and ups, later their gradients (rows or slots, 2·f), and what SwiGLU makes of them (…, f).
+    pub(super) gate_up: K::Storage,
+    pub(super) hidden: K::Storage,
+    pub(super) moe: Option<MoeActivations<K>>,
+}
+
+/// What a mixture-of-experts layer keeps besides.
+pub(super) struct MoeActivations<K: Kernels> {
+    /// Router logits (rows, experts).
+    pub(super) logits: K::Storage,
+    pub(super) routing: K::Routing,
+    /// The normed tokens in slot order (slots, d).
+    pub(super) sorted: K::Storage,
+}
+
+/// Memory of the backward pass, shared by all layers.
+pub(super) struct Gradients<K: Kernels> {
+    /// Of the residual stream (rows, d).
+    pub(super) residual: K::Storage,
+    /// Of a norm's output (rows, d).
+    pub(super) normed: K::Storage,
+    /// Of attention's output (rows, heads · head_dim) and its input (rows, qkv_width).
+    pub(super) attended: K::Storage,
+    pub(super) qkv: K::Storage,
+    /// Of SwiGLU's output (rows or slots, f).
+    pub(super) hidden: K::Storage,
+    /// Of the experts' outputs, then of their inputs (slots, d), and of the router's logits (rows, experts); empty
+    /// in a dense model.
+    pub(super) sorted: K::Storage,
+    pub(super) router_logits: K::Storage,
+}
+
+/// Rows that the experts of a layer see together: none in a dense model.
+fn expert_slots(config: &ModelConfig, rows: usize) -> usize {
+    match config.feed_forward {
+        FeedForward::Dense => 0,
+        FeedForward::Moe { top_k, .. } => rows * top_k,
+    }
+}
+
+/// Rows that the feed-forward network, or its experts together, sees.
+fn feed_forward_rows(config: &ModelConfig, rows: usize) -> usize {
+    match config.feed_forward {
+        FeedForward::Dense => rows,
+        FeedForward::Moe { .. } => expert_slots(config, rows),
+    }
+}
+
+impl<K: Kernels> Activations<K> {
+    pub(super) fn new(config: &ModelConfig, kernels: &mut K, rows: usize) -> Result<Self, K::Error> {
+        let d = config.hidden_size;
+        let layers = (0..config.layers).map(|_| LayerActivations::new(config, kernels, rows));
+        Ok(Self {
+            rows,
+            layers: layers.collect::<Result<_, _>>()?,
+            inputs: kernels.allocate_tokens(rows)?,
+            targets: kernels.allocate_tokens(rows)?,
+            residual: kernels.allocate(rows * d)?,
+            normed: kernels.allocate(rows * d)?,
+            inverse_rms: kernels.allocate(rows)?,
+            logits: kernels.allocate(rows * config.vocab_size)?,
+            losses: kernels.allocate(rows)?,
+            delta: kernels.allocate(rows * d)?,
+            expert_outputs: kernels.allocate(expert_slots(config, rows) * d)?,
+        })
+    }
+}
+
+impl<K: Kernels> LayerActivations<K> {
+    fn new(config: &ModelConfig, kernels: &mut K, rows: usize) -> Result<Self, K::Error> {
+        let (d, f) = (config.hidden_size, config.intermediate_size);
+        let out = config.heads * config.head_dim;
+        let slots = feed_forward_rows(config, rows);
+        let moe = match config.feed_forward {
+            FeedForward::Dense => None,
+            FeedForward::Moe { experts, top_k, router: order } => {
+                Some(MoeActivations::new(kernels, d, RouterShape { rows, experts, top_k, order })?)
+            }
+        };
+        Ok(Self {
+            attention_input: kernels.allocate(rows * d)?,
+            feed_forward_input: kernels.allocate(rows * d)?,
+            attention_normed: kernels.allocate(rows * d)?,
+            attention_inverse_rms: kernels.allocate(rows)?,
+            feed_forward_normed: kernels.allocate(rows * d)?,
+            feed_forward_inverse_rms: kernels.allocate(rows)?,
+            qkv: kernels.allocate(rows * (out + 2 * config.kv_heads * config.head_dim))?,
+            attended: kernels.allocate(rows * out)?,
+            statistics: kernels.allocate(rows * config.heads * ATTENTION_STATISTICS)?,
+            gate_up: kernels.allocate(slots * 2 * f)?,
+            hidden: kernels.allocate(slots * f)?,
+            moe,
+        })
+    }
+}
+
+impl<K: Kernels> MoeActivations<K> {
+    fn new(kernels: &mut K, d: usize, shape: RouterShape) -> Result<Self, K::Error> {
+        Ok(Self {
+            logits: kernels.allocate(shape.rows * shape.experts)?,
+            routing: kernels.allocate_routing(shape)?,
+            sorted: kernels.allocate(shape.rows * shape.top_k * d)?,
+        })
+    }
+}
+
+impl<K: Kernels> Gradients<K> {
+    pub(super) fn new(config: &ModelConfig, kernels: &mut K, rows: usize) -> Result<Self, K::Error> {
+        let (d, f) = (config.hidden_size, config.intermediate_size);
+        let out = config.heads * config.head_dim;
+        let experts = match config.feed_forward {
+            FeedForward::Dense => 0,
+            FeedForward::Moe { experts, .. } => experts,
+        };
+        Ok(Self {
+            residual: kernels.allocate(rows * d)?,
+            normed: kernels.allocate(rows * d)?,
+            attended: kernels.allocate(rows * out)?,
+            qkv: kernels.allocate(rows * (out + 2 * config.kv_heads * config.head_dim))?,
+            hidden: kernels.allocate(feed_forward_rows(config, rows) * f)?,
+            sorted: kernels.allocate(expert_slots(config, rows) * d)?,
+            router_logits: kernels.allocate(rows * experts)?,
+        })
+    }
+}

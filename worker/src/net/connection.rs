@@ -1,0 +1,194 @@
+//! One connection to the server: hello, then exchanges, requests and bulk transfers.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use quinn::{Connection, Endpoint, RecvStream, SendStream};
+use sanderling_common::ids::{SessionId, Step};
+use sanderling_common::join::JoinString;
+use sanderling_common::layout::LayoutHash;
+use sanderling_common::wire::control::{
+    Goodbye, Greeting, Hello, Ready, Request, Response, Start, StreamKind, Welcome,
+};
+use sanderling_common::wire::frame::Reply;
+use sanderling_common::wire::Push;
+use sanderling_transport::{CloseCode, MessageError, client_endpoint, describe, receive, receive_rest, send};
+
+use super::bulk::{BulkError, Download};
+use super::{Lost, WorkerError};
+
+/// The worker notices a silent server after this long; the server's lease may end a connection earlier.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// A server that does not answer the first packets is tried again after this long.
+const CONNECT_WAIT: Duration = Duration::from_secs(10);
+
+/// A goodbye is waited for this long.
+const GOODBYE_WAIT: Duration = Duration::from_millis(500);
+
+/// An established connection on which the hello has been said.
+pub(super) struct Link {
+    endpoint: Endpoint,
+    connection: Connection,
+    control: (SendStream, RecvStream),
+    /// The newest server step that was announced.
+    announced_step: Arc<AtomicU64>,
+    session: SessionId,
+}
+
+/// How the server received the hello.
+pub(super) enum Reception {
+    /// It takes part in the run.
+    Welcome(Link, Box<Welcome>),
+    /// The run is over.
+    Finished,
+}
+
+impl Link {
+    /// Connects and says hello.
+    pub(super) async fn open(join: &JoinString, resume: Option<SessionId>) -> Result<Reception, Lost> {
+        let address = resolve(join).await?;
+        let endpoint = client_endpoint(address, join.pin, IDLE).map_err(WorkerError::Endpoint)?;
+        let connecting = endpoint
+            .connect(address, "sanderling")
+            .map_err(|error| Lost::ForNow(format!("cannot connect to {}: {error}", join)))?;
+        let connection = match tokio::time::timeout(CONNECT_WAIT, connecting).await {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(error)) => return Err(connect_error(&error)),
+            Err(_) => return Err(Lost::ForNow("the server does not answer".to_owned())),
+        };
+        let (mut up, mut down) = connection.open_bi().await?;
+        up.write_all(&[StreamKind::Control as u8]).await.map_err(MessageError::from)?;
+        let software = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION")).to_owned();
+        send(&mut up, &Hello { token: join.token.reveal().to_owned(), resume, software }).await?;
+        match receive(&mut down).await? {
+            Greeting::Welcome(welcome) => {
+                let announced_step = Arc::new(AtomicU64::new(0));
+                tokio::spawn(listen_for_steps(connection.clone(), announced_step.clone()));
+                let session = welcome.session;
+                let control = (up, down);
+                Ok(Reception::Welcome(Self { endpoint, connection, control, announced_step, session }, welcome))
+            }
+            Greeting::WrongToken => Err(WorkerError::WrongToken.into()),
+            Greeting::Full { sessions_max } => {
+                Err(Lost::ForNow(format!("the server has no room: all of its {sessions_max} places are taken")))
+            }
+            Greeting::Finished => {
+                CloseCode::Goodbye.close(&connection, "goodbye");
+                endpoint.wait_idle().await;
+                Ok(Reception::Finished)
+            }
+        }
+    }
+
+    /// Confirms the layout and learns whether to fetch a base model (then its step) or to go on.
+    pub(super) async fn confirm(&mut self, layout_hash: LayoutHash) -> Result<Option<Step>, Lost> {
+        send(&mut self.control.0, &Ready { layout_hash }).await?;
+        match receive(&mut self.control.1).await? {
+            Start::Fetch { step } => Ok(Some(step)),
+            Start::Resume => Ok(None),
+            Start::LayoutMismatch => Err(WorkerError::LayoutMismatch.into()),
+        }
+    }
+
+    /// What is sent for a push.
+    pub(super) fn frame(push: &Push) -> Vec<u8> {
+        let mut frame = vec![StreamKind::Exchange as u8];
+        push.encode(&mut frame);
+        frame
+    }
+
+    /// One exchange.
+    pub(super) async fn exchange(&self, frame: Vec<u8>, reply_bytes_max: usize) -> Result<Reply, Lost> {
+        let (mut up, mut down) = self.connection.open_bi().await?;
+        up.write_chunk(frame.into()).await.map_err(MessageError::from)?;
+        // Finishing a stream fails only when it was already reset, which reading will report.
+        let _ = up.finish();
+        let bytes = receive_rest(&mut down, reply_bytes_max).await?;
+        Reply::decode(&bytes).map_err(|error| Lost::ForNow(format!("the server's answer is malformed: {error}")))
+    }
+
+    /// One request outside an exchange.
+    pub(super) async fn request(&self, request: &Request) -> Result<Response, Lost> {
+        let (mut up, mut down) = self.connection.open_bi().await?;
+        up.write_all(&[StreamKind::Request as u8]).await.map_err(MessageError::from)?;
+        send(&mut up, request).await?;
+        let _ = up.finish();
+        Ok(receive(&mut down).await?)
+    }
+
+    /// Fetches a large object; see [`Download::fetch`].
+    pub(super) async fn fetch(
+        &self,
+        download: &mut Download,
+        object: sanderling_common::wire::control::BulkObject,
+        bytes_max: u64,
+    ) -> Result<Vec<u8>, BulkError> {
+        download.fetch(&self.connection, self.session, object, bytes_max).await
+    }
+
+    /// The newest step that the server announced, if any announcement has arrived.
+    pub(super) fn announced_step(&self) -> Option<Step> {
+        Some(self.announced_step.load(Ordering::Relaxed)).filter(|&step| step > 0).map(Step)
+    }
+
+    /// Says goodbye, so that the server settles the session at once, and closes.
+    pub(super) async fn goodbye(mut self) {
+        if send(&mut self.control.0, &Goodbye).await.is_ok() {
+            let _ = tokio::time::timeout(GOODBYE_WAIT, self.connection.closed()).await;
+        }
+        CloseCode::Goodbye.close(&self.connection, "goodbye");
+        let _ = tokio::time::timeout(GOODBYE_WAIT, self.endpoint.wait_idle()).await;
+    }
+}
+
+/// Keeps the newest step of the server's announcements (unreliable datagrams of a little-endian `u64` each).
+async fn listen_for_steps(connection: Connection, newest: Arc<AtomicU64>) {
+    while let Ok(datagram) = connection.read_datagram().await {
+        if let Ok(bytes) = <[u8; 8]>::try_from(&datagram[..]) {
+            newest.fetch_max(u64::from_le_bytes(bytes), Ordering::Relaxed);
+        }
+    }
+}
+
+async fn resolve(join: &JoinString) -> Result<SocketAddr, Lost> {
+    let (host, port) = (join.host.clone(), join.port);
+    let found = tokio::task::spawn_blocking(move || (host.as_str(), port).to_socket_addrs()).await;
+    let addresses = found.expect("the look-up does not panic");
+    let first = addresses.ok().and_then(|mut addresses| addresses.next());
+    first.ok_or_else(|| Lost::ForNow(format!("the host {} cannot be found", join.host)))
+}
+
+/// A server with another certificate or protocol will be no other on the next try.
+fn connect_error(error: &quinn::ConnectionError) -> Lost {
+    match error {
+        quinn::ConnectionError::TransportError(_) | quinn::ConnectionError::ConnectionClosed(_) => {
+            WorkerError::Handshake(describe(error)).into()
+        }
+        _ => Lost::ForNow(describe(error)),
+    }
+}
+
+impl From<quinn::ConnectionError> for Lost {
+    fn from(error: quinn::ConnectionError) -> Self {
+        match CloseCode::of(&error) {
+            Some(CloseCode::Finished) => Self::Finished,
+            Some(CloseCode::NotAdmitted) => WorkerError::NotAdmitted(describe(&error)).into(),
+            _ => Self::ForNow(describe(&error)),
+        }
+    }
+}
+
+impl From<MessageError> for Lost {
+    fn from(error: MessageError) -> Self {
+        let lost = match &error {
+            MessageError::Read(quinn::ReadExactError::ReadError(quinn::ReadError::ConnectionLost(lost)))
+            | MessageError::Write(quinn::WriteError::ConnectionLost(lost))
+            | MessageError::Frame(quinn::ReadToEndError::Read(quinn::ReadError::ConnectionLost(lost))) => lost,
+            _ => return Self::ForNow(error.to_string()),
+        };
+        lost.clone().into()
+    }
+}

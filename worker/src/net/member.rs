@@ -1,0 +1,321 @@
+//! A worker as a member of a run: its state across connections, and the loop of exchanges.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sanderling_common::corpus::{Corpus, TEXT_BYTES_MAX};
+use sanderling_common::ids::{BatchId, SessionId, Step};
+use sanderling_common::layout::{Layout, LayoutHash};
+use sanderling_common::wire::control::{BulkObject, Request, Response, Welcome};
+use sanderling_common::wire::frame::{Reply, frame_bytes_max};
+use sanderling_common::wire::{EvaluationJob, Refusal, Work};
+use tokio::sync::{Semaphore, watch};
+use tracing::{info, warn};
+
+use super::bulk::{BulkError, Download, parameters};
+use super::connection::Link;
+use super::{Lost, WorkerError, WorkerOptions, WorkerReport};
+use crate::core::{WorkerCore, WorkerSettings};
+use crate::data::Batch;
+use crate::engine::Engine;
+use crate::model::{ModelError, StepLoss};
+
+/// A push that the server is still applying is asked about again after this long.
+const IN_FLIGHT_WAIT: Duration = Duration::from_millis(20);
+
+/// How often a worker says what it does.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+
+/// What a worker keeps across connections.
+pub(super) struct Member {
+    session: SessionId,
+    settings: WorkerSettings,
+    overlap: bool,
+    layout: Arc<Layout>,
+    reply_bytes_max: usize,
+    download: Download,
+    /// The step of a base model that has not arrived yet.
+    awaited_base: Option<Step>,
+    /// Away only while a blocking thread computes with it.
+    desk: Option<Box<Desk>>,
+    evaluation: Option<EvaluationJob>,
+    /// The tokens of a batch, prepared while an exchange was under way.
+    prepared: Option<(BatchId, Batch)>,
+    /// A gradient that waits to be pushed, taken while an exchange was under way.
+    computed: Option<Computed>,
+}
+
+/// What a computation needs.
+struct Desk {
+    engine: Engine,
+    core: Option<WorkerCore>,
+}
+
+impl Desk {
+    fn core(&mut self) -> &mut WorkerCore {
+        self.core.as_mut().expect("exchanges begin when the base model has arrived")
+    }
+}
+
+/// A gradient in the engine's buffer.
+#[derive(Clone, Copy, Debug)]
+struct Computed {
+    batch: BatchId,
+    loss: StepLoss,
+    tokens: usize,
+}
+
+impl Member {
+    /// Gets the text and builds the model that the server's configuration describes.
+    pub(super) async fn prepare(link: &Link, welcome: &Welcome) -> Result<Self, Lost> {
+        let bundled = Corpus::bundled();
+        let corpus = if bundled.sha256() == welcome.text_sha256 {
+            bundled
+        } else {
+            let mut download = Download::default();
+            let bytes = link.fetch(&mut download, BulkObject::Text, TEXT_BYTES_MAX).await?;
+            Corpus::from_bytes(&bytes).map_err(WorkerError::Corpus)?
+        };
+        corpus.check_context(welcome.run.model.context).map_err(WorkerError::Corpus)?;
+        let engine = Engine::new(&welcome.run, Arc::new(corpus)).map_err(WorkerError::Compute)?;
+        let layout = engine.layout().clone();
+        Ok(Self {
+            session: welcome.session,
+            settings: WorkerSettings::from(&welcome.run),
+            overlap: welcome.run.training.overlap,
+            reply_bytes_max: usize::try_from(frame_bytes_max(&layout)).unwrap_or(usize::MAX),
+            layout,
+            download: Download::default(),
+            awaited_base: None,
+            desk: Some(Box::new(Desk { engine, core: None })),
+            evaluation: None,
+            prepared: None,
+            computed: None,
+        })
+    }
+
+    pub(super) fn session(&self) -> SessionId {
+        self.session
+    }
+
+    pub(super) fn layout_hash(&self) -> LayoutHash {
+        self.layout.hash()
+    }
+
+    /// The session starts from the server's model at `step`.
+    pub(super) fn await_base(&mut self, step: Step) {
+        self.awaited_base = Some(step);
+    }
+
+    /// Fetches the base model, if it has not arrived yet; a lost connection is made good by calling again.
+    pub(super) async fn fetch_base(&mut self, link: &Link) -> Result<(), Lost> {
+        let Some(step) = self.awaited_base else { return Ok(()) };
+        let count = self.layout.len();
+        let bytes = link.fetch(&mut self.download, BulkObject::Base, count as u64 * 4).await?;
+        let base = parameters(&bytes, count)
+            .ok_or_else(|| Lost::Session("the base model does not fit the layout".to_owned()))?;
+        let core = WorkerCore::new(self.layout.clone(), &self.settings, self.session, base, step);
+        self.desk().core = Some(core);
+        self.awaited_base = None;
+        Ok(())
+    }
+
+    fn desk(&mut self) -> &mut Desk {
+        self.desk.as_mut().expect("nothing is being computed")
+    }
+
+    /// Exchanges over this connection until `stop` becomes true.
+    pub(super) async fn exchange_until_stopped(
+        &mut self,
+        link: &Link,
+        options: &WorkerOptions,
+        report: &mut WorkerReport,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<(), Lost> {
+        let mut reported = Instant::now();
+        while !*stop.borrow() {
+            let core = self.desk().core();
+            let (pending, next_batch) = (core.pending().is_some(), core.next_batch());
+            if pending {
+                self.exchange(link, options, report).await?;
+            } else if let Some(job) = self.evaluation {
+                self.evaluate(link, options, job).await?;
+            } else if let Some(batch) = next_batch {
+                if self.computed.is_none() {
+                    self.compute(options, batch).await?;
+                }
+                self.push(link)?;
+            } else {
+                let request = Request::Work(self.session);
+                self.ask(link, &request).await?;
+            }
+            if reported.elapsed() >= REPORT_EVERY {
+                reported = Instant::now();
+                let step = self.desk().core().step().0;
+                info!(exchanges = report.exchanges, server_step = step, "working");
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the gradient of a batch on a blocking thread, under a permit where computations are rationed.
+    async fn compute(&mut self, options: &WorkerOptions, batch: BatchId) -> Result<(), Lost> {
+        let prepared = self.prepared.take().filter(|(id, _)| *id == batch).map(|(_, tokens)| tokens);
+        let computed = self.at_desk(options, move |desk| {
+            let batch_tokens = prepared.unwrap_or_else(|| desk.engine.batch(batch));
+            let parameters = desk.core.as_mut().expect("the base model has arrived").view();
+            let loss = desk.engine.take_gradient(parameters, &batch_tokens)?;
+            Ok(Computed { batch, loss, tokens: batch_tokens.tokens() })
+        });
+        self.computed = Some(computed.await?);
+        Ok(())
+    }
+
+    /// Runs a computation on a blocking thread.
+    async fn at_desk<T: Send + 'static>(
+        &mut self,
+        options: &WorkerOptions,
+        work: impl FnOnce(&mut Desk) -> Result<T, ModelError> + Send + 'static,
+    ) -> Result<T, Lost> {
+        let _permit = match &options.compute_permits {
+            Some(permits) => Some(acquire(permits.clone()).await),
+            None => None,
+        };
+        let mut desk = self.desk.take().expect("one computation at a time");
+        let computation = tokio::task::spawn_blocking(move || {
+            let result = work(&mut desk);
+            (desk, result)
+        });
+        let (desk, result) = match computation.await {
+            Ok(finished) => finished,
+            // A panic there is a defect of ours and ends the worker as if it had happened here.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        };
+        self.desk = Some(desk);
+        result.map_err(|error| WorkerError::Compute(error).into())
+    }
+
+    /// Hands the computed gradient to the method; the push stays pending until it is answered.
+    fn push(&mut self, link: &Link) -> Result<(), Lost> {
+        let Computed { batch, loss, tokens } = self.computed.take().expect("a gradient was taken");
+        let desk = self.desk();
+        let core = desk.core.as_mut().expect("the base model has arrived");
+        let behind = |newest: Step| newest.0.max(core.step().0) - core.view_step().0;
+        let staleness = match link.announced_step() {
+            Some(newest) => u32::try_from(behind(newest)).unwrap_or(u32::MAX),
+            None => core.last_staleness().saturating_add(u32::try_from(behind(Step(0))).unwrap_or(u32::MAX)),
+        };
+        let loss = loss.cross_entropy as f32;
+        let tokens = u32::try_from(tokens).expect("the configuration bounds a batch");
+        let pushed = core.handle_gradient(batch, desk.engine.gradient(), loss, tokens, staleness);
+        match pushed {
+            Ok(_) => Ok(()),
+            Err(diverged) => Err(Lost::Session(diverged.to_string())),
+        }
+    }
+
+    /// Sends the pending push, again after a lost connection, and applies the answer.
+    async fn exchange(
+        &mut self,
+        link: &Link,
+        options: &WorkerOptions,
+        report: &mut WorkerReport,
+    ) -> Result<(), Lost> {
+        let reply_bytes_max = self.reply_bytes_max;
+        let core = self.desk().core();
+        let push = core.pending().expect("a push is pending");
+        let (frame, skipped) = (Link::frame(push), push.skipped);
+        let next = core.next_batch().filter(|_| self.computed.is_none());
+        let meanwhile = async {
+            match next {
+                Some(batch) if self.overlap => self.compute(options, batch).await,
+                Some(batch) => {
+                    let tokens = self.desk().engine.batch(batch);
+                    self.prepared = Some((batch, tokens));
+                    Ok(())
+                }
+                None => Ok(()),
+            }
+        };
+        let (reply, computed) = tokio::join!(link.exchange(frame, reply_bytes_max), meanwhile);
+        computed?;
+        match reply? {
+            Reply::Answer(answer) => {
+                let work = self.desk().core().handle_answer(&answer);
+                report.exchanges += 1;
+                report.skipped += u64::from(skipped);
+                let work = work.map_err(|error| Lost::Session(error.to_string()))?;
+                self.take(&work)
+            }
+            Reply::Refused(Refusal::InFlight) => {
+                tokio::time::sleep(IN_FLIGHT_WAIT).await;
+                Ok(())
+            }
+            Reply::Refused(Refusal::Finished) => Err(Lost::Finished),
+            Reply::Refused(refusal) => Err(Lost::Session(refusal.to_string())),
+        }
+    }
+
+    /// Notes what the server wants beyond batches, which the core has queued already.
+    fn take(&mut self, work: &Work) -> Result<(), Lost> {
+        self.evaluation = work.evaluation.or(self.evaluation);
+        if work.finished { Err(Lost::Finished) } else { Ok(()) }
+    }
+
+    /// A request outside an exchange.
+    async fn ask(&mut self, link: &Link, request: &Request) -> Result<(), Lost> {
+        match link.request(request).await? {
+            Response::Work(work) => {
+                let added = self.desk().core().add_work(&work);
+                added.map_err(|error| Lost::Session(error.to_string()))?;
+                self.take(&work)
+            }
+            Response::UnknownSession => Err(Lost::Session("the server has forgotten the session".to_owned())),
+        }
+    }
+
+    /// Fetches the model of an evaluation, evaluates it and reports the result.
+    async fn evaluate(
+        &mut self,
+        link: &Link,
+        options: &WorkerOptions,
+        job: EvaluationJob,
+    ) -> Result<(), Lost> {
+        let count = self.layout.len();
+        let fetched = link.fetch(&mut self.download, BulkObject::Snapshot(job), count as u64 * 4).await;
+        let bytes = match fetched {
+            Err(BulkError::NotFound(_)) => {
+                warn!("the model of {} is gone; leaving its evaluation", job.step);
+                self.evaluation = None;
+                return Ok(());
+            }
+            fetched => fetched?,
+        };
+        let Some(model) = parameters(&bytes, count) else {
+            return Err(Lost::Session("a snapshot does not fit the layout".to_owned()));
+        };
+        let report = self.at_desk(options, move |desk| desk.engine.evaluate(&model, job)).await?;
+        let session = self.session;
+        self.ask(link, &Request::Evaluated(session, Box::new(report))).await?;
+        // A new evaluation may have come with the answer.
+        self.evaluation = self.evaluation.filter(|next| next.id != job.id);
+        Ok(())
+    }
+}
+
+async fn acquire(permits: Arc<Semaphore>) -> tokio::sync::OwnedSemaphorePermit {
+    permits.acquire_owned().await.expect("the permits are never closed")
+}
+
+impl From<BulkError> for Lost {
+    fn from(error: BulkError) -> Self {
+        match error {
+            BulkError::Message(error) => error.into(),
+            BulkError::Connection(error) => error.into(),
+            BulkError::NotFound(_) | BulkError::TooLarge { .. } => Self::Session(error.to_string()),
+            BulkError::Read(_) | BulkError::Short { .. } | BulkError::Damaged { .. } => {
+                Self::ForNow(error.to_string())
+            }
+        }
+    }
+}

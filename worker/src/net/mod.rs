@@ -1,0 +1,220 @@
+//! The driver around the worker's core: finds the server, says hello, and keeps exchanging until the run is over.
+//!
+//! One task drives one worker. Gradients are computed on tokio's blocking threads, so heartbeats and transfers go on
+//! whatever the model is doing.
+
+mod bulk;
+mod connection;
+mod member;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sanderling_common::config::ConfigError;
+use sanderling_common::corpus::CorpusError;
+use sanderling_common::ids::WorkerId;
+use sanderling_common::join::JoinString;
+use sanderling_common::model_config::ModelConfigError;
+use sanderling_transport::EndpointError;
+use tokio::sync::{Semaphore, watch};
+use tracing::{info, warn};
+
+use connection::{Link, Reception};
+use member::Member;
+
+/// The first wait after a lost connection; doubled each time.
+const BACKOFF_FIRST: Duration = Duration::from_millis(250);
+
+/// The longest wait between two tries.
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+
+/// A worker gives up after this long without a server by default.
+pub const GIVE_UP_AFTER: Duration = Duration::from_secs(600);
+
+/// How a worker works, apart from what the server tells it.
+#[derive(Clone, Debug)]
+pub struct WorkerOptions {
+    /// Gives up when no server was reached for this long.
+    pub give_up_after: Duration,
+    /// Gradients computed at a time by all workers that share it; `None` leaves that to the system. In one process
+    /// with more workers than cores it keeps each computation at full speed instead of slicing them all.
+    pub compute_permits: Option<Arc<Semaphore>>,
+}
+
+impl Default for WorkerOptions {
+    fn default() -> Self {
+        Self { give_up_after: GIVE_UP_AFTER, compute_permits: None }
+    }
+}
+
+/// What a worker did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkerReport {
+    /// Its last number.
+    pub worker: Option<WorkerId>,
+    /// Exchanges answered.
+    pub exchanges: u64,
+    /// Gradients that were not finite.
+    pub skipped: u64,
+    /// Connections lost and found again.
+    pub reconnects: u64,
+    /// Sessions begun; more than one when the server had forgotten the worker.
+    pub sessions: u64,
+    /// Whether it was told to stop before the run was over.
+    pub stopped: bool,
+}
+
+/// Why a worker cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// No socket, or no TLS.
+    #[error(transparent)]
+    Endpoint(EndpointError),
+    /// The server is not the one of the join string, or speaks another version.
+    #[error("the server cannot be joined: {0}")]
+    Handshake(String),
+    /// The server does not accept the token.
+    #[error("the server refused the token; it is the last part of the join string that the server printed")]
+    WrongToken,
+    /// The server does not want this worker.
+    #[error("the server does not admit this worker: {0}")]
+    NotAdmitted(String),
+    /// The two programs derive different layouts from the same configuration.
+    #[error("server and worker disagree about the model's layout; use the same release on both sides")]
+    LayoutMismatch,
+    /// The server sent a configuration that this worker refuses.
+    #[error("the server's configuration cannot be used: {0}")]
+    Config(#[from] ConfigError),
+    /// Its model cannot be built.
+    #[error("the server's model cannot be built: {0}")]
+    Model(#[from] ModelConfigError),
+    /// Its text cannot be used.
+    #[error("the server's text cannot be used: {0}")]
+    Corpus(#[from] CorpusError),
+    /// No server for too long.
+    #[error("gave up after {seconds} s without a server ({address}): {reason}")]
+    GaveUp {
+        /// How long it was tried.
+        seconds: u64,
+        /// What was tried.
+        address: String,
+        /// The last reason.
+        reason: String,
+    },
+    /// The run cannot be computed.
+    #[error("the gradient cannot be computed: {0}")]
+    Compute(#[from] crate::model::ModelError),
+}
+
+/// Why a connection came to its end.
+#[derive(Debug)]
+enum Lost {
+    /// The run is over.
+    Finished,
+    /// Worth another try.
+    ForNow(String),
+    /// The session is void: another try begins a new one.
+    Session(String),
+    /// No other try will do.
+    ForGood(Box<WorkerError>),
+}
+
+impl From<WorkerError> for Lost {
+    fn from(error: WorkerError) -> Self {
+        Self::ForGood(Box::new(error))
+    }
+}
+
+/// Works for the server of the join string until the run is over, `stop` becomes true, or no server was reached for
+/// too long.
+///
+/// # Errors
+/// A [`WorkerError`]; lost connections are not among them.
+pub async fn work(
+    join: &JoinString,
+    options: &WorkerOptions,
+    mut stop: watch::Receiver<bool>,
+) -> Result<WorkerReport, WorkerError> {
+    let mut report = WorkerReport::default();
+    let mut member: Option<Member> = None;
+    let mut backoff = BACKOFF_FIRST;
+    let mut last_contact = Instant::now();
+    loop {
+        let exchanges_before = report.exchanges;
+        let outcome = connected(join, options, &mut member, &mut report, &stop).await;
+        let reason = match outcome {
+            Ok(()) => {
+                report.stopped = *stop.borrow();
+                return Ok(report);
+            }
+            Err(Lost::Finished) => return Ok(report),
+            Err(Lost::ForGood(error)) => return Err(*error),
+            Err(Lost::ForNow(reason)) => reason,
+            Err(Lost::Session(reason)) => {
+                member = None;
+                reason
+            }
+        };
+        if report.exchanges > exchanges_before {
+            (backoff, last_contact) = (BACKOFF_FIRST, Instant::now());
+        }
+        let waited = last_contact.elapsed();
+        if waited >= options.give_up_after {
+            return Err(WorkerError::GaveUp { seconds: waited.as_secs(), address: join.to_string(), reason });
+        }
+        warn!("no exchange with {}:{} ({reason}); trying again in {backoff:?}", join.host, join.port);
+        tokio::select! {
+            () = tokio::time::sleep(backoff) => {}
+            _ = stop.wait_for(|stop| *stop) => {
+                report.stopped = true;
+                return Ok(report);
+            }
+        }
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+        report.reconnects += 1;
+    }
+}
+
+/// Works over one connection. Returns when told to stop.
+async fn connected(
+    join: &JoinString,
+    options: &WorkerOptions,
+    slot: &mut Option<Member>,
+    report: &mut WorkerReport,
+    stop: &watch::Receiver<bool>,
+) -> Result<(), Lost> {
+    let resume = slot.as_ref().map(Member::session);
+    let (mut link, welcome) = match Link::open(join, resume).await? {
+        Reception::Welcome(link, welcome) => (link, welcome),
+        Reception::Finished => return Err(Lost::Finished),
+    };
+    report.worker = Some(welcome.worker);
+    if !welcome.resumed {
+        *slot = None;
+    }
+    let member = match slot {
+        Some(member) => member,
+        None => slot.insert(Member::prepare(&link, &welcome).await?),
+    };
+    match link.confirm(member.layout_hash()).await? {
+        Some(step) => {
+            report.sessions += 1;
+            member.await_base(step);
+            info!("{} begins at {step}", welcome.worker);
+        }
+        None => info!("{} resumes its session", welcome.worker),
+    }
+    let mut stopped = stop.clone();
+    let outcome = tokio::select! {
+        outcome = member.fetch_base(&link) => outcome,
+        _ = stopped.wait_for(|stop| *stop) => Ok(()),
+    };
+    let outcome = match outcome {
+        Ok(()) => member.exchange_until_stopped(&link, options, report, stop).await,
+        Err(lost) => Err(lost),
+    };
+    if matches!(outcome, Ok(()) | Err(Lost::Finished)) {
+        link.goodbye().await;
+    }
+    outcome
+}
