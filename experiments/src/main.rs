@@ -26,8 +26,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let command = Arguments::command().mut_subcommand("train", with_defaults_in_help);
-    let arguments =
-        Arguments::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
+    let arguments = Arguments::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     let level = match arguments.verbose {
         // The progress bar says what there is to say.
         0 => LevelFilter::WARN,

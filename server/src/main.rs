@@ -18,11 +18,14 @@ use tracing::{info, level_filters::LevelFilter};
 /// Prints a join string on standard output; `sanderling-worker --join '…'` is all that a worker needs. Without
 /// options it serves the run that `sanderling train` makes. Results are written to runs/<name>/.
 #[derive(Debug, Parser)]
-#[command(version, after_help = "\
+#[command(
+    version,
+    after_help = "\
 Examples:
   sanderling-server                                  # this machine only, any free port
   sanderling-server --listen 0.0.0.0:4433 --advertise training.example.org
-  sanderling-server --config run.toml --steps 20000 --join-file /shared/join")]
+  sanderling-server --config run.toml --steps 20000 --join-file /shared/join"
+)]
 struct Arguments {
     /// What is trained.
     #[command(flatten)]

@@ -177,7 +177,8 @@ impl Recorder {
     /// Where the run stands, for display.
     pub fn progress(&self, workers: u32, bytes_up: u64, bytes_down: u64) -> Progress {
         let count = self.recent.len() as f64;
-        let mean = |value: fn(&PushRecord) -> f64| self.recent.iter().map(value).sum::<f64>() / count.max(1.0);
+        let mean =
+            |value: fn(&PushRecord) -> f64| self.recent.iter().map(value).sum::<f64>() / count.max(1.0);
         let (first, last) = (self.recent.front(), self.recent.back());
         let span = first.zip(last).map_or(0.0, |(first, last)| last.seconds - first.seconds);
         let tokens = self.recent.iter().skip(1).map(|push| u64::from(push.tokens)).sum();

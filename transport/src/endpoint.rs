@@ -93,7 +93,8 @@ fn transport(idle: Duration) -> TransportConfig {
 
 fn open(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoint, EndpointError> {
     let failed = |source| EndpointError::Bind { address, source };
-    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP)).map_err(failed)?;
+    let socket =
+        Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP)).map_err(failed)?;
     // A refusal leaves the system's default, which works, only slower.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);

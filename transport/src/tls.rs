@@ -39,7 +39,10 @@ impl Certificate {
     /// [`TlsError::Certificate`].
     pub fn generate() -> Result<Self, TlsError> {
         let made = rcgen::generate_simple_self_signed(["sanderling".to_owned()])?;
-        Ok(Self { der: made.cert.der().clone(), key: PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()) })
+        Ok(Self {
+            der: made.cert.der().clone(),
+            key: PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()),
+        })
     }
 
     /// The SHA-256 by which workers recognise it.

@@ -65,7 +65,8 @@ fn by_ndarray(a: Operand<'_>, b: Operand<'_>, c: &mut [f32], m: usize, n: usize)
 #[expect(unsafe_code, reason = "the gemm crate has no safe interface")]
 fn by_gemm(a: Operand<'_>, b: Operand<'_>, c: &mut [f32], m: usize, n: usize) {
     // (column stride, row stride)
-    let strides = |x: Operand<'_>| if x.transposed { (x.columns as isize, 1) } else { (1, x.columns as isize) };
+    let strides =
+        |x: Operand<'_>| if x.transposed { (x.columns as isize, 1) } else { (1, x.columns as isize) };
     let ((acs, ars), (bcs, brs)) = (strides(a), strides(b));
     let k = if a.transposed { a.rows } else { a.columns };
     let (a, b) = (black_box(a.data).as_ptr(), black_box(b.data).as_ptr());

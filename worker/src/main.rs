@@ -16,11 +16,14 @@ use tracing::{info, level_filters::LevelFilter};
 /// The join string is the line that the server prints on start; it is all that a worker needs. The configuration, the
 /// text and the batches come from the server. A worker that loses the server tries again and resumes its session.
 #[derive(Debug, Parser)]
-#[command(version, after_help = "\
+#[command(
+    version,
+    after_help = "\
 Examples:
   sanderling-worker --join 'sanderling://192.0.2.7:4433?pin=…&token=…'
   sanderling-worker --join-file /shared/join        # waits until the server has written it
-  SANDERLING_JOIN='sanderling://…' sanderling-worker -v")]
+  SANDERLING_JOIN='sanderling://…' sanderling-worker -v"
+)]
 struct Arguments {
     /// The join string that the server printed, in quotes
     #[arg(long, env = "SANDERLING_JOIN", hide_env_values = true, value_name = "STRING")]
@@ -120,7 +123,8 @@ async fn wait_for_file(
                 anyhow::bail!("{} is too large to be a join string", path.display());
             }
             Ok(_) => {
-                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read {}", path.display()))?;
                 if text.ends_with('\n') {
                     return Ok(Some(text));
                 }

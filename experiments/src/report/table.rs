@@ -11,11 +11,20 @@ pub fn closing_table(summary: &Summary) -> String {
         ("method", format!("{}, {} workers, seed {}", summary.method, summary.workers, summary.seed)),
         (
             "model",
-            format!("{} parameters, {} active per token", millions(summary.parameters), millions(summary.active_parameters)),
+            format!(
+                "{} parameters, {} active per token",
+                millions(summary.parameters),
+                millions(summary.active_parameters)
+            ),
         ),
         (
             "steps",
-            format!("{} updates applied, {} skipped, {} tokens", summary.steps, summary.skipped, millions(summary.tokens)),
+            format!(
+                "{} updates applied, {} skipped, {} tokens",
+                summary.steps,
+                summary.skipped,
+                millions(summary.tokens)
+            ),
         ),
         ("validation loss", format!("{} at the end", loss(summary.val_loss))),
         ("best validation loss", format!("{} at step {}", loss(summary.best_val_loss), summary.best_step)),
@@ -30,7 +39,11 @@ pub fn closing_table(summary: &Summary) -> String {
         ("staleness", format!("mean {:.2}, largest {}", summary.staleness_mean, summary.staleness_max)),
         (
             "time",
-            format!("{:.1} s, {:.1} k tokens/s while training", summary.seconds, summary.tokens_per_second / 1e3),
+            format!(
+                "{:.1} s, {:.1} k tokens/s while training",
+                summary.seconds,
+                summary.tokens_per_second / 1e3
+            ),
         ),
     ]);
     if !summary.completed {

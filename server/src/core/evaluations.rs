@@ -124,7 +124,8 @@ impl Evaluations {
 
     /// Whether the snapshot of a step is of use: it is to be evaluated, or the best.
     pub fn needs_snapshot(&self, step: Step) -> bool {
-        self.best.is_some_and(|best| best.step == step) || self.list.iter().any(|entry| entry.job.step == step)
+        self.best.is_some_and(|best| best.step == step)
+            || self.list.iter().any(|entry| entry.job.step == step)
     }
 
     /// What the session is evaluating.
@@ -165,9 +166,8 @@ impl Evaluations {
 
     /// Reports may come out of order; the earlier of two equal models is the better one.
     fn is_better(&self, report: &EvaluationReport) -> bool {
-        let better = |best: Best| {
-            report.loss < best.loss || (report.loss == best.loss && report.job.step < best.step)
-        };
+        let better =
+            |best: Best| report.loss < best.loss || (report.loss == best.loss && report.job.step < best.step);
         report.loss.is_finite() && self.best.is_none_or(better)
     }
 

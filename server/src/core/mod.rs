@@ -37,7 +37,9 @@ pub use evaluations::{Best, EVALUATIONS_MAX, Evaluated, Evaluations};
 pub use leases::LeasePool;
 pub use sessions::SessionsFull;
 use sessions::{SessionTable, Turn};
-pub use shard::{BASE_MAGNITUDE_MAX, Shard, ShardJob, ShardOutput, UPDATE_MAGNITUDE_MAX, secondary_compression};
+pub use shard::{
+    BASE_MAGNITUDE_MAX, Shard, ShardJob, ShardOutput, UPDATE_MAGNITUDE_MAX, secondary_compression,
+};
 pub use tracker::{DifferenceTracker, Replicas};
 
 /// What the core needs to know of a run.

@@ -97,8 +97,7 @@ impl SessionTable {
     pub(super) fn open(&self, session: SessionId, step: Step) -> Option<WorkerId> {
         let mut entry = self.sessions.get_mut(&session)?;
         assert!(entry.opened.is_none(), "{session} was opened twice");
-        entry.opened =
-            Some(Opened { joined: step, step, answered: Seq(0), answer: None, in_flight: false });
+        entry.opened = Some(Opened { joined: step, step, answered: Seq(0), answer: None, in_flight: false });
         Some(entry.worker)
     }
 
@@ -143,7 +142,13 @@ impl SessionTable {
     }
 
     /// Stores the answer to the claimed push. A session that has ended meanwhile has no use for it.
-    pub(super) fn answer(&self, session: SessionId, seq: Seq, step: Step, answer: &Bytes) -> Result<(), Refusal> {
+    pub(super) fn answer(
+        &self,
+        session: SessionId,
+        seq: Seq,
+        step: Step,
+        answer: &Bytes,
+    ) -> Result<(), Refusal> {
         let mut entry = self.sessions.get_mut(&session).ok_or(Refusal::UnknownSession)?;
         let opened = entry.opened.as_mut().expect("a claim was made");
         assert!(opened.in_flight && seq.0 == opened.answered.0 + 1, "{seq} of {session} was not claimed");

@@ -176,7 +176,9 @@ async fn confirm(
     };
     if ready.layout_hash != hub.layout_hash() {
         send(down, &Start::LayoutMismatch).await?;
-        return Err(PeerError::NotAdmitted("its layout is not this run's; use the same release on both sides"));
+        return Err(PeerError::NotAdmitted(
+            "its layout is not this run's; use the same release on both sides",
+        ));
     }
     let start = place.new_from.map_or(Start::Resume, |step| Start::Fetch { step });
     Ok(send(down, &start).await?)

@@ -14,8 +14,8 @@ use tokio::sync::oneshot;
 
 use super::hub::{OpenError, Opened};
 use crate::core::{
-    Admitted, Best, Evaluated, PushOutput, ServerCore, ServerSettings, SessionsFull, Shard, ShardJob, ShardOutput,
-    Standing, Ticket,
+    Admitted, Best, Evaluated, PushOutput, ServerCore, ServerSettings, SessionsFull, Shard, ShardJob,
+    ShardOutput, Standing, Ticket,
 };
 
 /// Jobs that one session can have queued: the three of a push, and its opening and closing.
@@ -96,7 +96,8 @@ impl Pipeline {
     pub(super) async fn open(&self, session: SessionId) -> Result<(Opened, Vec<f32>), OpenError> {
         let mut pending = Pending::new();
         let opened = self.core.open_session(session, |job| self.enqueue(&[job], &mut pending));
-        let (worker, step) = opened.map_err(|SessionsFull { sessions_max }| OpenError::Full { sessions_max })?;
+        let (worker, step) =
+            opened.map_err(|SessionsFull { sessions_max }| OpenError::Full { sessions_max })?;
         let parts = outputs(pending).await.into_iter().flatten().map(|output| match output {
             ShardOutput::Base(part) => part,
             _ => unreachable!("the job was Open"),

@@ -151,7 +151,11 @@ impl RouterStatistics {
     /// # Panics
     /// If the number of experts differs.
     pub fn merge(&mut self, other: &Self) {
-        assert_eq!(self.expert_tokens.len(), other.expert_tokens.len(), "statistics of routers of different size");
+        assert_eq!(
+            self.expert_tokens.len(),
+            other.expert_tokens.len(),
+            "statistics of routers of different size"
+        );
         self.expert_tokens.iter_mut().zip(&other.expert_tokens).for_each(|(sum, &tokens)| *sum += tokens);
         let sums = self.probability_sums.iter_mut().zip(&other.probability_sums);
         sums.for_each(|(sum, probability)| *sum += probability);
@@ -167,7 +171,8 @@ impl RouterStatistics {
             return 0.0;
         }
         let shares = self.expert_tokens.iter().zip(&self.probability_sums);
-        let dot: f64 = shares.map(|(&tokens, &probability)| tokens as f64 / slots * (probability / rows)).sum();
+        let dot: f64 =
+            shares.map(|(&tokens, &probability)| tokens as f64 / slots * (probability / rows)).sum();
         self.expert_tokens.len() as f64 * dot
     }
 }
@@ -377,13 +382,7 @@ pub trait Kernels {
     /// The first failure of the device since the last wait.
     fn router_entropy(&mut self, routing: &Self::Routing) -> Result<f64, Self::Error>;
     /// sorted (slots, width): slot s gets the row of its token. Its adjoint is [`unpermute`](Self::unpermute).
-    fn permute(
-        &mut self,
-        routing: &Self::Routing,
-        width: usize,
-        x: &Self::Buffer,
-        sorted: &mut Self::Buffer,
-    );
+    fn permute(&mut self, routing: &Self::Routing, width: usize, x: &Self::Buffer, sorted: &mut Self::Buffer);
     /// out (rows, width): each token gets the sum of its k slots. Its adjoint is [`permute`](Self::permute).
     fn unpermute(
         &mut self,

@@ -84,7 +84,9 @@ pub enum ModelError {
     #[error(transparent)]
     Config(#[from] ModelConfigError),
     /// A token that the vocabulary does not have.
-    #[error("token {token} at sequence {sequence}, position {position} is outside the vocabulary of {vocab_size}")]
+    #[error(
+        "token {token} at sequence {sequence}, position {position} is outside the vocabulary of {vocab_size}"
+    )]
     TokenOutOfVocabulary {
         /// The token's id.
         token: u32,

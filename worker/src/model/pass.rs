@@ -30,13 +30,7 @@ impl<K: Kernels> Pass<'_, K> {
     pub(super) fn forward(&mut self, params: &K::Buffer, activations: &mut Activations<K>) {
         let (plan, rows) = (self.plan, self.rows());
         let Activations { layers, residual, delta, expert_outputs, .. } = activations;
-        self.kernels.embed(
-            params,
-            plan.embedding,
-            rows,
-            &activations.inputs,
-            &mut layers[0].attention_input,
-        );
+        self.kernels.embed(params, plan.embedding, rows, &activations.inputs, &mut layers[0].attention_input);
         for (number, layer_plan) in plan.layers.iter().enumerate() {
             let (before, after) = layers.split_at_mut(number + 1);
             let layer = &mut before[number];

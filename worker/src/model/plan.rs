@@ -109,7 +109,8 @@ fn weights<N: AsRef<str>>(layout: &Layout, names: &[N], outputs: usize, inputs: 
     let weights = Weights { offset: offset(layout, names[0].as_ref()), outputs, inputs };
     let mut end = weights.offset;
     for name in names {
-        let tensor = layout.find(name.as_ref()).expect("the layout of a model has every part of its matrices");
+        let tensor =
+            layout.find(name.as_ref()).expect("the layout of a model has every part of its matrices");
         assert_eq!(tensor.offset, end, "{} does not follow the tensor before it", tensor.name);
         end += tensor.len;
     }

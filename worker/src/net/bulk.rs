@@ -83,7 +83,9 @@ impl Download {
         let missing = (bytes as usize).saturating_sub(self.received.len());
         self.received.reserve_exact(missing);
         while (self.received.len() as u64) < bytes {
-            let Some(chunk) = down.read_chunk(bytes as usize - self.received.len(), true).await? else { break };
+            let Some(chunk) = down.read_chunk(bytes as usize - self.received.len(), true).await? else {
+                break;
+            };
             self.received.extend_from_slice(&chunk.bytes);
         }
         if (self.received.len() as u64) < bytes {

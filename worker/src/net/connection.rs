@@ -9,11 +9,11 @@ use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use sanderling_common::ids::{SessionId, Step};
 use sanderling_common::join::JoinString;
 use sanderling_common::layout::LayoutHash;
+use sanderling_common::wire::Push;
 use sanderling_common::wire::control::{
     Goodbye, Greeting, Hello, Ready, Request, Response, Start, StreamKind, Welcome,
 };
 use sanderling_common::wire::frame::Reply;
-use sanderling_common::wire::Push;
 use sanderling_transport::{CloseCode, MessageError, client_endpoint, describe, receive, receive_rest, send};
 
 use super::bulk::{BulkError, Download};
@@ -69,12 +69,15 @@ impl Link {
                 tokio::spawn(listen_for_steps(connection.clone(), announced_step.clone()));
                 let session = welcome.session;
                 let control = (up, down);
-                Ok(Reception::Welcome(Self { endpoint, connection, control, announced_step, session }, welcome))
+                Ok(Reception::Welcome(
+                    Self { endpoint, connection, control, announced_step, session },
+                    welcome,
+                ))
             }
             Greeting::WrongToken => Err(WorkerError::WrongToken.into()),
-            Greeting::Full { sessions_max } => {
-                Err(Lost::ForNow(format!("the server has no room: all of its {sessions_max} places are taken")))
-            }
+            Greeting::Full { sessions_max } => Err(Lost::ForNow(format!(
+                "the server has no room: all of its {sessions_max} places are taken"
+            ))),
             Greeting::Finished => {
                 CloseCode::Goodbye.close(&connection, "goodbye");
                 endpoint.wait_idle().await;
@@ -107,7 +110,8 @@ impl Link {
         // Finishing a stream fails only when it was already reset, which reading will report.
         let _ = up.finish();
         let bytes = receive_rest(&mut down, reply_bytes_max).await?;
-        Reply::decode(&bytes).map_err(|error| Lost::ForNow(format!("the server's answer is malformed: {error}")))
+        Reply::decode(&bytes)
+            .map_err(|error| Lost::ForNow(format!("the server's answer is malformed: {error}")))
     }
 
     /// One request outside an exchange.
@@ -186,7 +190,9 @@ impl From<MessageError> for Lost {
         let lost = match &error {
             MessageError::Read(quinn::ReadExactError::ReadError(quinn::ReadError::ConnectionLost(lost)))
             | MessageError::Write(quinn::WriteError::ConnectionLost(lost))
-            | MessageError::Frame(quinn::ReadToEndError::Read(quinn::ReadError::ConnectionLost(lost))) => lost,
+            | MessageError::Frame(quinn::ReadToEndError::Read(quinn::ReadError::ConnectionLost(lost))) => {
+                lost
+            }
             _ => return Self::ForNow(error.to_string()),
         };
         lost.clone().into()

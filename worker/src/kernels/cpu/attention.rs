@@ -332,17 +332,18 @@ fn backward_block<S: Simd>(
     };
     product(simd, destination, Left::Columns(score_grad), head.keys, |rows| 0..block.first + rows.end);
 
-    let keys_to = |data| Destination {
-        data,
-        stride: head_dim,
-        rows: block.keys(),
-        width: head_dim,
-        write: Write::Add,
-    };
+    let keys_to =
+        |data| Destination { data, stride: head_dim, rows: block.keys(), width: head_dim, write: Write::Add };
     // A key is seen by the block's queries from its own position on.
     let seen_by = |keys: std::ops::Range<usize>| keys.start.saturating_sub(block.first)..block.queries;
     let probabilities = Strided::new(&scratch.probabilities, 0, width);
-    product(simd, keys_to(&mut scratch.value_grad), Left::Rows(probabilities), dout.from_row(block.first), seen_by);
+    product(
+        simd,
+        keys_to(&mut scratch.value_grad),
+        Left::Rows(probabilities),
+        dout.from_row(block.first),
+        seen_by,
+    );
     let queries = head.queries.from_row(block.first);
     product(simd, keys_to(&mut scratch.key_grad), Left::Rows(score_grad), queries, seen_by);
 }

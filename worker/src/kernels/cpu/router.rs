@@ -80,7 +80,8 @@ impl Routing {
         self.shape = shape;
         let elements = shape.rows * shape.experts;
         let probabilities = &mut self.probabilities[..elements];
-        for (p, row) in probabilities.chunks_exact_mut(shape.experts).zip(logits.chunks_exact(shape.experts)) {
+        for (p, row) in probabilities.chunks_exact_mut(shape.experts).zip(logits.chunks_exact(shape.experts))
+        {
             let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             p.iter_mut().zip(row).for_each(|(p, &logit)| *p = logit - max);
         }
@@ -167,7 +168,8 @@ impl Routing {
             dlogits.iter_mut().zip(p).for_each(|(dlogit, &p)| *dlogit = p * (*dlogit - mean));
             if order == RouterOrder::TopkThenSoftmax {
                 // Softmax over the chosen ones only.
-                let mean: f32 = pairs().map(|(_, slot)| self.weights[slot] * self.weight_gradients[slot]).sum();
+                let mean: f32 =
+                    pairs().map(|(_, slot)| self.weights[slot] * self.weight_gradients[slot]).sum();
                 for (expert, slot) in pairs() {
                     dlogits[expert] += self.weights[slot] * (self.weight_gradients[slot] - mean);
                 }

@@ -108,7 +108,8 @@ mod tests {
 
     #[test]
     fn exp_saturates_and_vanishes() {
-        let mut values = [f32::MIN, -87.34, -200.0, 0.0, 1.0, 89.0, f32::MAX, f32::NEG_INFINITY, f32::INFINITY];
+        let mut values =
+            [f32::MIN, -87.34, -200.0, 0.0, 1.0, 89.0, f32::MAX, f32::NEG_INFINITY, f32::INFINITY];
         Arch::new().dispatch(Map(&mut values));
         assert_eq!(values[..4], [0.0, 0.0, 0.0, 1.0]);
         assert!((values[4] - std::f32::consts::E).abs() < 3e-7, "{}", values[4]);
