@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use sanderling_common::config::cli::RunOptions;
 use sanderling_common::join::JoinString;
-use sanderling_server::net::{Outcome, Server};
+use sanderling_server::net::{Outcome, Server, ServerError};
 use sanderling_server::progress::ProgressView;
 use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport, work};
 use tokio::sync::{Semaphore, watch};
@@ -71,21 +71,31 @@ async fn serve_with_workers(server: Server) -> anyhow::Result<Outcome> {
     ));
     let (stop_workers, workers_stop) = watch::channel(false);
     let mut workers = start_workers(server.join(), run.run.workers, &workers_stop);
-    let serving = server.serve(stop_on_interrupt(), |progress| view.update(progress));
+    let outcome = {
+        let serving = server.serve(stop_on_interrupt(), |progress| view.update(progress));
+        serve_beside(serving, &mut workers).await
+    };
+    view.finish();
+    stop_workers.send_replace(true);
+    while workers.join_next().await.is_some() {}
+    outcome
+}
+
+/// The outcome of `serving`, or the first failure of a worker: in one process a worker that is lost stays lost.
+async fn serve_beside(
+    serving: impl Future<Output = Result<Outcome, ServerError>>,
+    workers: &mut JoinSet<Result<WorkerReport, WorkerError>>,
+) -> anyhow::Result<Outcome> {
     tokio::pin!(serving);
-    let outcome = loop {
+    loop {
         tokio::select! {
-            outcome = &mut serving => break outcome,
+            outcome = &mut serving => return Ok(outcome?),
             Some(ended) = workers.join_next() => {
                 let ended = ended.context("a worker ended with a panic")?;
                 ended.context("a worker cannot go on")?;
             }
         }
-    };
-    view.finish();
-    stop_workers.send_replace(true);
-    while workers.join_next().await.is_some() {}
-    Ok(outcome?)
+    }
 }
 
 /// Workers that share this process and its cores; they know the server by its join string alone.

@@ -125,8 +125,10 @@ impl LeasePool {
             range
         };
         let batches = range.first.0..range.first.0 + u64::from(range.count);
-        batches.clone().for_each(|batch| drop(self.returned.remove(&batch)));
-        held.extend(batches);
+        for batch in batches {
+            self.returned.remove(&batch);
+            held.insert(batch);
+        }
         self.check();
         (range.count > 0).then_some(range)
     }
