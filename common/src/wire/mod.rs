@@ -50,10 +50,11 @@ pub struct Answer {
     pub payload: Vec<u8>,
 }
 
-/// What the server wants a worker to do, in addition to what it already holds.
+/// What the server wants a worker to do: in an answer, in addition to what it already holds; in a response to a
+/// request, what it already holds first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Work {
-    /// Batches newly leased to this session: the first and how many follow one another.
+    /// Batches leased to this session: the first and how many follow one another.
     pub batches: Option<BatchRange>,
     /// A model to evaluate, before going on.
     pub evaluation: Option<EvaluationJob>,

@@ -323,7 +323,7 @@ impl WorkerCore {
         if !finite {
             return Err(AnswerError::NonFinite);
         }
-        self.add_work(&answer.work)?;
+        self.enqueue(answer.work.batches)?;
         self.step = answer.step;
         self.staleness = answer.staleness;
         self.is_pending = false;
@@ -332,11 +332,16 @@ impl WorkerCore {
         Ok(answer.work)
     }
 
-    /// Queues the batches of work that came outside an exchange.
+    /// Queues the batches of work that was asked for outside an exchange. The server then names what the session
+    /// holds already, so while batches are queued there is nothing new among them.
     ///
     /// # Errors
     /// [`AnswerError::Lease`] if they do not exist or are too many.
     pub fn add_work(&mut self, work: &Work) -> Result<(), AnswerError> {
-        work.batches.map_or(Ok(()), |range| self.queue.add(range).map_err(AnswerError::Lease))
+        if self.queue.first().is_some() { Ok(()) } else { self.enqueue(work.batches) }
+    }
+
+    fn enqueue(&mut self, batches: Option<BatchRange>) -> Result<(), AnswerError> {
+        batches.map_or(Ok(()), |range| self.queue.add(range).map_err(AnswerError::Lease))
     }
 }

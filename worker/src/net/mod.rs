@@ -213,7 +213,8 @@ async fn connected(
         Ok(()) => member.exchange_until_stopped(&link, options, report, stop).await,
         Err(lost) => Err(lost),
     };
-    if matches!(outcome, Ok(()) | Err(Lost::Finished)) {
+    if matches!(outcome, Ok(()) | Err(Lost::Finished | Lost::Session(_))) {
+        // Whatever the session holds goes back at once instead of when its lease runs out.
         link.goodbye().await;
     }
     outcome
