@@ -5,3 +5,4 @@
 pub mod commands;
 pub mod generate;
 pub mod report;
+pub mod simulation;
