@@ -8,7 +8,7 @@ use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::{EvaluationJob, Split};
 
 use crate::progress::Progress;
-use crate::results::{Evaluation, Summary, Traffic};
+use crate::results::{Evaluation, Subject, Summary, Traffic};
 
 /// Pushes over which the progress display averages loss, staleness and speed.
 const RECENT_PUSHES: usize = 64;
@@ -50,6 +50,11 @@ impl Stretch {
         self.staleness_max = self.staleness_max.max(u64::from(push.staleness));
     }
 
+    /// None when there was no push.
+    fn loss_mean(&self) -> Option<f64> {
+        (self.pushes > 0).then(|| self.loss / self.pushes as f64)
+    }
+
     fn staleness_mean(&self) -> f64 {
         self.staleness as f64 / self.pushes.max(1) as f64
     }
@@ -58,18 +63,19 @@ impl Stretch {
 /// What was known when a step was applied whose evaluation is still out.
 #[derive(Clone, Copy, Debug)]
 struct Mark {
-    stretch: Stretch,
+    since_last: Stretch,
+    whole: Stretch,
     tokens: u64,
     traffic: Traffic,
     seconds: f64,
+    training_seconds: f64,
 }
 
 /// The books of one run.
 #[derive(Debug)]
 pub struct Recorder {
     run: RunConfig,
-    parameters: u64,
-    active_parameters: u64,
+    subject: Subject,
     steps: u64,
     skipped: u64,
     tokens: u64,
@@ -87,10 +93,15 @@ pub struct Recorder {
 impl Recorder {
     /// Empty books.
     pub fn new(run: RunConfig, parameters: usize, active_parameters: usize) -> Self {
-        Self {
-            run,
+        let subject = Subject {
+            method: run.training.method.to_string(),
+            workers: run.run.workers,
             parameters: parameters as u64,
             active_parameters: active_parameters as u64,
+        };
+        Self {
+            run,
+            subject,
             steps: 0,
             skipped: 0,
             tokens: 0,
@@ -131,9 +142,14 @@ impl Recorder {
 
     /// A snapshot was taken at `step` for evaluation: notes what the curve will say of this step.
     pub fn snapshot_taken(&mut self, step: u64, bytes_up: u64, bytes_down: u64) {
-        let stretch = std::mem::take(&mut self.since_mark);
-        let traffic = self.traffic(step, bytes_up, bytes_down);
-        let mark = Mark { stretch, tokens: self.tokens, traffic, seconds: self.training_seconds() };
+        let mark = Mark {
+            since_last: std::mem::take(&mut self.since_mark),
+            whole: self.whole,
+            tokens: self.tokens,
+            traffic: self.traffic(step, bytes_up, bytes_down),
+            seconds: self.last_push,
+            training_seconds: self.training_seconds(),
+        };
         self.marks.insert(step, mark);
     }
 
@@ -147,16 +163,17 @@ impl Recorder {
         let mark = self.marks.remove(&step.0)?;
         let best = self.best().map_or(report.loss, |best| best.val_loss.min(report.loss));
         let line = Evaluation {
+            subject: self.subject.clone(),
             steps: step.0,
             tokens: mark.tokens,
             val_loss: report.loss,
             best_val_loss: best,
-            train_loss: (mark.stretch.pushes > 0).then(|| mark.stretch.loss / mark.stretch.pushes as f64),
+            train_loss: mark.since_last.loss_mean(),
             traffic: mark.traffic,
-            staleness_mean: mark.stretch.staleness_mean(),
-            staleness_max: mark.stretch.staleness_max,
+            staleness_mean: mark.whole.staleness_mean(),
+            staleness_max: mark.whole.staleness_max,
             seconds: mark.seconds,
-            tokens_per_second: per_second(mark.tokens, mark.seconds),
+            tokens_per_second: per_second(mark.tokens, mark.training_seconds),
             expert_share: report.expert_share.clone(),
             router_entropy: report.router_entropy.clone(),
         };
@@ -205,8 +222,7 @@ impl Recorder {
         let test_loss = self.test_loss.filter(|(step, _)| best.is_none_or(|best| best.steps == *step));
         Summary {
             name: self.run.run.name.clone(),
-            method: self.run.training.method.to_string(),
-            workers: self.run.run.workers,
+            subject: self.subject.clone(),
             sessions: self.sessions,
             seed: self.run.run.seed,
             completed: self.steps + self.skipped >= self.run.training.steps,
@@ -224,8 +240,6 @@ impl Recorder {
             training_seconds,
             seconds,
             tokens_per_second: per_second(self.tokens, training_seconds),
-            parameters: self.parameters,
-            active_parameters: self.active_parameters,
         }
     }
 
@@ -234,7 +248,7 @@ impl Recorder {
     }
 
     fn traffic(&self, steps: u64, bytes_up: u64, bytes_down: u64) -> Traffic {
-        let dense = 4 * self.parameters * steps;
+        let dense = 4 * self.subject.parameters * steps;
         Traffic { bytes_up, bytes_down, dense_bytes_up: dense, dense_bytes_down: dense }
     }
 }
@@ -270,7 +284,8 @@ mod tests {
         let line = recorder.evaluated(&report(4, Split::Validation, 2.0)).unwrap();
         assert_eq!((line.steps, line.tokens, line.train_loss), (4, 40, Some(2.5)));
         assert_eq!((line.traffic.bytes_up, line.traffic.dense_bytes_up), (40, 16_000));
-        assert_eq!((line.seconds, line.staleness_mean, line.staleness_max), (3.0, 3.0, 3));
+        assert_eq!((line.seconds, line.staleness_mean, line.staleness_max), (4.0, 3.0, 3));
+        assert_eq!(line.tokens_per_second, 40.0 / 3.0);
         assert_eq!(recorder.evaluations().iter().map(|e| e.steps).collect::<Vec<_>>(), [4, 8]);
 
         recorder.evaluated(&report(8, Split::Test, 1.6));

@@ -56,10 +56,16 @@ pub(super) fn write(
         .into_iter()
         .map(|(name, shape)| (name, Stored { shape, values: None }));
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(own.chain(neutral), Some(metadata), path).map_err(|error| match error {
-        SafeTensorError::IoError(source) => at(path)(source),
-        source => CheckpointError::SafeTensors { path: path.to_owned(), source },
-    })
+    // The writer of safetensors puts a private file (mode 0600) in the place of whatever is there; a checkpoint is to
+    // have the permissions of any other new file.
+    let created = fs::File::create(path).and_then(|file| file.metadata()).map_err(at(path))?;
+    safetensors::serialize_to_file(own.chain(neutral), Some(metadata), path).map_err(
+        |error| match error {
+            SafeTensorError::IoError(source) => at(path)(source),
+            source => CheckpointError::SafeTensors { path: path.to_owned(), source },
+        },
+    )?;
+    fs::set_permissions(path, created.permissions()).map_err(at(path))
 }
 
 /// Reads all tensors of a model into its flat vector.

@@ -134,7 +134,7 @@ fn report(outcome: &Outcome) -> anyhow::Result<()> {
     let plot = outcome.folder.join("loss.svg");
     plot_losses(&plot, &outcome.summary.name, &outcome.evaluations)?;
     let sample = sample(outcome)?;
-    std::fs::write(outcome.folder.join("sample.txt"), &sample)
+    std::fs::write(outcome.folder.join("sample.txt"), format!("{}\n", sample.trim_end()))
         .with_context(|| format!("cannot write to {}", outcome.folder.display()))?;
     let file = |name: &str| Path::new(&outcome.folder).join(name).display().to_string();
     let mut out = std::io::stdout().lock();

@@ -23,17 +23,22 @@ type Series<'a> = (&'a str, RGBColor, Vec<(f64, f64)>);
 pub fn plot_losses(path: &Path, title: &str, evaluations: &[Evaluation]) -> Result<(), PlotError> {
     let million = |tokens: u64| tokens as f64 / 1e6;
     let validation = evaluations.iter().map(|e| (million(e.tokens), e.val_loss)).collect();
-    let training =
-        evaluations.iter().filter_map(|e| e.train_loss.map(|loss| (million(e.tokens), loss))).collect();
-    let series: [Series<'_>; 2] =
-        [("training", RGBColor(150, 160, 170), training), ("validation", RGBColor(0, 110, 160), validation)];
+    // A training loss is the mean over a stretch of the run; it belongs in the stretch's middle.
+    let ends = evaluations.iter().map(|e| e.tokens);
+    let middles =
+        std::iter::once(0).chain(ends.clone()).zip(ends).map(|(start, end)| million(start + end) / 2.0);
+    let training = middles.zip(evaluations).filter_map(|(x, e)| Some((x, e.train_loss?))).collect();
+    let series: [Series<'_>; 2] = [
+        ("training, mean between evaluations", RGBColor(150, 160, 170), training),
+        ("validation", RGBColor(0, 110, 160), validation),
+    ];
     draw(path, title, &series)
         .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
 }
 
 fn draw(path: &Path, title: &str, series: &[Series<'_>]) -> Result<(), Box<dyn std::error::Error>> {
     let points = || series.iter().flat_map(|(_, _, points)| points);
-    let right = points().map(|p| p.0).fold(0.0, f64::max).max(1e-6);
+    let right = points().map(|p| p.0).fold(0.0, f64::max).max(1e-6) * 1.02;
     let bottom = points().map(|p| p.1).fold(f64::INFINITY, f64::min);
     let top = points().map(|p| p.1).fold(f64::NEG_INFINITY, f64::max);
     let (bottom, top) = if bottom < top { (bottom, top) } else { (bottom.min(0.0), bottom.max(0.0) + 1.0) };
@@ -42,15 +47,17 @@ fn draw(path: &Path, title: &str, series: &[Series<'_>]) -> Result<(), Box<dyn s
     let root = SVGBackend::new(path, (800, 480)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
-        .caption(title, ("sans-serif", 20))
-        .margin(12)
-        .x_label_area_size(44)
-        .y_label_area_size(56)
+        .caption(title, ("sans-serif", 22))
+        .margin(14)
+        .x_label_area_size(52)
+        .y_label_area_size(68)
         .build_cartesian_2d(0.0..right, bottom - margin..top + margin)?;
     chart
         .configure_mesh()
         .x_desc("training tokens, millions")
         .y_desc("cross-entropy, nats per character")
+        .label_style(("sans-serif", 16))
+        .axis_desc_style(("sans-serif", 17))
         .light_line_style(TRANSPARENT)
         .draw()?;
     for (name, colour, points) in series {
@@ -59,10 +66,12 @@ fn draw(path: &Path, title: &str, series: &[Series<'_>]) -> Result<(), Box<dyn s
             .draw_series(LineSeries::new(points.iter().copied(), style))?
             .label(*name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+        chart.draw_series(points.iter().map(|&point| Circle::new(point, 3, colour.filled())))?;
     }
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::UpperRight)
+        .label_font(("sans-serif", 16))
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK.mix(0.2))
         .draw()?;

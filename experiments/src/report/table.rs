@@ -8,13 +8,16 @@ pub fn closing_table(summary: &Summary) -> String {
     let loss = |value: Option<f64>| value.map_or("not evaluated".to_owned(), |loss| format!("{loss:.4}"));
     let traffic = &summary.traffic;
     let mut rows = vec![
-        ("method", format!("{}, {} workers, seed {}", summary.method, summary.workers, summary.seed)),
+        (
+            "method",
+            format!("{}, {} workers, seed {}", summary.subject.method, summary.subject.workers, summary.seed),
+        ),
         (
             "model",
             format!(
                 "{} parameters, {} active per token",
-                millions(summary.parameters),
-                millions(summary.active_parameters)
+                millions(summary.subject.parameters),
+                millions(summary.subject.active_parameters)
             ),
         ),
         (

@@ -98,7 +98,8 @@ impl RunFolder {
     /// # Errors
     /// [`ResultsError::Write`].
     pub fn write_summary(&self, summary: &Summary) -> Result<(), ResultsError> {
-        let json = serde_json::to_vec_pretty(summary).expect("a summary has a JSON form");
+        let mut json = serde_json::to_vec_pretty(summary).expect("a summary has a JSON form");
+        json.push(b'\n');
         write(&self.path.join("summary.json"), &json)
     }
 
@@ -113,9 +114,18 @@ impl RunFolder {
         corpus: &Corpus,
     ) -> Result<PathBuf, ResultsError> {
         let path = self.path.join("checkpoint");
-        let tokenizer = serde_json::to_vec_pretty(&corpus.vocabulary().tokenizer_json());
-        let tokenizer = tokenizer.expect("a tokenizer has a JSON form");
-        checkpoint::save(&path, model, parameters, &[("tokenizer.json", &tokenizer)])?;
+        let json = |value| serde_json::to_vec_pretty(&value).expect("JSON values can be written");
+        let tokenizer = json(corpus.vocabulary().tokenizer_json());
+        // Without it, AutoTokenizer of transformers 4 takes every Llama-like model to have Llama's special tokens.
+        let tokenizer_config = json(serde_json::json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": model.context,
+            "clean_up_tokenization_spaces": false,
+        }));
+        let extra: [(&str, &[u8]); 2] =
+            [("tokenizer.json", &tokenizer), ("tokenizer_config.json", &tokenizer_config)];
+        checkpoint::save(&path, model, parameters, &extra)?;
         Ok(path)
     }
 }

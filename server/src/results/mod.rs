@@ -11,4 +11,4 @@ mod folder;
 mod summary;
 
 pub use folder::{ResultsError, RunFolder};
-pub use summary::{Evaluation, Summary, Traffic};
+pub use summary::{Evaluation, Subject, Summary, Traffic};

@@ -14,9 +14,25 @@ pub struct Traffic {
     pub dense_bytes_down: u64,
 }
 
-/// A line of `metrics.jsonl`: the model at one step.
+/// What is trained, how and by how many; the same in every line of a run.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Subject {
+    /// The compression method.
+    pub method: String,
+    /// Workers that the run was configured for.
+    pub workers: u32,
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// Parameters a token passes through.
+    pub active_parameters: u64,
+}
+
+/// A line of `metrics.jsonl`: the model at one step. What a summary has too means the same here, up to this step.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Evaluation {
+    /// What is trained.
+    #[serde(flatten)]
+    pub subject: Subject,
     /// Updates applied to the evaluated model.
     pub steps: u64,
     /// Training tokens behind it.
@@ -30,11 +46,11 @@ pub struct Evaluation {
     /// Bytes up to this step.
     #[serde(flatten)]
     pub traffic: Traffic,
-    /// Mean staleness of the updates since the line before.
+    /// Mean staleness of the updates so far.
     pub staleness_mean: f64,
-    /// The largest staleness since the line before.
+    /// The largest staleness so far.
     pub staleness_max: u64,
-    /// Wall time since the first push, when the step was applied.
+    /// Wall time from the start of the server to this step.
     pub seconds: f64,
     /// Training tokens per second since the first push.
     pub tokens_per_second: f64,
@@ -49,10 +65,9 @@ pub struct Evaluation {
 pub struct Summary {
     /// The run's name.
     pub name: String,
-    /// The compression method.
-    pub method: String,
-    /// Workers that the run was configured for.
-    pub workers: u32,
+    /// What is trained.
+    #[serde(flatten)]
+    pub subject: Subject,
     /// Sessions opened; more than `workers` when some came back after their lease had expired.
     pub sessions: u32,
     /// Seed of the run.
@@ -81,16 +96,13 @@ pub struct Summary {
     pub traffic: Traffic,
     /// Mean staleness of all updates.
     pub staleness_mean: f64,
-    /// The largest staleness.
+    /// The largest staleness. A worker that evaluates takes its next gradient at the model it had before, so this is
+    /// about the number of steps that the others make during an evaluation.
     pub staleness_max: u64,
-    /// Wall time from the first push to the last.
-    pub training_seconds: f64,
-    /// Wall time of the whole run, evaluations included.
+    /// Wall time from the start of the server to the end of the last evaluation.
     pub seconds: f64,
+    /// The part of it from the first push to the last, in which evaluations fall as well.
+    pub training_seconds: f64,
     /// Training tokens per second of `training_seconds`.
     pub tokens_per_second: f64,
-    /// Parameters of the model.
-    pub parameters: u64,
-    /// Parameters a token passes through.
-    pub active_parameters: u64,
 }
