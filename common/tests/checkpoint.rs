@@ -16,7 +16,9 @@ fn small() -> ModelConfig {
 
 fn with_router(order: RouterOrder) -> ModelConfig {
     let mut config = small();
-    let FeedForward::Moe { router, .. } = &mut config.feed_forward else { panic!("the default is a mixture") };
+    let FeedForward::Moe { router, .. } = &mut config.feed_forward else {
+        panic!("the default is a mixture")
+    };
     *router = order;
     config
 }
@@ -76,7 +78,10 @@ fn what_does_not_fit_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     let error = load(path).unwrap_err();
-    assert!(matches!(error, CheckpointError::Io { .. }) && error.to_string().contains(CONFIG_FILE), "{error}");
+    assert!(
+        matches!(error, CheckpointError::Io { .. }) && error.to_string().contains(CONFIG_FILE),
+        "{error}"
+    );
 
     let rewrite = || save(path, &small(), &parameters(&small()), &[]).unwrap();
     rewrite();
