@@ -10,7 +10,7 @@ use sanderling_common::config::cli::{RunOptions, RunOptionsError, with_defaults_
 use sanderling_common::join::{JoinError, Token};
 use sanderling_server::net::Server;
 use sanderling_server::progress::ProgressView;
-use tokio::sync::watch;
+use sanderling_transport::stop_on_interrupt;
 use tracing::{info, level_filters::LevelFilter};
 
 /// Serve a training run: hold the model, apply workers' sparse updates, write the results
@@ -77,7 +77,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     writeln!(std::io::stdout(), "{join}").context("cannot print the join string")?;
     info!("results go to {}; waiting for workers", server.folder().display());
     let mut view = ProgressView::new(server.run().training.steps);
-    let served = server.serve(stop_on_interrupt(), |progress| view.update(progress)).await;
+    let stop = stop_on_interrupt(|| info!("Ctrl-C again to stop at once, without a checkpoint"));
+    let served = server.serve(stop, |progress| view.update(progress)).await;
     view.finish();
     let outcome = served?;
     if let Some(path) = &arguments.join_file {
@@ -99,19 +100,4 @@ fn write_join_file(path: &Path, join: &str) -> std::io::Result<()> {
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     options.open(&temporary)?.write_all(format!("{join}\n").as_bytes())?;
     std::fs::rename(&temporary, path)
-}
-
-/// Becomes true with the first Ctrl-C; the second ends the process.
-fn stop_on_interrupt() -> watch::Receiver<bool> {
-    let (stop, stopped) = watch::channel(false);
-    tokio::spawn(async move {
-        if tokio::signal::ctrl_c().await.is_ok() {
-            info!("Ctrl-C again to stop at once, without a checkpoint");
-            stop.send_replace(true);
-            if tokio::signal::ctrl_c().await.is_ok() {
-                std::process::exit(130);
-            }
-        }
-    });
-    stopped
 }

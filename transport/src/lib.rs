@@ -1,14 +1,17 @@
-//! How both ends use QUIC: certificates and pins, endpoints, messages on streams, and why a connection is closed.
+//! How both ends use QUIC: certificates and pins, endpoints, messages on streams, and why a connection is closed; and
+//! how all programs end on a signal.
 //!
 //! Server and worker never depend on each other, and `common` knows no network; what the two ends of a connection
 //! must agree on about QUIC itself lives here. What the bytes mean is `sanderling_common::wire`.
 
 mod close;
 mod endpoint;
+mod interrupt;
 mod message;
 mod tls;
 
 pub use close::{CloseCode, describe};
 pub use endpoint::{EndpointError, client_endpoint, server_endpoint};
+pub use interrupt::stop_on_interrupt;
 pub use message::{MessageError, read_kind, receive, receive_rest, send};
 pub use tls::{Certificate, TlsError, client_tls, secure_random, server_tls};

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Parser;
 use sanderling_common::join::{JoinError, JoinString};
+use sanderling_transport::stop_on_interrupt;
 use sanderling_worker::net::{WorkerOptions, WorkerReport, work};
 use tokio::sync::watch;
 use tracing::{info, level_filters::LevelFilter};
@@ -79,7 +80,8 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(arguments: &Arguments) -> anyhow::Result<WorkerReport> {
-    let stop = stop_on_interrupt();
+    let stop =
+        stop_on_interrupt(|| info!("stopping after the gradient under way; Ctrl-C again to stop at once"));
     let give_up_after = Duration::from_secs(arguments.give_up_after_s);
     let text = match (&arguments.join, &arguments.join_file) {
         (Some(text), _) => text.clone(),
@@ -92,21 +94,6 @@ async fn run(arguments: &Arguments) -> anyhow::Result<WorkerReport> {
     let join: JoinString = text.parse()?;
     info!("joining {}:{}", join.host, join.port);
     Ok(work(&join, &WorkerOptions { give_up_after, ..WorkerOptions::default() }, stop).await?)
-}
-
-/// Becomes true with the first Ctrl-C; the second ends the process.
-fn stop_on_interrupt() -> watch::Receiver<bool> {
-    let (stop, stopped) = watch::channel(false);
-    tokio::spawn(async move {
-        if tokio::signal::ctrl_c().await.is_ok() {
-            info!("stopping after the gradient under way; Ctrl-C again to stop at once");
-            stop.send_replace(true);
-            if tokio::signal::ctrl_c().await.is_ok() {
-                std::process::exit(130);
-            }
-        }
-    });
-    stopped
 }
 
 /// The content of a join file, once it has a whole line.

@@ -235,7 +235,7 @@ impl RunPartial {
         if config.run.name.is_empty() {
             config.run.name = config.default_name();
         }
-        check::check(&config)?;
+        config.validate()?;
         Ok(config)
     }
 }
@@ -248,6 +248,14 @@ impl Default for RunConfig {
 }
 
 impl RunConfig {
+    /// Checks what the types cannot say; a run that came over the network has not been checked yet.
+    ///
+    /// # Errors
+    /// A [`ConfigError`] that names the setting, its value and what is allowed.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        check::check(self)
+    }
+
     fn default_name(&self) -> String {
         let text = Path::new(&self.data.text).file_stem().and_then(|stem| stem.to_str()).unwrap_or("text");
         let text: String = text.chars().map(|c| if c.is_alphanumeric() { c } else { '-' }).collect();

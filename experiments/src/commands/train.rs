@@ -9,9 +9,11 @@ use sanderling_common::config::cli::RunOptions;
 use sanderling_common::join::JoinString;
 use sanderling_server::net::{Outcome, Server, ServerError};
 use sanderling_server::progress::ProgressView;
+use sanderling_transport::stop_on_interrupt;
 use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport, work};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tracing::warn;
 
 use crate::generate::Generator;
 use crate::report::{closing_table, plot_losses};
@@ -72,7 +74,9 @@ async fn serve_with_workers(server: Server) -> anyhow::Result<Outcome> {
     let (stop_workers, workers_stop) = watch::channel(false);
     let mut workers = start_workers(server.join(), run.run.workers, &workers_stop);
     let outcome = {
-        let serving = server.serve(stop_on_interrupt(), |progress| view.update(progress));
+        let stop =
+            stop_on_interrupt(|| warn!("stopping early; Ctrl-C again to stop at once, without a checkpoint"));
+        let serving = server.serve(stop, |progress| view.update(progress));
         serve_beside(serving, &mut workers).await
     };
     view.finish();
@@ -113,20 +117,6 @@ fn start_workers(
         workers.spawn(async move { work(&join, &options, stop).await });
     }
     workers
-}
-
-/// Becomes true with the first Ctrl-C; the second ends the process.
-fn stop_on_interrupt() -> watch::Receiver<bool> {
-    let (stop, stopped) = watch::channel(false);
-    tokio::spawn(async move {
-        if tokio::signal::ctrl_c().await.is_ok() {
-            stop.send_replace(true);
-            if tokio::signal::ctrl_c().await.is_ok() {
-                std::process::exit(130);
-            }
-        }
-    });
-    stopped
 }
 
 /// Table, sample, plot.

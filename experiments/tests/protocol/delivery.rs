@@ -135,6 +135,7 @@ fn there_are_no_more_sessions_than_allowed() {
 #[test]
 fn a_worker_refuses_answers_that_make_no_sense() {
     let mut cluster = cluster(1);
+    cluster.exchange(0, &GRADIENT);
     cluster.compute(0, &GRADIENT);
     let answer = cluster.send(0).unwrap();
     let core = &mut cluster.members[0].core;
@@ -148,5 +149,20 @@ fn a_worker_refuses_answers_that_make_no_sense() {
     other.payload.pop();
     assert!(matches!(core.handle_answer(&other), Err(AnswerError::Payload(_))));
     core.handle_answer(&answer).unwrap();
-    assert!(matches!(core.handle_answer(&answer), Err(AnswerError::Unexpected(Seq(1)))));
+    assert!(matches!(core.handle_answer(&answer), Err(AnswerError::Unexpected(Seq(2)))));
+}
+
+/// A push that was under way when the run was ended is answered, and changes nothing any more.
+#[test]
+fn pushes_after_the_end_are_answered_and_not_applied() {
+    let mut cluster = cluster(1);
+    cluster.exchange(0, &GRADIENT);
+    cluster.compute(0, &GRADIENT);
+    assert_eq!(cluster.server.core().stop(|_| {}), Some(Step(1)));
+    let theta = cluster.server.theta();
+    let answer = cluster.send(0).unwrap();
+    assert_eq!(answer.step, Step(1));
+    cluster.members[0].core.handle_answer(&answer).unwrap();
+    assert_eq!(cluster.server.theta(), theta);
+    cluster.assert_replica(0);
 }

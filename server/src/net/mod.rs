@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use quinn::Endpoint;
+use quinn::{Endpoint, VarInt};
 use sanderling_common::config::RunConfig;
 use sanderling_common::corpus::{Corpus, CorpusError};
 use sanderling_common::ids::Step;
@@ -19,6 +19,7 @@ use sanderling_common::join::{JoinString, Token, hex};
 use sanderling_common::model_config::{ModelConfig, ModelConfigError};
 use sanderling_transport::{Certificate, CloseCode, EndpointError, TlsError, secure_random, server_endpoint};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tracing::info;
 
@@ -89,6 +90,15 @@ pub struct Server {
     model: ModelConfig,
     curve: mpsc::UnboundedReceiver<Evaluation>,
     started: Instant,
+    /// Accepting and announcing; they end with the server.
+    _tasks: JoinSet<()>,
+}
+
+impl Drop for Server {
+    /// Workers learn at once that the server is gone.
+    fn drop(&mut self) {
+        self.endpoint.close(VarInt::from_u32(CloseCode::ServerStopping as u32), b"the server stops");
+    }
 }
 
 impl Server {
@@ -123,9 +133,10 @@ impl Server {
         let initial = initial_parameters(&model, run.run.seed)?;
         let (sender, curve) = mpsc::unbounded_channel();
         let hub = Arc::new(Hub::new(run, corpus, token, &initial, sender)?);
-        tokio::spawn(accept(hub.clone(), endpoint.clone()));
-        tokio::spawn(announce_steps(hub.clone()));
-        Ok(Self { hub, endpoint, join, folder, model, curve, started })
+        let mut tasks = JoinSet::new();
+        tasks.spawn(accept(hub.clone(), endpoint.clone()));
+        tasks.spawn(announce_steps(hub.clone()));
+        Ok(Self { hub, endpoint, join, folder, model, curve, started, _tasks: tasks })
     }
 
     /// What workers need to join.
@@ -204,7 +215,7 @@ impl Server {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         self.hub.disconnect_all(CloseCode::Finished, "the run is over");
-        self.endpoint.close(quinn::VarInt::from_u32(CloseCode::Finished as u32), b"the run is over");
+        self.endpoint.close(VarInt::from_u32(CloseCode::Finished as u32), b"the run is over");
         let _ = tokio::time::timeout(GOODBYES_WAIT, self.endpoint.wait_idle()).await;
     }
 }

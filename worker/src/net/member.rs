@@ -26,6 +26,33 @@ const IN_FLIGHT_WAIT: Duration = Duration::from_millis(20);
 /// How often a worker says what it does.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 
+/// The text, kept across sessions: a worker that starts anew does not fetch it again.
+#[derive(Default)]
+pub(super) struct Shelf {
+    corpus: Option<Arc<Corpus>>,
+    download: Download,
+}
+
+impl Shelf {
+    /// The text of this hash: the one at hand, the bundled one, or the server's.
+    async fn text(&mut self, link: &Link, sha256: [u8; 32]) -> Result<Arc<Corpus>, Lost> {
+        if let Some(corpus) = self.corpus.as_ref().filter(|corpus| corpus.sha256() == sha256) {
+            return Ok(corpus.clone());
+        }
+        let bundled = Corpus::bundled();
+        let corpus = if bundled.sha256() == sha256 {
+            bundled
+        } else {
+            let bytes = link.fetch(&mut self.download, BulkObject::Text, TEXT_BYTES_MAX).await?;
+            Corpus::from_bytes(&bytes).map_err(WorkerError::Corpus)?
+        };
+        if corpus.sha256() != sha256 {
+            return Err(Lost::ForNow("the server sent another text than it had announced".to_owned()));
+        }
+        Ok(self.corpus.insert(Arc::new(corpus)).clone())
+    }
+}
+
 /// What a worker keeps across connections.
 pub(super) struct Member {
     session: SessionId,
@@ -67,17 +94,11 @@ struct Computed {
 
 impl Member {
     /// Gets the text and builds the model that the server's configuration describes.
-    pub(super) async fn prepare(link: &Link, welcome: &Welcome) -> Result<Self, Lost> {
-        let bundled = Corpus::bundled();
-        let corpus = if bundled.sha256() == welcome.text_sha256 {
-            bundled
-        } else {
-            let mut download = Download::default();
-            let bytes = link.fetch(&mut download, BulkObject::Text, TEXT_BYTES_MAX).await?;
-            Corpus::from_bytes(&bytes).map_err(WorkerError::Corpus)?
-        };
+    pub(super) async fn prepare(link: &Link, welcome: &Welcome, shelf: &mut Shelf) -> Result<Self, Lost> {
+        welcome.run.validate().map_err(WorkerError::Config)?;
+        let corpus = shelf.text(link, welcome.text_sha256).await?;
         corpus.check_context(welcome.run.model.context).map_err(WorkerError::Corpus)?;
-        let engine = Engine::new(&welcome.run, Arc::new(corpus)).map_err(WorkerError::Compute)?;
+        let engine = Engine::new(&welcome.run, corpus).map_err(WorkerError::Compute)?;
         let layout = engine.layout().clone();
         Ok(Self {
             session: welcome.session,

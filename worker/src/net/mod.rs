@@ -20,7 +20,7 @@ use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
 use connection::{Link, Reception};
-use member::Member;
+use member::{Member, Shelf};
 
 /// The first wait after a lost connection; doubled each time.
 const BACKOFF_FIRST: Duration = Duration::from_millis(250);
@@ -137,11 +137,12 @@ pub async fn work(
 ) -> Result<WorkerReport, WorkerError> {
     let mut report = WorkerReport::default();
     let mut member: Option<Member> = None;
+    let mut shelf = Shelf::default();
     let mut backoff = BACKOFF_FIRST;
     let mut last_contact = Instant::now();
     loop {
         let exchanges_before = report.exchanges;
-        let outcome = connected(join, options, &mut member, &mut report, &stop).await;
+        let outcome = connected(join, options, (&mut member, &mut shelf), &mut report, &stop).await;
         let reason = match outcome {
             Ok(()) => {
                 report.stopped = *stop.borrow();
@@ -179,12 +180,17 @@ pub async fn work(
 async fn connected(
     join: &JoinString,
     options: &WorkerOptions,
-    slot: &mut Option<Member>,
+    (slot, shelf): (&mut Option<Member>, &mut Shelf),
     report: &mut WorkerReport,
     stop: &watch::Receiver<bool>,
 ) -> Result<(), Lost> {
     let resume = slot.as_ref().map(Member::session);
-    let (mut link, welcome) = match Link::open(join, resume).await? {
+    let mut stopped = stop.clone();
+    let reception = tokio::select! {
+        reception = Link::open(join, resume) => reception?,
+        _ = stopped.wait_for(|stop| *stop) => return Ok(()),
+    };
+    let (mut link, welcome) = match reception {
         Reception::Welcome(link, welcome) => (link, welcome),
         Reception::Finished => return Err(Lost::Finished),
     };
@@ -194,7 +200,7 @@ async fn connected(
     }
     let member = match slot {
         Some(member) => member,
-        None => slot.insert(Member::prepare(&link, &welcome).await?),
+        None => slot.insert(Member::prepare(&link, &welcome, shelf).await?),
     };
     match link.confirm(member.layout_hash()).await? {
         Some(step) => {
@@ -204,7 +210,6 @@ async fn connected(
         }
         None => info!("{} resumes its session", welcome.worker),
     }
-    let mut stopped = stop.clone();
     let outcome = tokio::select! {
         outcome = member.fetch_base(&link) => outcome,
         _ = stopped.wait_for(|stop| *stop) => Ok(()),

@@ -1,0 +1,179 @@
+//! Workers that do not belong, and peers that do not keep to the protocol.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use quinn::{Connection, Endpoint, RecvStream, SendStream};
+use sanderling_common::ids::{BatchId, Seq, SessionId, Step};
+use sanderling_common::join::JoinString;
+use sanderling_common::wire::Push;
+use sanderling_common::wire::control::{
+    BulkHeader, BulkObject, BulkRequest, Greeting, Hello, Ready, Request, Start, StreamKind, Welcome,
+};
+use sanderling_transport::{client_endpoint, receive, send};
+use sanderling_worker::net::{WorkerError, WorkerOptions, work};
+use tokio::sync::watch;
+
+use crate::support::{PATIENCE, Scene, Serving, options, worker};
+
+async fn join_with(join: &JoinString, options: WorkerOptions) -> WorkerError {
+    let (_stop, stopped) = watch::channel(false);
+    let joined = tokio::time::timeout(PATIENCE, work(join, &options, stopped));
+    joined.await.expect("a worker that cannot join says so").expect_err("it cannot join")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_token_or_certificate_is_refused_at_once() {
+    let scene = Scene::new(5);
+    let serving = Serving::start(&scene);
+    let wrong_token = JoinString { token: "0123456789abcdef".parse().unwrap(), ..serving.join.clone() };
+    let error = join_with(&wrong_token, options()).await;
+    assert!(matches!(error, WorkerError::WrongToken), "{error}");
+
+    let mut wrong_pin = serving.join.clone();
+    wrong_pin.pin[0] ^= 1;
+    let error = join_with(&wrong_pin, options()).await;
+    assert!(matches!(error, WorkerError::Handshake(_)), "{error}");
+    assert!(error.to_string().contains("certificate"), "{error}");
+
+    // The run is none the worse.
+    worker(&serving.join).await.unwrap().unwrap();
+    assert_eq!(serving.outcome().await.summary.sessions, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_without_a_server_gives_up_in_the_end() {
+    let scene = Scene::new(5);
+    let join = scene.server().join().clone();
+    let options = WorkerOptions { give_up_after: Duration::from_millis(300), ..options() };
+    let error = join_with(&join, options).await;
+    assert!(matches!(error, WorkerError::GaveUp { .. }), "{error}");
+    assert!(!error.to_string().contains(join.token.reveal()), "the token is in {error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_worker_too_many_waits_for_a_place() {
+    let scene = Scene::new(5).with("[run]\nworkers = 1\n[server]\nsessions_max = 1");
+    let serving = Serving::start(&scene);
+    let (peer, _) = Peer::admitted(&serving.join).await;
+    let options = WorkerOptions { give_up_after: Duration::from_millis(300), ..options() };
+    let error = join_with(&serving.join, options).await;
+    assert!(error.to_string().contains("no room"), "{error}");
+    drop(peer);
+    worker(&serving.join).await.unwrap().unwrap();
+    serving.outcome().await;
+}
+
+/// A connection on which anything can be said.
+struct Peer {
+    connection: Connection,
+    // Both keep the connection open.
+    _control: (SendStream, RecvStream),
+    _endpoint: Endpoint,
+}
+
+impl Peer {
+    async fn connect(join: &JoinString) -> (Endpoint, Connection) {
+        let address: SocketAddr = format!("{}:{}", join.host, join.port).parse().unwrap();
+        let endpoint = client_endpoint(address, join.pin, Duration::from_secs(10)).unwrap();
+        let connection = endpoint.connect(address, "sanderling").unwrap().await.unwrap();
+        (endpoint, connection)
+    }
+
+    /// Says hello properly.
+    async fn admitted(join: &JoinString) -> (Self, Welcome) {
+        let (endpoint, connection) = Self::connect(join).await;
+        let (mut up, mut down) = connection.open_bi().await.unwrap();
+        up.write_all(&[StreamKind::Control as u8]).await.unwrap();
+        let token = join.token.reveal().to_owned();
+        send(&mut up, &Hello { token, resume: None, software: "a test".to_owned() }).await.unwrap();
+        let Greeting::Welcome(welcome) = receive(&mut down).await.unwrap() else { panic!("not admitted") };
+        send(&mut up, &Ready { layout_hash: welcome.layout_hash }).await.unwrap();
+        let start: Start = receive(&mut down).await.unwrap();
+        assert!(matches!(start, Start::Fetch { .. }));
+        (Self { connection, _control: (up, down), _endpoint: endpoint }, *welcome)
+    }
+
+    /// Opens a stream of a kind and sends bytes on it; returns what comes back, if anything does.
+    async fn say(&self, kind: u8, bytes: &[u8]) -> Option<Vec<u8>> {
+        let (mut up, mut down) = self.connection.open_bi().await.ok()?;
+        up.write_all(&[kind]).await.ok()?;
+        // The server may have given up on the connection before all was sent.
+        up.write_all(bytes).await.ok()?;
+        up.finish().ok()?;
+        down.read_to_end(1 << 20).await.ok()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_ends_the_connection_and_nothing_else() {
+    let scene = Scene::new(5);
+    let serving = Serving::start(&scene);
+    // Instead of a hello.
+    for garbage in [&[][..], &[9], &[1], &[1, 255, 255, 255, 255], &[1, 4, 0, 0, 0, 1, 2, 3, 4], &[2, 1, 2]] {
+        let (_endpoint, connection) = Peer::connect(&serving.join).await;
+        let (mut up, _down) = connection.open_bi().await.unwrap();
+        up.write_all(garbage).await.unwrap();
+        up.finish().unwrap();
+        tokio::time::timeout(PATIENCE, connection.closed()).await.expect("the server hangs up");
+    }
+    // After a proper hello.
+    let long = vec![0xa5; 1 << 16];
+    for (kind, bytes) in
+        [(2, &b"not a push"[..]), (2, &long), (3, &[0xff; 40]), (4, &[1, 0, 0, 0, 77]), (1, &[]), (77, &[])]
+    {
+        let (peer, _) = Peer::admitted(&serving.join).await;
+        assert_eq!(peer.say(kind, bytes).await.filter(|answer| !answer.is_empty()), None, "kind {kind}");
+        let closed = tokio::time::timeout(PATIENCE, peer.connection.closed());
+        closed.await.expect("the server hangs up");
+    }
+    worker(&serving.join).await.unwrap().unwrap();
+    assert_eq!(serving.outcome().await.summary.steps, 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_cannot_speak_for_another_session() {
+    let scene = Scene::new(5);
+    let serving = Serving::start(&scene);
+    let (victim, welcome) = Peer::admitted(&serving.join).await;
+    let push = Push {
+        session: welcome.session,
+        seq: Seq(1),
+        batch: BatchId(0),
+        step: Step(0),
+        loss: 1.0,
+        tokens: 1,
+        skipped: true,
+        replica_hash: None,
+        payload: Vec::new(),
+    };
+    let mut frame = Vec::new();
+    push.encode(&mut frame);
+    let (thief, own) = Peer::admitted(&serving.join).await;
+    assert_ne!(own.session, welcome.session);
+    assert_eq!(thief.say(StreamKind::Exchange as u8, &frame).await.filter(|answer| !answer.is_empty()), None);
+    tokio::time::timeout(PATIENCE, thief.connection.closed()).await.expect("the server hangs up");
+
+    let (thief, own) = Peer::admitted(&serving.join).await;
+    let request = encoded(&Request::Work(welcome.session));
+    assert_eq!(
+        thief.say(StreamKind::Request as u8, &request).await.filter(|answer| !answer.is_empty()),
+        None
+    );
+    assert_ne!(own.session, SessionId(0));
+
+    // A bulk request for another's base, or from beyond the end, is answered with nothing.
+    let (peer, own) = Peer::admitted(&serving.join).await;
+    for (session, offset) in [(welcome.session, 0), (own.session, u64::MAX)] {
+        let request = encoded(&BulkRequest { session, object: BulkObject::Base, offset });
+        let answer = peer.say(StreamKind::Bulk as u8, &request).await.expect("bulk requests are answered");
+        assert_eq!(answer, encoded(&BulkHeader::NotFound));
+    }
+    drop((peer, victim));
+    worker(&serving.join).await.unwrap().unwrap();
+    assert_eq!(serving.outcome().await.summary.steps, 5);
+}
+
+fn encoded(message: &impl serde::Serialize) -> Vec<u8> {
+    sanderling_common::wire::control::encode(message)
+}

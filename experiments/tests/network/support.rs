@@ -1,0 +1,100 @@
+//! A small run, its server and its workers.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use sanderling_common::config::{RunPartial, parse};
+use sanderling_common::corpus::Corpus;
+use sanderling_common::join::JoinString;
+use sanderling_server::net::{Outcome, Server};
+use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport, work};
+use tempfile::TempDir;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+/// No test takes anywhere near as long; one that hangs fails.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A run of a small model on a text that workers do not have, in a folder that goes away with the test.
+pub(crate) struct Scene {
+    folder: TempDir,
+    run: RunPartial,
+}
+
+impl Scene {
+    pub(crate) fn new(steps: u64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let text = folder.path().join("text.txt");
+        std::fs::write(&text, &Corpus::bundled().bytes()[..30_000]).unwrap();
+        let file = format!(
+            "[run]\nname = 'run'\nruns_dir = '{}'\nworkers = 3\n[data]\ntext = '{}'\nbatch_size = 2\n\
+             [model]\nhidden_size = 32\nlayers = 1\nheads = 2\nkv_heads = 1\nintermediate_size = 32\nexperts = 4\n\
+             context = 32\n[training]\nsteps = {steps}\neval_every = {steps}\nwarmup_steps = 5\n\
+             [exchange]\nreplica_check_every = 5\n[server]\nlease_ms = 2000\n",
+            folder.path().join("runs").display(),
+            text.display()
+        );
+        Self { run: parse(&file).unwrap(), folder }
+    }
+
+    /// With further settings.
+    pub(crate) fn with(mut self, settings: &str) -> Self {
+        self.run = parse(settings).unwrap().or(self.run);
+        self
+    }
+
+    pub(crate) fn server(&self) -> Server {
+        Server::start(self.run.clone().resolve().unwrap(), None).unwrap()
+    }
+
+    pub(crate) fn results(&self) -> PathBuf {
+        self.folder.path().join("runs/run")
+    }
+}
+
+/// A server that serves until its run is over or `stop` is told.
+pub(crate) struct Serving {
+    pub(crate) join: JoinString,
+    pub(crate) stop: watch::Sender<bool>,
+    pub(crate) progress: watch::Receiver<u64>,
+    task: JoinHandle<Outcome>,
+}
+
+impl Serving {
+    pub(crate) fn start(scene: &Scene) -> Self {
+        let server = scene.server();
+        let join = server.join().clone();
+        let (stop, stopped) = watch::channel(false);
+        let (done, progress) = watch::channel(0);
+        let task = tokio::spawn(async move {
+            let serving = server.serve(stopped, |progress| {
+                done.send_replace(progress.done);
+            });
+            tokio::time::timeout(PATIENCE, serving).await.expect("the run ends").expect("the run is served")
+        });
+        Self { join, stop, progress, task }
+    }
+
+    /// Waits until that many batches are done.
+    pub(crate) async fn reach(&mut self, done: u64) {
+        let reached = self.progress.wait_for(|&now| now >= done);
+        tokio::time::timeout(PATIENCE, reached).await.expect("the run goes on").expect("the server lives");
+    }
+
+    pub(crate) async fn outcome(self) -> Outcome {
+        self.task.await.unwrap()
+    }
+}
+
+pub(crate) fn options() -> WorkerOptions {
+    WorkerOptions { give_up_after: Duration::from_secs(20), ..WorkerOptions::default() }
+}
+
+/// A worker in this runtime.
+pub(crate) fn worker(join: &JoinString) -> JoinHandle<Result<WorkerReport, WorkerError>> {
+    let join = join.clone();
+    tokio::spawn(async move {
+        let (_stop, stopped) = watch::channel(false);
+        work(&join, &options(), stopped).await
+    })
+}
