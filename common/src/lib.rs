@@ -13,6 +13,7 @@ pub mod join;
 pub mod layout;
 pub mod method;
 pub mod model_config;
+pub mod report;
 pub mod schedule;
 pub mod sparse;
 pub mod wire;

@@ -1,5 +1,7 @@
 //! What is written is read back bit for bit, and files that do not fit are refused with the name of what is wrong.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs;
 use std::path::Path;
 

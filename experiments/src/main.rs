@@ -1,10 +1,12 @@
 //! `sanderling`: what a person runs at a desk.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use sanderling::commands::train;
 use sanderling_common::config::cli::{RunOptionsError, with_defaults_in_help};
+use sanderling_common::report::one_sentence;
 use tracing::level_filters::LevelFilter;
 
 /// Train mixture-of-experts language models asynchronously, with tens of times fewer bytes
@@ -45,7 +47,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            // Nobody is left to tell when standard error is closed.
+            let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
             ExitCode::from(if error.is::<RunOptionsError>() { 2 } else { 1 })
         }

@@ -108,14 +108,25 @@ struct SimulatedWorker {
 }
 
 /// A point in virtual time; ties are broken by the order of scheduling.
-#[derive(PartialEq, PartialOrd)]
 struct Due {
     time: f64,
     order: u64,
     worker: usize,
 }
 
+impl PartialEq for Due {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
 impl Eq for Due {}
+
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
 impl Ord for Due {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {

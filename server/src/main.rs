@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use sanderling_common::config::cli::{RunOptions, RunOptionsError, with_defaults_in_help};
 use sanderling_common::join::{JoinError, Token};
+use sanderling_common::report::one_sentence;
 use sanderling_server::net::Server;
 use sanderling_server::progress::ProgressView;
 use sanderling_transport::stop_on_interrupt;
@@ -57,7 +58,8 @@ fn main() -> ExitCode {
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            // Nobody is left to tell when standard error is closed.
+            let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
             let usage = error.is::<RunOptionsError>() || error.is::<JoinError>();
             ExitCode::from(if usage { 2 } else { 1 })

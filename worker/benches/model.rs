@@ -5,6 +5,8 @@
 //! Prints tokens/s of `loss_and_grad`, and the share and rate of every kernel. Times are the median over the steps;
 //! FLOPs count products and causal attention, forward and backward as three times forward.
 
+#![expect(clippy::print_stdout, reason = "a benchmark prints what it measures")]
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};

@@ -1,5 +1,6 @@
 //! `sanderling-worker`: joins a server by its join string and works until the run is over.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Parser;
 use sanderling_common::join::{JoinError, JoinString};
+use sanderling_common::report::one_sentence;
 use sanderling_transport::stop_on_interrupt;
 use sanderling_worker::net::{WorkerOptions, WorkerReport, work};
 use tokio::sync::watch;
@@ -71,7 +73,8 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            tracing::error!("{error:#}");
+            // Nobody is left to tell when standard error is closed.
+            let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line is to be mended; 1: anything else.
             ExitCode::from(if error.is::<JoinError>() { 2 } else { 1 })
         }

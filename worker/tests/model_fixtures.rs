@@ -3,6 +3,9 @@
 //! `reference.safetensors` was computed by transformers 5.23 in float32. `cargo test -- --nocapture` prints the
 //! largest deviations.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "a test prints the deviations it found")]
+
 use std::path::{Path, PathBuf};
 
 use ndarray::{Array2, Array3, s};

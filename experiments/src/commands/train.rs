@@ -30,7 +30,7 @@ const SAMPLE_TEMPERATURE: f32 = 0.8;
 /// Train on real text: one server and several workers on this machine, over QUIC
 ///
 /// Trains a mixture-of-experts decoder at character level on Shakespeare, or on a text of yours, and writes the curve,
-/// a plot, a summary and a Hugging Face checkpoint to runs/<name>/. Ctrl-C ends the run early, with its checkpoint.
+/// a plot, a summary and a Hugging Face checkpoint to runs/NAME/. Ctrl-C ends the run early, with its checkpoint.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -1,5 +1,7 @@
 //! Server and workers over real QUIC on the loopback interface: whole runs, killed workers, broken links, strangers.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod faults;
 mod relay;
 mod runs;

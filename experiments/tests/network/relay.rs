@@ -1,6 +1,7 @@
 //! A bad network between a worker and a server: loses datagrams at random, and all of them during a blackout.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -63,12 +64,15 @@ async fn relay(front: Arc<UdpSocket>, server: SocketAddr, link: Link) {
     let mut backs: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
     let mut datagram = vec![0; DATAGRAM_BYTES_MAX];
     while let Ok((length, worker)) = front.recv_from(&mut datagram).await {
-        if !backs.contains_key(&worker) {
-            let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
-            backs.insert(worker, back.clone());
-            tokio::spawn(relay_back(back, front.clone(), worker, link.clone()));
-        }
-        link.send(uniform(&mut rng), &backs[&worker], &datagram[..length], server).await;
+        let back = match backs.entry(worker) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => {
+                let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                tokio::spawn(relay_back(back.clone(), front.clone(), worker, link.clone()));
+                new.insert(back)
+            }
+        };
+        link.send(uniform(&mut rng), back, &datagram[..length], server).await;
     }
 }
 

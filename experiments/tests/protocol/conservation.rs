@@ -47,7 +47,7 @@ proptest! {
     #[test]
     fn of_gd_async(gradients in gradients(40), rounded: bool) {
         let format = if rounded { ValueFormat::Bf16 } else { ValueFormat::F32 };
-        let mut entered = vec![0.0; ELEMENTS];
+        let mut entered = [0.0; ELEMENTS];
         let compression = Compression { format, ..exact(KEEP) };
         let (sent, u) = run(Method::GdAsync, 0.0, compression, &gradients, |gradient, _| {
             entered.iter_mut().zip(gradient).for_each(|(sum, &d)| *sum += RATE * f64::from(d));
@@ -60,7 +60,7 @@ proptest! {
     /// (1 − m)·Σ sent + u = Σ η·d. Every sending halves the last bit of u, hence the short runs.
     #[test]
     fn of_sa_momentum(gradients in gradients(12)) {
-        let mut entered = vec![0.0; ELEMENTS];
+        let mut entered = [0.0; ELEMENTS];
         let (sent, u) = run(Method::Dgs, 0.5, exact(KEEP), &gradients, |gradient, _| {
             entered.iter_mut().zip(gradient).for_each(|(sum, &d)| *sum += RATE * f64::from(d));
         });
@@ -72,8 +72,8 @@ proptest! {
     /// Σ sent/η + r = Σ u, where u ← m·u + d is masked after being sent.
     #[test]
     fn of_dgc_async(gradients in gradients(12)) {
-        let mut u = vec![0.0_f32; ELEMENTS];
-        let mut entered = vec![0.0; ELEMENTS];
+        let mut u = [0.0_f32; ELEMENTS];
+        let mut entered = [0.0; ELEMENTS];
         let (sent, r) = run(Method::DgcAsync, 0.5, exact(KEEP), &gradients, |gradient, sent| {
             for element in 0..ELEMENTS {
                 u[element] = 0.5 * u[element] + gradient[element];

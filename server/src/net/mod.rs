@@ -49,8 +49,13 @@ pub enum ServerError {
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// The text cannot be trained on.
-    #[error(transparent)]
-    Corpus(#[from] CorpusError),
+    #[error("cannot train on {text}: {source}")]
+    Corpus {
+        /// The run's text.
+        text: String,
+        /// What is wrong with it.
+        source: CorpusError,
+    },
     /// The model cannot be built.
     #[error(transparent)]
     Model(#[from] ModelConfigError),
@@ -111,7 +116,8 @@ impl Server {
     /// Outside a tokio runtime.
     pub fn start(mut run: RunConfig, token: Option<Token>) -> Result<Self, ServerError> {
         let started = Instant::now();
-        let corpus: Corpus = run.corpus()?;
+        let corpus = run.corpus();
+        let corpus = corpus.map_err(|source| ServerError::Corpus { text: run.data.text.clone(), source })?;
         let address = listen_address(&run.server.listen)?;
         let certificate = Certificate::generate()?;
         // Half the lease passes before a silent connection is lost, the other half before its session is.

@@ -410,7 +410,7 @@ pub trait Kernels {
         tokens: &Self::Tokens,
         dout: &Self::Buffer,
     );
-    /// losses (rows) = −ln softmax(logits)[target], and with a scale, logits become scale · (softmax − one-hot).
+    /// losses (rows) = −ln softmax(logits) at the target, and with a scale, logits become scale · (softmax − one-hot).
     fn cross_entropy(
         &mut self,
         shape: (usize, usize),

@@ -3,6 +3,9 @@
 //! Sizes are odd on purpose: no width is a multiple of a vector, and the sequences are longer than a block of
 //! attention. Runs with vector and with scalar code.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "a test prints the deviations it found")]
+
 mod reference;
 
 use ndarray::Array2;

@@ -6,6 +6,8 @@
 //! read where they lie. Keys after a block's last query are never touched. The backward pass computes the
 //! probabilities anew from two floats per query, as FlashAttention does, so memory is linear in the time.
 
+#![expect(clippy::needless_range_loop, reason = "an index addresses several arrays at once")]
+
 use pulp::{Simd, WithSimd};
 
 use super::simd::exp;
@@ -341,10 +343,10 @@ fn backward_block<S: Simd>(
         simd,
         keys_to(&mut scratch.value_grad),
         Left::Rows(probabilities),
-        dout.from_row(block.first),
+        dout.skip_rows(block.first),
         seen_by,
     );
-    let queries = head.queries.from_row(block.first);
+    let queries = head.queries.skip_rows(block.first);
     product(simd, keys_to(&mut scratch.key_grad), Left::Rows(score_grad), queries, seen_by);
 }
 

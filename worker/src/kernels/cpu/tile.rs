@@ -3,6 +3,8 @@
 //! Attention multiplies many matrices of 8 to 128 rows, where a general product spends more on packing and calls
 //! than on arithmetic. Everything here lies in the first-level cache already and is read where it is.
 
+#![expect(clippy::needless_range_loop, reason = "an index addresses several arrays at once")]
+
 use std::ops::Range;
 
 use pulp::Simd;
@@ -25,7 +27,7 @@ impl<'a> Strided<'a> {
 
     /// The same matrix without its first rows.
     #[inline(always)]
-    pub(super) fn from_row(self, row: usize) -> Self {
+    pub(super) fn skip_rows(self, row: usize) -> Self {
         Self { data: &self.data[row * self.stride..], stride: self.stride }
     }
 

@@ -6,6 +6,10 @@
 //! gradient dW = dyᵀ·x, all row-major. The crates take turns within a round and the best of all rounds counts: the
 //! machine is shared, and noise only ever slows down. The last line is the geometric mean.
 
+#![expect(clippy::print_stdout, reason = "a benchmark prints what it measures")]
+
+mod kernels;
+
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -13,6 +17,8 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2};
+
+use kernels::by_gemm;
 
 const ROUNDS: usize = 25;
 const CALLS: u32 = 8;
@@ -60,23 +66,6 @@ fn by_ndarray(a: Operand<'_>, b: Operand<'_>, c: &mut [f32], m: usize, n: usize)
     }
     let mut c = ArrayViewMut2::from_shape((m, n), c).expect("the slice has the shape");
     general_mat_mul(1.0, &view(a), &view(b), 0.0, &mut c);
-}
-
-#[expect(unsafe_code, reason = "the gemm crate has no safe interface")]
-fn by_gemm(a: Operand<'_>, b: Operand<'_>, c: &mut [f32], m: usize, n: usize) {
-    // (column stride, row stride)
-    let strides =
-        |x: Operand<'_>| if x.transposed { (x.columns as isize, 1) } else { (1, x.columns as isize) };
-    let ((acs, ars), (bcs, brs)) = (strides(a), strides(b));
-    let k = if a.transposed { a.rows } else { a.columns };
-    let (a, b) = (black_box(a.data).as_ptr(), black_box(b.data).as_ptr());
-    let (c, none) = (c.as_mut_ptr(), gemm::Parallelism::None);
-    // SAFETY: the strides are those of row-major slices of rows · columns elements, which `main` allocated.
-    unsafe {
-        gemm::gemm(
-            m, n, k, c, 1, n as isize, false, a, acs, ars, b, bcs, brs, 0.0, 1.0, false, false, false, none,
-        );
-    }
 }
 
 fn main() {
