@@ -271,14 +271,17 @@ impl Hub {
             return Ok(pushed.reply);
         };
         self.bases.remove(&push.session);
-        self.recorder().pushed(PushRecord {
-            step: step.0,
-            loss: push.loss,
-            tokens: push.tokens,
-            staleness,
-            skipped: !applied,
-            seconds: self.seconds(),
-        });
+        // A push that came after an early end is neither applied nor skipped.
+        if applied || push.skipped {
+            self.recorder().pushed(PushRecord {
+                step: step.0,
+                loss: push.loss,
+                tokens: push.tokens,
+                staleness,
+                skipped: push.skipped,
+                seconds: self.seconds(),
+            });
+        }
         if let Some(snapshot) = snapshot {
             self.keep(&snapshot);
         }
