@@ -225,3 +225,96 @@ pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, ControlError> {
     }
     Ok(message)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ids::{BatchId, SessionId};
+    use crate::wire::{BatchRange, Split};
+
+    fn body(message: &impl Serialize) -> Vec<u8> {
+        let frame = encode(message);
+        let (length, body) = frame.split_at(4);
+        assert_eq!(u32::from_le_bytes(length.try_into().unwrap()) as usize, body.len());
+        body.to_vec()
+    }
+
+    fn round_trips<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(message: &T) {
+        let body = body(message);
+        assert_eq!(&decode::<T>(&body).unwrap(), message);
+        for length in 0..body.len() {
+            assert!(decode::<T>(&body[..length]).is_err(), "{length} of {} bytes were enough", body.len());
+        }
+        let longer = [&body[..], &[0]].concat();
+        assert!(matches!(decode::<T>(&longer), Err(ControlError::Trailing(1))));
+    }
+
+    fn report() -> EvaluationReport {
+        EvaluationReport {
+            job: EvaluationJob { id: 3, step: Step(500), split: Split::Validation },
+            loss: 1.5,
+            tokens: 55_769,
+            expert_share: vec![vec![0.25; 4]; 2],
+            router_entropy: vec![1.0, 0.5],
+        }
+    }
+
+    #[test]
+    fn messages_round_trip_and_any_other_length_is_refused() {
+        let session = SessionId(u64::MAX);
+        round_trips(&Hello { token: "a-token".to_owned(), resume: Some(session), software: String::new() });
+        round_trips(&Greeting::Welcome(Box::new(Welcome {
+            worker: WorkerId(7),
+            session,
+            resumed: true,
+            run: RunConfig::default(),
+            text_sha256: [9; 32],
+            layout_hash: LayoutHash([1; 32]),
+        })));
+        round_trips(&Greeting::Full { sessions_max: 300 });
+        round_trips(&Start::Fetch { step: Step(1 << 40) });
+        round_trips(&Request::Evaluated(session, Box::new(report())));
+        let batches = Some(BatchRange { first: BatchId(1 << 33), count: 4 });
+        round_trips(&Response::Work(Work { batches, evaluation: Some(report().job), finished: false }));
+        round_trips(&BulkRequest { session, object: BulkObject::Snapshot(report().job), offset: 1 << 50 });
+        round_trips(&BulkHeader::Found { bytes: 12, sha256: [3; 32] });
+    }
+
+    /// A length that no message can have is refused before anything of that size is allocated.
+    #[test]
+    fn lengths_inside_a_message_are_bounded() {
+        // A string of 2^63 bytes where Hello's token is.
+        let huge = [&[253][..], &(1_u64 << 63).to_le_bytes()].concat();
+        assert!(decode::<Hello>(&huge).is_err());
+        assert!(matches!(decode::<Hello>(&vec![0; CONTROL_BYTES_MAX + 1]), Err(ControlError::TooLong(_))));
+    }
+
+    #[test]
+    fn only_the_known_kinds_of_stream_exist() {
+        let known = (0..=u8::MAX).filter(|&byte| StreamKind::try_from(byte).is_ok());
+        assert_eq!(known.collect::<Vec<_>>(), [1, 2, 3, 4]);
+    }
+
+    proptest! {
+        #[test]
+        fn random_bytes_are_refused_or_read_and_never_panic(
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+            at: prop::sample::Index,
+            byte: u8,
+        ) {
+            let _ = decode::<Hello>(&bytes);
+            let _ = decode::<Greeting>(&bytes);
+            let _ = decode::<Request>(&bytes);
+            let _ = decode::<Response>(&bytes);
+            let _ = decode::<BulkRequest>(&bytes);
+            let _ = decode::<BulkHeader>(&bytes);
+            // A real message with one byte changed gets further.
+            let mut changed = body(&Request::Evaluated(SessionId(5), Box::new(report())));
+            let at = at.index(changed.len());
+            changed[at] = byte;
+            let _ = decode::<Request>(&changed);
+        }
+    }
+}
