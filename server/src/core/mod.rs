@@ -186,10 +186,9 @@ impl ServerCore {
         session: SessionId,
         enqueue: impl FnOnce(ShardJob),
     ) -> Result<(WorkerId, Step), SessionsFull> {
-        let worker = self.sessions.reserve(session)?;
         let mut coordinator = self.coordinator();
         let step = coordinator.step();
-        self.sessions.open(session, step).expect("the session was just reserved");
+        let worker = self.sessions.open(session, step)?;
         coordinator.join(session);
         enqueue(ShardJob::Open { worker });
         Ok((worker, step))

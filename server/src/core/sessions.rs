@@ -27,12 +27,6 @@ pub(super) enum Turn {
 #[derive(Debug)]
 struct Session {
     worker: WorkerId,
-    /// `None` until the worker has a replica.
-    opened: Option<Opened>,
-}
-
-#[derive(Debug)]
-struct Opened {
     /// The step of the base the worker started from.
     joined: Step,
     /// The step of the last answer.
@@ -44,13 +38,13 @@ struct Opened {
     in_flight: bool,
 }
 
-impl Opened {
-    fn turn(&self, worker: WorkerId, seq: Seq) -> Result<Turn, Refusal> {
+impl Session {
+    fn turn(&self, seq: Seq) -> Result<Turn, Refusal> {
         let next = Seq(self.answered.0 + 1);
         match &self.answer {
             Some(answer) if seq == self.answered => Ok(Turn::Repeat(answer.clone())),
             _ if seq == next && self.in_flight => Err(Refusal::InFlight),
-            _ if seq == next => Ok(Turn::Next(worker)),
+            _ if seq == next => Ok(Turn::Next(self.worker)),
             _ => Err(Refusal::SequenceMismatch),
         }
     }
@@ -79,26 +73,19 @@ impl SessionTable {
         }
     }
 
-    /// Takes a place for a worker.
-    pub(super) fn reserve(&self, session: SessionId) -> Result<WorkerId, SessionsFull> {
+    /// Opens a session for a new worker, which gets a replica of the model at `step`.
+    pub(super) fn open(&self, session: SessionId, step: Step) -> Result<WorkerId, SessionsFull> {
         let one_more = |count: u32| (count < self.sessions_max).then_some(count + 1);
         self.count
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more)
             .map_err(|_| SessionsFull { sessions_max: self.sessions_max })?;
         let worker = WorkerId(self.next_worker.fetch_add(1, Ordering::Relaxed));
+        let opened = Session { worker, joined: step, step, answered: Seq(0), answer: None, in_flight: false };
         match self.sessions.entry(session) {
             Entry::Occupied(_) => panic!("{session} was drawn twice"),
-            Entry::Vacant(vacant) => drop(vacant.insert(Session { worker, opened: None })),
+            Entry::Vacant(vacant) => drop(vacant.insert(opened)),
         }
         Ok(worker)
-    }
-
-    /// The worker has a replica of the model at `step`; `None` if there is no such session.
-    pub(super) fn open(&self, session: SessionId, step: Step) -> Option<WorkerId> {
-        let mut entry = self.sessions.get_mut(&session)?;
-        assert!(entry.opened.is_none(), "{session} was opened twice");
-        entry.opened = Some(Opened { joined: step, step, answered: Seq(0), answer: None, in_flight: false });
-        Some(entry.worker)
     }
 
     /// The worker of a session.
@@ -116,10 +103,9 @@ impl SessionTable {
     /// What a push is, and whether its model can be of the step it names.
     pub(super) fn turn(&self, session: SessionId, seq: Seq, step: Step) -> Result<Turn, Refusal> {
         let entry = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
-        let opened = entry.opened.as_ref().ok_or(Refusal::UnknownSession)?;
-        let turn = opened.turn(entry.worker, seq)?;
+        let turn = entry.turn(seq)?;
         match turn {
-            Turn::Next(_) if !(opened.joined..=opened.step).contains(&step) => Err(Refusal::SequenceMismatch),
+            Turn::Next(_) if !(entry.joined..=entry.step).contains(&step) => Err(Refusal::SequenceMismatch),
             turn => Ok(turn),
         }
     }
@@ -127,17 +113,15 @@ impl SessionTable {
     /// Claims the next push, so that no other call can; the same outcomes as [`Self::turn`].
     pub(super) fn claim(&self, session: SessionId, seq: Seq) -> Result<Turn, Refusal> {
         let mut entry = self.sessions.get_mut(&session).ok_or(Refusal::UnknownSession)?;
-        let worker = entry.worker;
-        let opened = entry.opened.as_mut().ok_or(Refusal::UnknownSession)?;
-        let turn = opened.turn(worker, seq)?;
-        opened.in_flight |= matches!(turn, Turn::Next(_));
+        let turn = entry.turn(seq)?;
+        entry.in_flight |= matches!(turn, Turn::Next(_));
         Ok(turn)
     }
 
     /// Gives a claim up: the push was refused after all.
     pub(super) fn unclaim(&self, session: SessionId) {
         if let Some(mut entry) = self.sessions.get_mut(&session) {
-            entry.opened.as_mut().expect("a claim was made").in_flight = false;
+            entry.in_flight = false;
         }
     }
 
@@ -150,12 +134,11 @@ impl SessionTable {
         answer: &Bytes,
     ) -> Result<(), Refusal> {
         let mut entry = self.sessions.get_mut(&session).ok_or(Refusal::UnknownSession)?;
-        let opened = entry.opened.as_mut().expect("a claim was made");
-        assert!(opened.in_flight && seq.0 == opened.answered.0 + 1, "{seq} of {session} was not claimed");
-        opened.in_flight = false;
-        opened.answered = seq;
-        opened.step = step;
-        opened.answer = Some(answer.clone());
+        assert!(entry.in_flight && seq.0 == entry.answered.0 + 1, "{seq} of {session} was not claimed");
+        entry.in_flight = false;
+        entry.answered = seq;
+        entry.step = step;
+        entry.answer = Some(answer.clone());
         Ok(())
     }
 }
