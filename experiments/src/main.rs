@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use sanderling::commands::train;
-use sanderling_common::config::cli::{RunOptionsError, with_defaults_in_help};
+use sanderling_common::config::cli::{RunOptionsError, with_defaults};
 use sanderling_common::report::one_sentence;
 use tracing::level_filters::LevelFilter;
 
@@ -27,7 +27,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let command = Arguments::command().mut_subcommand("train", with_defaults_in_help);
+    let command = Arguments::command().mut_subcommand("train", with_defaults);
     let arguments = Arguments::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit());
     let level = match arguments.verbose {
         // The progress bar says what there is to say.

@@ -72,6 +72,7 @@ fn bad_texts_and_places_are_named() {
 fn a_run_leaves_its_results_and_can_be_repeated_from_its_file() {
     let folder = tempfile::tempdir().unwrap();
     let small = [
+        "--overlap",
         "--steps",
         "8",
         "--eval-every",

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{CommandFactory, FromArgMatches, Parser};
-use sanderling_common::config::cli::{RunOptions, RunOptionsError, with_defaults_in_help};
+use sanderling_common::config::cli::{RunOptions, RunOptionsError, with_defaults};
 use sanderling_common::join::{JoinError, Token};
 use sanderling_common::report::one_sentence;
 use sanderling_server::net::Server;
@@ -43,7 +43,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let matches = with_defaults_in_help(Arguments::command()).get_matches();
+    let matches = with_defaults(Arguments::command()).get_matches();
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let level = match arguments.verbose {
         0 => LevelFilter::INFO,

@@ -56,9 +56,10 @@ fn read(path: &Path) -> Result<RunPartial, RunOptionsError> {
     parse(&text).map_err(|source| RunOptionsError::File { path: path.to_owned(), source })
 }
 
-/// Adds each setting's default to its help text, read off the default run so that it cannot go stale.
+/// Adds each setting's default to its help text, read off the default run so that it cannot go stale, and lets a
+/// setting that is true or false be turned on by its bare name.
 #[must_use]
-pub fn with_defaults_in_help(command: clap::Command) -> clap::Command {
+pub fn with_defaults(command: clap::Command) -> clap::Command {
     let defaults: toml::Table =
         toml::from_str(&RunConfig::default().to_toml()).expect("the default run is valid TOML");
     let values = defaults.into_iter().filter_map(|(_, section)| match section {
@@ -71,6 +72,7 @@ pub fn with_defaults_in_help(command: clap::Command) -> clap::Command {
         }
         command.mut_arg(&key, |arg| {
             let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+            let arg = if value.is_bool() { arg.num_args(0..=1).default_missing_value("true") } else { arg };
             arg.help(format!("{help} [default: {}]", value.to_string().trim_matches('"')))
         })
     })
