@@ -48,7 +48,7 @@ pub fn normal_pair(rng: &mut impl Rng) -> (f64, f64) {
 
 /// The initial flat parameter vector θ0 of a model, `layout.len()` elements.
 ///
-/// Norm weights are one. Matrices are normal with standard deviation [`INIT_STD`]; those that write into the
+/// Norm weights are one, biases zero. Matrices are normal with standard deviation [`INIT_STD`]; those that write into the
 /// residual stream (o_proj, down_proj, w2) are divided by √(2·layers), so that its variance does not grow with
 /// depth (GPT-2, section 2.3).
 ///
@@ -61,7 +61,7 @@ pub fn initial_parameters(config: &ModelConfig, seed: u64) -> Result<Vec<f32>, M
     for (number, tensor) in layout.tensors().iter().enumerate() {
         let values = &mut parameters[tensor.range()];
         if tensor.shape.len() == 1 {
-            values.fill(1.0);
+            values.fill(if tensor.name.ends_with(".bias") { 0.0 } else { 1.0 });
             continue;
         }
         let writes_residual =

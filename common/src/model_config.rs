@@ -63,6 +63,11 @@ pub struct ModelConfig {
     pub intermediate_size: usize,
     /// Dense or mixture of experts.
     pub feed_forward: FeedForward,
+    /// Width of a SwiGLU network that serves every token beside the routed experts, its output scaled by a sigmoid gate
+    /// of its own (Qwen2-MoE); only in a mixture of experts.
+    pub shared_expert: Option<usize>,
+    /// Whether queries, keys and values have biases (Qwen2).
+    pub qkv_bias: bool,
     /// The epsilon inside RMSNorm.
     pub rms_norm_eps: f32,
     /// Base of the rotary frequencies.
@@ -100,6 +105,9 @@ pub enum ModelConfigError {
         /// Experts there are.
         experts: usize,
     },
+    /// A dense model with a shared expert.
+    #[error("a shared expert needs a mixture of experts beside it")]
+    SharedExpertAlone,
     /// A constant that is not a usable number.
     #[error("{0} must be a positive finite number")]
     NotPositive(&'static str),
@@ -145,6 +153,11 @@ impl ModelConfig {
                 return Err(ModelConfigError::TopKTooLarge { top_k, experts });
             }
         }
+        match (self.shared_expert, self.feed_forward) {
+            (Some(0), _) => return Err(ModelConfigError::Zero("shared_expert")),
+            (Some(_), FeedForward::Dense) => return Err(ModelConfigError::SharedExpertAlone),
+            _ => {}
+        }
         if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps.is_finite()) {
             return Err(ModelConfigError::NotPositive("rms_norm_eps"));
         }
@@ -156,8 +169,9 @@ impl ModelConfig {
 
     /// The named tensors of this model, in the order in which they lie in the flat vector.
     ///
-    /// Names are those of `LlamaForCausalLM`, and of `MixtralForCausalLM` for the experts. Matrices that are
-    /// multiplied with the same input lie side by side (q, k, v; w1, w3), so that one product serves them.
+    /// Names are those of `LlamaForCausalLM`, of `MixtralForCausalLM` for the experts, and of `Qwen2MoeForCausalLM` for
+    /// a shared expert (under `block_sparse_moe`). Matrices that are multiplied with the same input lie side by side
+    /// (q, k, v; w1, w3), so that one product serves them; so do the biases of q, k and v.
     ///
     /// # Errors
     /// A [`ModelConfigError`] if [`validate`](Self::validate) fails or a tensor is too large.
@@ -172,6 +186,11 @@ impl ModelConfig {
             tensors.push((at("self_attn.q_proj"), vec![q, d]));
             tensors.push((at("self_attn.k_proj"), vec![kv, d]));
             tensors.push((at("self_attn.v_proj"), vec![kv, d]));
+            if self.qkv_bias {
+                for (projection, width) in [("q_proj", q), ("k_proj", kv), ("v_proj", kv)] {
+                    tensors.push((format!("model.layers.{layer}.self_attn.{projection}.bias"), vec![width]));
+                }
+            }
             tensors.push((at("self_attn.o_proj"), vec![d, q]));
             tensors.push((at("post_attention_layernorm"), vec![d]));
             match self.feed_forward {
@@ -186,6 +205,12 @@ impl ModelConfig {
                         tensors.push((at(&format!("block_sparse_moe.experts.{e}.w1")), vec![f, d]));
                         tensors.push((at(&format!("block_sparse_moe.experts.{e}.w3")), vec![f, d]));
                         tensors.push((at(&format!("block_sparse_moe.experts.{e}.w2")), vec![d, f]));
+                    }
+                    if let Some(shared) = self.shared_expert {
+                        tensors.push((at("block_sparse_moe.shared_expert_gate"), vec![1, d]));
+                        tensors.push((at("block_sparse_moe.shared_expert.gate_proj"), vec![shared, d]));
+                        tensors.push((at("block_sparse_moe.shared_expert.up_proj"), vec![shared, d]));
+                        tensors.push((at("block_sparse_moe.shared_expert.down_proj"), vec![d, shared]));
                     }
                 }
             }
@@ -226,6 +251,8 @@ mod tests {
             head_dim: 8,
             intermediate_size: 48,
             feed_forward: FeedForward::Moe { experts: 8, top_k: 2, router: RouterOrder::TopkThenSoftmax },
+            shared_expert: None,
+            qkv_bias: false,
             rms_norm_eps: 1e-5,
             rope_theta: 10_000.0,
             rope_llama3: None,
@@ -242,6 +269,11 @@ mod tests {
         assert_eq!(config.layout().unwrap().len(), 65 * 32 + 2 * per_layer + 32);
         let idle = 2 * 6 * 3 * 32 * 48;
         assert_eq!(config.active_parameters().unwrap(), 65 * 32 + 2 * per_layer + 32 - idle);
+
+        let more = ModelConfig { shared_expert: Some(24), qkv_bias: true, ..config.clone() };
+        let added = 2 * (64 + 32 + 3 * 32 * 24);
+        assert_eq!(more.layout().unwrap().len(), config.layout().unwrap().len() + added);
+        assert_eq!(more.active_parameters().unwrap(), config.active_parameters().unwrap() + added);
     }
 
     #[test]
@@ -254,6 +286,11 @@ mod tests {
         check(|c| c.head_dim = 7, ModelConfigError::OddHeadDim(7));
         check(|c| c.kv_heads = 3, ModelConfigError::HeadsNotGrouped { heads: 4, kv_heads: 3 });
         check(|c| c.layers = 0, ModelConfigError::Zero("layers"));
+        check(|c| c.shared_expert = Some(0), ModelConfigError::Zero("shared_expert"));
+        check(
+            |c| (c.feed_forward, c.shared_expert) = (FeedForward::Dense, Some(8)),
+            ModelConfigError::SharedExpertAlone,
+        );
         check(|c| c.rms_norm_eps = f32::NAN, ModelConfigError::NotPositive("rms_norm_eps"));
         check(
             |c| {

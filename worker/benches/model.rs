@@ -114,6 +114,8 @@ fn config(kv_heads: usize, intermediate_size: usize, feed_forward: FeedForward) 
         rope_theta: 10_000.0,
         rope_llama3: None,
         tie_word_embeddings: true,
+        shared_expert: None,
+        qkv_bias: false,
         context: 128,
     }
 }

@@ -128,6 +128,8 @@ pub fn parse_config(path: &Path, text: &[u8]) -> Result<(Architecture, ModelConf
         rope_theta,
         rope_llama3,
         tie_word_embeddings: file.tie_word_embeddings.unwrap_or(false),
+        shared_expert: None,
+        qkv_bias: false,
         context: need(file.max_position_embeddings, "max_position_embeddings")?,
     };
     config.validate().map_err(|source| CheckpointError::Model { path: path.to_owned(), source })?;

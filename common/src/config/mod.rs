@@ -295,6 +295,8 @@ impl RunConfig {
             rope_theta: model.rope_theta,
             rope_llama3: None,
             tie_word_embeddings: model.tie_word_embeddings,
+            shared_expert: None,
+            qkv_bias: false,
             context: model.context,
         }
     }

@@ -40,6 +40,8 @@ fn config(feed_forward: FeedForward) -> ModelConfig {
         rope_theta: 100.0,
         rope_llama3: None,
         tie_word_embeddings: matches!(feed_forward, FeedForward::Dense),
+        shared_expert: None,
+        qkv_bias: false,
         context: TIME,
     }
 }
