@@ -32,6 +32,8 @@ pub enum Purpose {
     Generation = 3,
     /// Speeds and delays in simulation; the index is the worker's number.
     Simulation = 4,
+    /// Routers of an upcycled model; the index is the layer's number.
+    Router = 5,
 }
 
 /// A uniform number in [0, 1) with 53 random bits.

@@ -17,4 +17,5 @@ pub mod model_config;
 pub mod report;
 pub mod schedule;
 pub mod sparse;
+pub mod upcycle;
 pub mod wire;

@@ -5,7 +5,12 @@
 use std::fs;
 use std::path::Path;
 
-use sanderling_common::checkpoint::{CONFIG_FILE, CheckpointError, TENSORS_FILE, load, save};
+use std::ops::ControlFlow;
+
+use sanderling_common::checkpoint::{
+    CONFIG_FILE, Checkpoint, CheckpointError, FlatParameters, INDEX_FILE, SpecialTokens, StoredType,
+    TENSORS_FILE, WriteOptions, load, save, write,
+};
 use sanderling_common::config::RunConfig;
 use sanderling_common::init::initial_parameters;
 use sanderling_common::model_config::{FeedForward, ModelConfig, RouterOrder};
@@ -60,7 +65,7 @@ fn every_architecture_comes_back_as_it_was_written() {
         assert!(read.iter().zip(&written).all(|(a, b)| a.to_bits() == b.to_bits()));
         assert_eq!(fs::read(directory.path().join("note.txt")).unwrap(), b"beside it");
         let left_over = fs::read_dir(directory.path()).unwrap().count();
-        assert_eq!(left_over, 3, "no temporary file is left");
+        assert_eq!(left_over, 4, "beside them the generation settings, and no temporary file is left");
     }
 }
 
@@ -107,4 +112,182 @@ fn what_does_not_fit_is_named() {
     huge_header[..8].copy_from_slice(&u64::MAX.to_le_bytes());
     fs::write(path.join(TENSORS_FILE), &huge_header).unwrap();
     assert!(matches!(load(path).unwrap_err(), CheckpointError::SafeTensors { .. }));
+}
+
+fn write_with(directory: &Path, config: &ModelConfig, options: &WriteOptions) -> Result<(), CheckpointError> {
+    let layout = config.layout().unwrap();
+    let values = parameters(config);
+    let source = FlatParameters { layout: &layout, values: &values };
+    write(directory, config, options, &source, &mut |_| ControlFlow::Continue(()))
+}
+
+/// A model with everything that `Qwen2MoeForCausalLM` has, no part of it zero.
+fn with_shared_expert() -> ModelConfig {
+    ModelConfig { shared_expert: Some(24), qkv_bias: true, ..with_router(RouterOrder::SoftmaxThenTopk) }
+}
+
+#[test]
+fn shared_experts_and_biases_come_back_unless_they_are_zero() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("model");
+    let config = with_shared_expert();
+    let layout = config.layout().unwrap();
+    let mut values = parameters(&config);
+    let range = layout.find("model.layers.1.self_attn.k_proj.bias").unwrap().range();
+    values[range][3] = 0.5;
+    save(&directory, &config, &values, &[]).unwrap();
+    let (read_config, read) = load(&directory).unwrap();
+    assert_eq!((&read_config, &read), (&config, &values));
+
+    // Biases of zero and a shared expert that adds nothing change nothing, and are left out.
+    layout
+        .tensors()
+        .iter()
+        .filter(|t| t.name.ends_with("_proj.bias"))
+        .for_each(|t| values[t.range()].fill(0.0));
+    save(&directory, &config, &values, &[]).unwrap();
+    assert_eq!(load(&directory).unwrap().0, ModelConfig { qkv_bias: false, ..config.clone() });
+    let down = |name: &str| name.ends_with("shared_expert.down_proj.weight");
+    layout.tensors().iter().filter(|t| down(&t.name)).for_each(|t| values[t.range()].fill(0.0));
+    save(&directory, &config, &values, &[]).unwrap();
+    assert_eq!(load(&directory).unwrap().0, with_router(RouterOrder::SoftmaxThenTopk));
+
+    // The other order with such parts is written as the same architecture, renormalised.
+    let config = ModelConfig { shared_expert: Some(24), ..small() };
+    save(&directory, &config, &parameters(&config), &[]).unwrap();
+    let text = fs::read_to_string(directory.join(CONFIG_FILE)).unwrap();
+    assert!(text.contains("\"norm_topk_prob\": true") && text.contains("Qwen2MoeForCausalLM"), "{text}");
+    assert_eq!(load(&directory).unwrap(), (config.clone(), parameters(&config)));
+
+    let dense_with_biases = ModelConfig { qkv_bias: true, ..dense() };
+    let refused = write_with(&directory, &dense_with_biases, &WriteOptions::default()).unwrap_err();
+    assert!(matches!(refused, CheckpointError::NoArchitecture { .. }), "{refused}");
+}
+
+#[test]
+fn a_checkpoint_in_shards_is_the_same_checkpoint() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("model");
+    let config = small();
+    let limit = 20_000;
+    let special_tokens = SpecialTokens { bos: Some(1), eos: vec![2, 3], pad: None };
+    let options = WriteOptions { shard_bytes_max: limit, special_tokens, ..WriteOptions::default() };
+    write_with(&directory, &config, &options).unwrap();
+    let checkpoint = Checkpoint::open(&directory).unwrap();
+    assert_eq!(checkpoint.config(), &config);
+    assert_eq!(checkpoint.load().unwrap(), parameters(&config));
+    assert_eq!(checkpoint.special_tokens(), &options.special_tokens);
+    let stored = checkpoint.stored();
+    assert!(stored.files > 3 && stored.bytes == 4 * config.layout().unwrap().len() as u64, "{stored:?}");
+    let mut shards = 0;
+    for entry in fs::read_dir(&directory).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        if name.ends_with(".safetensors") {
+            shards += 1;
+            assert!(name.ends_with(&format!("-of-{:05}.safetensors", stored.files)), "{name}");
+            // The header comes on top; the embedding alone has 8 320 bytes.
+            assert!(entry.metadata().unwrap().len() < limit + 8_000, "{name}");
+        }
+    }
+    assert_eq!(shards, stored.files);
+
+    // A shard that is gone, one that was cut short, an index that lies.
+    let first = directory.join(format!("model-00001-of-{:05}.safetensors", stored.files));
+    let bytes = fs::read(&first).unwrap();
+    fs::remove_file(&first).unwrap();
+    let error = Checkpoint::open(&directory).unwrap_err();
+    assert!(matches!(&error, CheckpointError::Io { path, .. } if *path == first), "{error}");
+    fs::write(&first, &bytes[..bytes.len() - 4]).unwrap();
+    let error = Checkpoint::open(&directory).unwrap_err();
+    assert!(matches!(&error, CheckpointError::SafeTensors { path, .. } if *path == first), "{error}");
+    fs::write(&first, &bytes).unwrap();
+    let index = directory.join(INDEX_FILE);
+    let text = fs::read_to_string(&index).unwrap();
+    let second = format!("model-00002-of-{:05}.safetensors", stored.files);
+    let wrong = text.replacen(&format!("model-00001-of-{:05}.safetensors", stored.files), &second, 1);
+    fs::write(&index, wrong).unwrap();
+    let error = Checkpoint::open(&directory).unwrap_err();
+    assert!(matches!(error, CheckpointError::MissingTensor { .. }), "{error}");
+    fs::write(&index, text.replacen(&second, "../elsewhere.safetensors", 1)).unwrap();
+    let error = Checkpoint::open(&directory).unwrap_err();
+    assert!(matches!(error, CheckpointError::IndexPath { .. }), "{error}");
+    fs::write(&index, "{}").unwrap();
+    assert!(matches!(Checkpoint::open(&directory).unwrap_err(), CheckpointError::Index { .. }));
+}
+
+#[test]
+fn half_precision_is_read_exactly_and_written_rounded() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("model");
+    let config = dense();
+    let options = WriteOptions { stored_type: StoredType::Bfloat16, ..WriteOptions::default() };
+    write_with(&directory, &config, &options).unwrap();
+    let (_, read) = load(&directory).unwrap();
+    let rounded =
+        |values: Vec<f32>| values.iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect::<Vec<_>>();
+    assert_eq!(read, rounded(parameters(&config)));
+    let text = fs::read_to_string(directory.join(CONFIG_FILE)).unwrap();
+    assert!(text.contains("\"torch_dtype\": \"bfloat16\""), "{text}");
+    let stored = Checkpoint::open(&directory).unwrap().stored();
+    assert_eq!(stored.bytes, 2 * read.len() as u64);
+    assert_eq!(stored.values.into_iter().collect::<Vec<_>>(), [("BF16".to_owned(), read.len() as u64)]);
+
+    // The same header with the other half-precision format: every bit pattern keeps its value.
+    let path = directory.join(TENSORS_FILE);
+    let mut bytes = fs::read(&path).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let text = String::from_utf8(bytes[8..header].to_vec()).unwrap();
+    let spaces = text.matches("BF16").count();
+    let text = format!("{}{}", text.replace("BF16", "F16"), " ".repeat(spaces));
+    bytes[8..header].copy_from_slice(text.as_bytes());
+    fs::write(&path, &bytes).unwrap();
+    let (_, as_f16) = load(&directory).unwrap();
+    let layout = config.layout().unwrap();
+    let norm = layout.find("model.norm.weight").unwrap().range();
+    // 1.0 in bfloat16 is 0x3f80, which float16 reads as 1.875.
+    assert!(as_f16[norm].iter().all(|&value| value == 1.875));
+}
+
+#[test]
+fn work_that_is_called_off_leaves_nothing_and_keeps_what_was_there() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("model");
+    let config = small();
+    let layout = config.layout().unwrap();
+    let values = parameters(&config);
+    let source = FlatParameters { layout: &layout, values: &values };
+    let mut told = 0;
+    let mut stop_late = |_| {
+        told += 1;
+        if told == 20 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let error = write(&directory, &config, &WriteOptions::default(), &source, &mut stop_late).unwrap_err();
+    assert!(matches!(error, CheckpointError::Interrupted { .. }), "{error}");
+    assert_eq!(told, 20, "nothing is made after the stop");
+    assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
+
+    save(&directory, &config, &values, &[]).unwrap();
+    let mut stop = |_| ControlFlow::Break(());
+    write(&directory, &config, &WriteOptions::default(), &source, &mut stop).unwrap_err();
+    assert_eq!(load(&directory).unwrap().1, values);
+    assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn what_this_decoder_does_not_compute_is_refused_by_name() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("model");
+    let check = |from: &str, to: &str, parts: &[&str]| {
+        save(&directory, &dense(), &parameters(&dense()), &[]).unwrap();
+        edit(&directory, from, to);
+        let error = Checkpoint::open(&directory).unwrap_err().to_string();
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    };
+    check("\"silu\"", "\"relu2\"", &["config.json", "hidden_act", "relu2", "SwiGLU"]);
+    check("\"silu\"", "\"gelu\"", &["hidden_act", "gelu", "SwiGLU"]);
+    check("LlamaForCausalLM", "OlmoeForCausalLM", &["OlmoeForCausalLM", "MixtralForCausalLM"]);
+    check("\"attention_bias\": false", "\"attention_bias\": true", &["attention_bias"]);
+    check("\"hidden_size\": 32", "\"hidden_size\": 36", &["model.safetensors", "embed_tokens", "36"]);
+    check("\"vocab_size\": 65", "\"vocab_size\": -1", &["config.json"]);
 }

@@ -5,13 +5,9 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::CheckpointError;
+use super::names::NEUTRAL_SHARED_EXPERT;
+use super::{CheckpointError, WriteOptions};
 use crate::model_config::{FeedForward, Llama3Rope, ModelConfig, RouterOrder};
-
-/// Width of the shared expert that `Qwen2MoeForCausalLM` demands and that is written as zeros.
-///
-/// Converters to block-quantised formats want multiples of 32.
-pub(super) const NEUTRAL_SHARED_EXPERT: usize = 32;
 
 /// The Hugging Face class that computes a model of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,18 +16,27 @@ pub enum Architecture {
     Llama,
     /// Mixture of experts, top-k and then softmax.
     Mixtral,
-    /// Mixture of experts, softmax and then top-k, without renormalising.
+    /// Mixture of experts, softmax and then top-k; also whatever has a shared expert, or biases of queries, keys and
+    /// values.
     Qwen2Moe,
 }
 
 impl Architecture {
-    /// The architecture that a configuration is written as.
-    pub fn of(config: &ModelConfig) -> Self {
+    /// The architecture that a configuration is written as; `None` if there is none.
+    pub fn of(config: &ModelConfig) -> Option<Self> {
         match config.feed_forward {
-            FeedForward::Dense => Self::Llama,
-            FeedForward::Moe { router: RouterOrder::TopkThenSoftmax, .. } => Self::Mixtral,
-            FeedForward::Moe { router: RouterOrder::SoftmaxThenTopk, .. } => Self::Qwen2Moe,
+            FeedForward::Dense => (!config.qkv_bias).then_some(Self::Llama),
+            FeedForward::Moe { .. } if config.qkv_bias || config.shared_expert.is_some() => {
+                Some(Self::Qwen2Moe)
+            }
+            FeedForward::Moe { router: RouterOrder::TopkThenSoftmax, .. } => Some(Self::Mixtral),
+            FeedForward::Moe { router: RouterOrder::SoftmaxThenTopk, .. } => Some(Self::Qwen2Moe),
         }
+    }
+
+    /// The class of `transformers`.
+    pub fn class(self) -> &'static str {
+        self.names().0
     }
 
     /// (class, `model_type`).
@@ -51,6 +56,47 @@ impl Architecture {
         }
     }
 }
+
+/// Tokens with a meaning of their own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpecialTokens {
+    /// Begins a text.
+    pub bos: Option<u32>,
+    /// Ends a text; any of them.
+    pub eos: Vec<u32>,
+    /// Fills up a batch.
+    pub pad: Option<u32>,
+}
+
+impl SpecialTokens {
+    /// As `config.json` has them: one end token by itself, several as a list.
+    fn to_json(&self) -> Value {
+        let eos = match &self.eos[..] {
+            [] => Value::Null,
+            [only] => json!(only),
+            several => json!(several),
+        };
+        json!({ "bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad })
+    }
+
+    /// The text of a `generation_config.json`.
+    pub(super) fn generation_config(&self) -> String {
+        let mut file = json!({ "_from_model_config": true });
+        extend(&mut file, self.to_json());
+        format!("{file:#}\n")
+    }
+}
+
+/// One token or a list of them, as `eos_token_id` may be.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMore {
+    One(u32),
+    More(Vec<u32>),
+}
+
+/// For messages.
+const KNOWN_CLASSES: &str = "LlamaForCausalLM, MixtralForCausalLM and Qwen2MoeForCausalLM are";
 
 /// The settings that matter here; the others do not change what a decoder computes.
 #[derive(Deserialize)]
@@ -82,6 +128,11 @@ struct File {
     norm_topk_prob: Option<bool>,
     decoder_sparse_step: Option<usize>,
     mlp_only_layers: Option<Vec<usize>>,
+    shared_expert_intermediate_size: Option<usize>,
+    qkv_bias: Option<bool>,
+    bos_token_id: Option<u32>,
+    eos_token_id: Option<OneOrMore>,
+    pad_token_id: Option<i64>,
 }
 
 /// `rope_scaling`, or with its own theta `rope_parameters`.
@@ -101,7 +152,10 @@ struct Rope {
 ///
 /// # Errors
 /// A [`CheckpointError`] for text that is not such a configuration, or one that this decoder cannot follow.
-pub fn parse_config(path: &Path, text: &[u8]) -> Result<(Architecture, ModelConfig), CheckpointError> {
+pub fn parse_config(
+    path: &Path,
+    text: &[u8],
+) -> Result<(Architecture, ModelConfig, SpecialTokens), CheckpointError> {
     let file: File = serde_json::from_slice(text)
         .map_err(|source| CheckpointError::Json { path: path.to_owned(), source })?;
     let reader = Reader { path, file: &file };
@@ -128,12 +182,32 @@ pub fn parse_config(path: &Path, text: &[u8]) -> Result<(Architecture, ModelConf
         rope_theta,
         rope_llama3,
         tie_word_embeddings: file.tie_word_embeddings.unwrap_or(false),
-        shared_expert: None,
-        qkv_bias: false,
+        shared_expert: match architecture {
+            Architecture::Qwen2Moe => {
+                Some(need(file.shared_expert_intermediate_size, "shared_expert_intermediate_size")?)
+            }
+            _ => None,
+        },
+        qkv_bias: architecture == Architecture::Qwen2Moe && file.qkv_bias.unwrap_or(true),
         context: need(file.max_position_embeddings, "max_position_embeddings")?,
     };
     config.validate().map_err(|source| CheckpointError::Model { path: path.to_owned(), source })?;
-    Ok((architecture, config))
+    Ok((architecture, config, file.special_tokens()))
+}
+
+impl File {
+    fn special_tokens(&self) -> SpecialTokens {
+        SpecialTokens {
+            bos: self.bos_token_id,
+            eos: match self.eos_token_id.clone() {
+                None => Vec::new(),
+                Some(OneOrMore::One(token)) => vec![token],
+                Some(OneOrMore::More(tokens)) => tokens,
+            },
+            // Some files say -1 for none.
+            pad: self.pad_token_id.and_then(|token| u32::try_from(token).ok()),
+        }
+    }
 }
 
 /// A parsed file with its name for messages.
@@ -147,45 +221,55 @@ impl Reader<'_> {
         value.ok_or_else(|| CheckpointError::MissingKey { path: self.path.to_owned(), key })
     }
 
-    fn unsupported(&self, key: &'static str, value: impl ToString) -> CheckpointError {
-        CheckpointError::Unsupported { path: self.path.to_owned(), key, value: value.to_string() }
+    fn unsupported(
+        &self,
+        key: &'static str,
+        value: impl ToString,
+        supported: &'static str,
+    ) -> CheckpointError {
+        CheckpointError::Unsupported { path: self.path.to_owned(), key, value: value.to_string(), supported }
     }
 
     fn architecture(&self) -> Result<Architecture, CheckpointError> {
         let all = [Architecture::Llama, Architecture::Mixtral, Architecture::Qwen2Moe];
         if let Some(class) = self.file.architectures.as_ref().and_then(|classes| classes.first()) {
             let known = all.into_iter().find(|architecture| architecture.names().0 == class);
-            return known.ok_or_else(|| self.unsupported("architectures", class));
+            return known.ok_or_else(|| self.unsupported("architectures", class, KNOWN_CLASSES));
         }
         let model_type = self.need(self.file.model_type.as_deref(), "architectures")?;
         let known = all.into_iter().find(|architecture| architecture.names().1 == model_type);
-        known.ok_or_else(|| self.unsupported("model_type", model_type))
+        known.ok_or_else(|| self.unsupported("model_type", model_type, KNOWN_CLASSES))
     }
 
     fn refuse_what_is_not_computed(&self, architecture: Architecture) -> Result<(), CheckpointError> {
         let file = self.file;
         if let Some(activation) = file.hidden_act.as_ref().filter(|name| *name != "silu") {
-            return Err(self.unsupported("hidden_act", activation));
+            return Err(self.unsupported(
+                "hidden_act",
+                activation,
+                "experts are SwiGLU networks, whose activation is silu",
+            ));
         }
         for (key, bias) in [("attention_bias", file.attention_bias), ("mlp_bias", file.mlp_bias)] {
             if bias == Some(true) {
-                return Err(self.unsupported(key, true));
+                return Err(self.unsupported(key, true, "it must be false"));
             }
         }
         // A window as long as the context hides nothing.
         let window = file.sliding_window.filter(|_| file.use_sliding_window != Some(false));
         if let Some(window) = window.filter(|&window| Some(window) < file.max_position_embeddings) {
-            return Err(self.unsupported("sliding_window", window));
+            return Err(self.unsupported("sliding_window", window, "attention sees the whole context"));
         }
         if architecture == Architecture::Qwen2Moe {
-            if file.norm_topk_prob == Some(true) {
-                return Err(self.unsupported("norm_topk_prob", true));
-            }
             if let Some(step) = file.decoder_sparse_step.filter(|&step| step != 1) {
-                return Err(self.unsupported("decoder_sparse_step", step));
+                return Err(self.unsupported("decoder_sparse_step", step, "every layer must be sparse"));
             }
             if let Some(layers) = file.mlp_only_layers.as_ref().filter(|layers| !layers.is_empty()) {
-                return Err(self.unsupported("mlp_only_layers", format!("{layers:?}")));
+                return Err(self.unsupported(
+                    "mlp_only_layers",
+                    format!("{layers:?}"),
+                    "every layer must be sparse",
+                ));
             }
         }
         Ok(())
@@ -197,7 +281,14 @@ impl Reader<'_> {
             Architecture::Mixtral => {
                 (self.file.num_local_experts, "num_local_experts", RouterOrder::TopkThenSoftmax)
             }
-            Architecture::Qwen2Moe => (self.file.num_experts, "num_experts", RouterOrder::SoftmaxThenTopk),
+            Architecture::Qwen2Moe => {
+                // The softmax over all experts, renormalised over the kept ones, is the softmax over the kept ones.
+                let order = match self.file.norm_topk_prob {
+                    Some(true) => RouterOrder::TopkThenSoftmax,
+                    _ => RouterOrder::SoftmaxThenTopk,
+                };
+                (self.file.num_experts, "num_experts", order)
+            }
         };
         let experts = self.need(experts, key)?;
         let top_k = self.need(self.file.num_experts_per_tok, "num_experts_per_tok")?;
@@ -210,7 +301,7 @@ impl Reader<'_> {
         let theta = newer.and_then(|rope| rope.rope_theta).or(self.file.rope_theta).unwrap_or(default_theta);
         let Some(rope) = newer.or(self.file.rope_scaling.as_ref()) else { return Ok((theta, None)) };
         if let Some(factor) = rope.partial_rotary_factor.filter(|&factor| factor != 1.0) {
-            return Err(self.unsupported("partial_rotary_factor", factor));
+            return Err(self.unsupported("partial_rotary_factor", factor, "whole heads are rotated"));
         }
         match rope.rope_type.as_deref() {
             None | Some("default") => Ok((theta, None)),
@@ -224,14 +315,17 @@ impl Reader<'_> {
                 };
                 Ok((theta, Some(scaling)))
             }
-            Some(other) => Err(self.unsupported("rope_type", other)),
+            Some(other) => Err(self.unsupported("rope_type", other, "only default and llama3 are")),
         }
     }
 }
 
 /// The text of a `config.json` for a model; both spellings of the rotary settings are written.
-pub(super) fn to_json(config: &ModelConfig) -> String {
-    let architecture = Architecture::of(config);
+///
+/// # Panics
+/// If no architecture holds the model.
+pub(super) fn to_json(config: &ModelConfig, options: &WriteOptions) -> String {
+    let architecture = Architecture::of(config).expect("the model can be written");
     let (class, model_type) = architecture.names();
     let mut file = json!({
         "architectures": [class],
@@ -250,16 +344,10 @@ pub(super) fn to_json(config: &ModelConfig) -> String {
         "attention_dropout": 0.0,
         "initializer_range": crate::init::INIT_STD,
         "use_cache": true,
-        "bos_token_id": null,
-        "eos_token_id": null,
-        "pad_token_id": null,
-        "torch_dtype": "float32",
+        "torch_dtype": options.stored_type.name(),
     });
-    let mut set = |entries: Value| {
-        if let (Value::Object(file), Value::Object(entries)) = (&mut file, entries) {
-            file.extend(entries);
-        }
-    };
+    let mut set = |entries: Value| extend(&mut file, entries);
+    set(options.special_tokens.to_json());
     set(rope_json(config));
     match (architecture, config.feed_forward) {
         (Architecture::Mixtral, FeedForward::Moe { experts, top_k, .. }) => set(json!({
@@ -269,12 +357,12 @@ pub(super) fn to_json(config: &ModelConfig) -> String {
             "router_jitter_noise": 0.0,
             "sliding_window": null,
         })),
-        (Architecture::Qwen2Moe, FeedForward::Moe { experts, top_k, .. }) => set(json!({
+        (Architecture::Qwen2Moe, FeedForward::Moe { experts, top_k, router }) => set(json!({
             "num_experts": experts,
             "num_experts_per_tok": top_k,
             "moe_intermediate_size": config.intermediate_size,
-            "shared_expert_intermediate_size": NEUTRAL_SHARED_EXPERT,
-            "norm_topk_prob": false,
+            "shared_expert_intermediate_size": config.shared_expert.unwrap_or(NEUTRAL_SHARED_EXPERT),
+            "norm_topk_prob": router == RouterOrder::TopkThenSoftmax,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "qkv_bias": true,
@@ -284,6 +372,13 @@ pub(super) fn to_json(config: &ModelConfig) -> String {
         _ => set(json!({ "attention_bias": false, "mlp_bias": false })),
     }
     format!("{file:#}\n")
+}
+
+/// Adds the entries of an object to another.
+fn extend(file: &mut Value, entries: Value) {
+    if let (Value::Object(file), Value::Object(entries)) = (file, entries) {
+        file.extend(entries);
+    }
 }
 
 fn rope_json(config: &ModelConfig) -> Value {

@@ -1,133 +1,127 @@
 //! Checkpoints: directories that Hugging Face's `transformers` reads and writes.
 //!
-//! A directory holds `config.json` and `model.safetensors`. Dense models are `LlamaForCausalLM`; mixtures of experts
-//! are `MixtralForCausalLM` (top-k, then softmax) or `Qwen2MoeForCausalLM` (softmax, then top-k, not renormalised;
-//! its query, key and value biases and its shared expert are written as zeros, which leaves the function as it is).
-//! Parameters are read into, and written from, the flat vector of [`ModelConfig::layout`].
+//! A directory holds `config.json` and `model.safetensors`, or `model.safetensors.index.json` and the shards that it
+//! names. Dense models are `LlamaForCausalLM`; mixtures of experts are `MixtralForCausalLM` (top-k, then softmax) or
+//! `Qwen2MoeForCausalLM` (softmax, then top-k, or anything with a shared expert or biases of queries, keys and values).
+//!
+//! [`Checkpoint::open`] reads and checks everything but the values; those are mapped from the files a tensor at a time
+//! ([`TensorSource`]) or read into the flat vector of
+//! [`ModelConfig::layout`](crate::model_config::ModelConfig::layout). [`write()`] takes values from any source and
+//! writes shard after shard, so that neither way needs the memory of a whole model.
 
 mod config;
-mod tensors;
+mod error;
+mod names;
+mod reader;
+mod staged;
+mod writer;
 
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::ops::Range;
+use std::path::Path;
 
-pub use self::config::{Architecture, parse_config};
-use crate::model_config::{ModelConfig, ModelConfigError};
+pub use self::config::{Architecture, SpecialTokens, parse_config};
+pub use self::error::CheckpointError;
+pub use self::reader::{Checkpoint, StoredTensors};
+pub use self::staged::StagedDirectory;
+pub use self::writer::{SHARD_BYTES_DEFAULT, StoredType, WriteOptions, stored_bytes, write};
+use crate::layout::Layout;
+use crate::model_config::ModelConfig;
 
 /// The model's description.
 pub const CONFIG_FILE: &str = "config.json";
-/// The model's parameters.
+/// The model's parameters, where they are in one file.
 pub const TENSORS_FILE: &str = "model.safetensors";
+/// Which tensor is in which file, where there are several.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The tokenizer.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+/// What `transformers` generates with.
+pub const GENERATION_FILE: &str = "generation_config.json";
 
-/// Why a checkpoint could not be read or written; every variant names the file.
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    /// The file system refused.
-    #[error("{path}")]
-    Io {
-        /// The file or directory.
-        path: PathBuf,
-        /// What went wrong.
-        source: std::io::Error,
-    },
-    /// `config.json` is not the JSON of a model.
-    #[error("{path} is not a model configuration")]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Where and why parsing stopped.
-        source: serde_json::Error,
-    },
-    /// A setting that the model needs is missing.
-    #[error("{path} does not set {key}")]
-    MissingKey {
-        /// The file.
-        path: PathBuf,
-        /// The setting.
-        key: &'static str,
-    },
-    /// A setting that this decoder cannot follow.
-    #[error("{path} sets {key} to {value}, which is not supported")]
-    Unsupported {
-        /// The file.
-        path: PathBuf,
-        /// The setting.
-        key: &'static str,
-        /// Its value.
-        value: String,
-    },
-    /// The settings contradict one another.
-    #[error("{path} describes a model that cannot be built")]
-    Model {
-        /// The file.
-        path: PathBuf,
-        /// The contradiction.
-        source: ModelConfigError,
-    },
-    /// The tensor file's header is broken, or its length is wrong.
-    #[error("{path} is not a valid safetensors file")]
-    SafeTensors {
-        /// The file.
-        path: PathBuf,
-        /// What is broken.
-        source: safetensors::SafeTensorError,
-    },
-    /// A tensor of the model is not in the file.
-    #[error("{path} has no tensor {name}")]
-    MissingTensor {
-        /// The file.
-        path: PathBuf,
-        /// The tensor's name in the file's architecture.
-        name: String,
-    },
-    /// A tensor that the described model does not have.
-    #[error("{path} has a tensor {name}, which the model does not have")]
-    UnexpectedTensor {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-    },
-    /// A tensor of the wrong shape.
-    #[error("{path}: tensor {name} has the shape {found:?}, the model needs {expected:?}")]
-    TensorShape {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// The model's shape.
-        expected: Vec<usize>,
-        /// The file's shape.
-        found: Vec<usize>,
-    },
-    /// A tensor in a number format that is not read.
-    #[error("{path}: tensor {name} is stored as {found:?}, only F32 is read")]
-    TensorType {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// The file's number format.
-        found: safetensors::Dtype,
-    },
-    /// A tensor that must be zero for this decoder to compute the same function.
-    #[error("{path}: tensor {name} is not zero, but this model has no such part")]
-    NotZero {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-    },
+/// Files that describe the text side of a model and stay true when its weights change.
+pub const CARRIED_FILES: [&str; 8] = [
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    GENERATION_FILE,
+    "vocab.json",
+];
+
+/// The values of a model's tensors, by the names of its layout.
+pub trait TensorSource {
+    /// Hands `sink` the rows of a tensor, one at a time and in order. A tensor of one axis is one row; a matrix
+    /// (outputs, inputs) has rows of `inputs` values.
+    ///
+    /// # Errors
+    /// A [`CheckpointError`] if the values cannot be read.
+    ///
+    /// # Panics
+    /// If there is no such tensor, or it has fewer rows.
+    fn rows(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        sink: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), CheckpointError>;
 }
 
-/// Writes a checkpoint and any further files into a directory, which is created if need be.
-///
-/// Each file is written under a temporary name, synced and renamed, the configuration last: a crash leaves the old
-/// file or the new one, never half of one.
+/// The rows of a tensor, and the values in each.
+pub fn row_shape(shape: &[usize]) -> (usize, usize) {
+    match shape {
+        [] => (1, 1),
+        [width] => (1, *width),
+        [rows @ .., width] => (rows.iter().product(), *width),
+    }
+}
+
+/// A flat parameter vector as a source.
+#[derive(Clone, Copy, Debug)]
+pub struct FlatParameters<'a> {
+    /// Where each tensor lies.
+    pub layout: &'a Layout,
+    /// All values.
+    pub values: &'a [f32],
+}
+
+impl TensorSource for FlatParameters<'_> {
+    fn rows(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        sink: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), CheckpointError> {
+        let tensor = self.layout.find(name).unwrap_or_else(|| panic!("the layout has no tensor {name}"));
+        let (_, width) = row_shape(&tensor.shape);
+        let values = &self.values[tensor.range()][rows.start * width..rows.end * width];
+        values.chunks_exact(width).for_each(sink);
+        Ok(())
+    }
+}
+
+/// All values of a source as the flat vector of `layout`.
 ///
 /// # Errors
-/// [`CheckpointError::Io`], or [`CheckpointError::Model`] for a configuration without a layout.
+/// A [`CheckpointError`] if the values cannot be read.
+///
+/// # Panics
+/// If the source lacks a tensor of the layout.
+pub fn flatten(layout: &Layout, source: &dyn TensorSource) -> Result<Vec<f32>, CheckpointError> {
+    let mut values = Vec::with_capacity(layout.len());
+    for tensor in layout.tensors() {
+        let (rows, _) = row_shape(&tensor.shape);
+        source.rows(&tensor.name, 0..rows, &mut |row| values.extend_from_slice(row))?;
+    }
+    assert_eq!(values.len(), layout.len(), "a source hands out every value once");
+    Ok(values)
+}
+
+/// Writes a float32 checkpoint and any further files into a directory, in the place of one that is there.
+///
+/// # Errors
+/// As [`write()`].
 ///
 /// # Panics
 /// If `params` is not as long as the configuration's layout.
@@ -137,17 +131,16 @@ pub fn save(
     params: &[f32],
     extra: &[(&str, &[u8])],
 ) -> Result<(), CheckpointError> {
-    fs::create_dir_all(directory).map_err(at(directory))?;
-    let config_path = directory.join(CONFIG_FILE);
-    let layout =
-        config.layout().map_err(|source| CheckpointError::Model { path: config_path.clone(), source })?;
+    let layout = config
+        .layout()
+        .map_err(|source| CheckpointError::Model { path: directory.join(CONFIG_FILE), source })?;
     assert_eq!(params.len(), layout.len(), "parameters do not fit the model's layout");
-    replace(&directory.join(TENSORS_FILE), |path| tensors::write(path, config, &layout, params))?;
-    for (name, bytes) in extra {
-        write_file(&directory.join(name), bytes)?;
-    }
-    write_file(&config_path, config::to_json(config).as_bytes())?;
-    sync_directory(directory)
+    let options = WriteOptions {
+        files: extra.iter().map(|(name, bytes)| ((*name).to_owned(), bytes.to_vec())).collect(),
+        ..WriteOptions::default()
+    };
+    let source = FlatParameters { layout: &layout, values: params };
+    write(directory, config, &options, &source, &mut |_| std::ops::ControlFlow::Continue(()))
 }
 
 /// Reads a checkpoint: its configuration and the flat parameter vector in the configuration's layout.
@@ -155,49 +148,7 @@ pub fn save(
 /// # Errors
 /// A [`CheckpointError`] naming the file, and the setting or tensor, that could not be used.
 pub fn load(directory: &Path) -> Result<(ModelConfig, Vec<f32>), CheckpointError> {
-    let path = directory.join(CONFIG_FILE);
-    let text = fs::read(&path).map_err(at(&path))?;
-    let (architecture, config) = config::parse_config(&path, &text)?;
-    let layout = config.layout().map_err(|source| CheckpointError::Model { path, source })?;
-    let params = tensors::read(&directory.join(TENSORS_FILE), architecture, &config, &layout)?;
-    Ok((config, params))
-}
-
-/// Turns an IO error into one that names the file.
-fn at(path: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError + '_ {
-    move |source| CheckpointError::Io { path: path.to_owned(), source }
-}
-
-/// Writes, syncs and renames a file.
-fn write_file(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
-    replace(path, |temporary| {
-        let mut file = File::create(temporary).map_err(at(temporary))?;
-        file.write_all(bytes).map_err(at(temporary))
-    })
-}
-
-/// Lets `write` fill a temporary file, syncs it and puts it in the place of `path`.
-fn replace(
-    path: &Path,
-    write: impl FnOnce(&Path) -> Result<(), CheckpointError>,
-) -> Result<(), CheckpointError> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".partial");
-    let temporary = PathBuf::from(temporary);
-    let result = write(&temporary)
-        .and_then(|()| File::open(&temporary).and_then(|file| file.sync_all()).map_err(at(&temporary)))
-        .and_then(|()| fs::rename(&temporary, path).map_err(at(path)));
-    if result.is_err() {
-        // The error above is what matters; a left-over file is only untidy.
-        let _ = fs::remove_file(&temporary);
-    }
-    result
-}
-
-/// Makes the renames durable, where directories can be opened at all.
-fn sync_directory(directory: &Path) -> Result<(), CheckpointError> {
-    if cfg!(unix) {
-        File::open(directory).and_then(|file| file.sync_all()).map_err(at(directory))?;
-    }
-    Ok(())
+    let checkpoint = Checkpoint::open(directory)?;
+    let parameters = checkpoint.load()?;
+    Ok((checkpoint.config().clone(), parameters))
 }
