@@ -2,7 +2,9 @@
 //!
 //! The only crate that sees both server and worker.
 
+pub mod card;
 pub mod commands;
 pub mod generate;
 pub mod report;
 pub mod simulation;
+pub mod work;

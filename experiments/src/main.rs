@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use sanderling::commands::train;
+use sanderling::commands::{export, inspect, train, upcycle};
 use sanderling_common::config::cli::{RunOptionsError, with_defaults};
 use sanderling_common::report::one_sentence;
 use tracing::level_filters::LevelFilter;
@@ -24,6 +24,9 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Train(Box<train::Arguments>),
+    Upcycle(upcycle::Arguments),
+    Inspect(inspect::Arguments),
+    Export(export::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +47,9 @@ fn main() -> ExitCode {
         .init();
     let result = match arguments.command {
         Command::Train(arguments) => train::train(*arguments),
+        Command::Upcycle(arguments) => upcycle::upcycle(&arguments),
+        Command::Inspect(arguments) => inspect::inspect(&arguments),
+        Command::Export(arguments) => export::export(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,3 +1,41 @@
 //! One module per command.
 
+pub mod export;
+pub mod inspect;
 pub mod train;
+pub mod upcycle;
+
+use std::io::Write;
+
+use anyhow::Context;
+use sanderling_common::checkpoint::{Checkpoint, SHARD_BYTES_DEFAULT, StoredType};
+
+/// How a command that writes a checkpoint stores its values.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct StoredAs {
+    /// How values are stored [default: as in the checkpoint that is read]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    dtype: Option<StoredType>,
+    /// Bytes of values in one file; a larger model is written as shards with an index
+    #[arg(long = "shard-bytes", value_name = "BYTES", default_value_t = SHARD_BYTES_DEFAULT,
+          value_parser = clap::value_parser!(u64).range(1..))]
+    shard_bytes_max: u64,
+}
+
+impl StoredAs {
+    /// The number format: as asked for, or bfloat16 if the checkpoint has nothing else, or float32, which holds
+    /// everything that is read.
+    fn stored_type(&self, checkpoint: &Checkpoint) -> StoredType {
+        let all_bfloat16 = || checkpoint.stored().values.keys().all(|format| format == "BF16");
+        self.dtype.unwrap_or_else(|| if all_bfloat16() { StoredType::Bfloat16 } else { StoredType::Float32 })
+    }
+}
+
+/// Prints a command's result.
+fn say(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // A reader that has seen enough, such as `head`, is no failure.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("cannot print the result"),
+    }
+}

@@ -4,4 +4,4 @@ mod plot;
 mod table;
 
 pub use plot::{PlotError, plot_losses};
-pub use table::closing_table;
+pub use table::{closing_table, table};

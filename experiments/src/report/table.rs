@@ -52,6 +52,11 @@ pub fn closing_table(summary: &Summary) -> String {
     if !summary.completed {
         rows.push(("stopped early", "the figures are those of the run up to here".to_owned()));
     }
+    table(&rows)
+}
+
+/// Names and values, one row per line.
+pub fn table(rows: &[(&str, String)]) -> String {
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     rows.iter().map(|(name, value)| format!("  {name:width$}  {value}\n")).collect()
 }
