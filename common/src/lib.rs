@@ -14,6 +14,7 @@ pub mod layout;
 pub mod mapped;
 pub mod method;
 pub mod model_config;
+pub mod origin;
 pub mod report;
 pub mod schedule;
 pub mod sparse;

@@ -57,7 +57,7 @@ fn main() -> ExitCode {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
-            ExitCode::from(if error.is::<RunOptionsError>() { 2 } else { 1 })
+            ExitCode::from(error.downcast_ref().map_or(1, RunOptionsError::exit_code))
         }
     }
 }

@@ -13,7 +13,7 @@ use sanderling_common::init::{Purpose, initial_parameters, normal_pair, stream, 
 use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::frame::{Reply, WireError};
 use sanderling_common::wire::{EvaluationJob, Push, Refusal, Work};
-use sanderling_server::core::{SerialServer, ServerSettings, SessionsFull};
+use sanderling_server::core::{Base, SerialServer, ServerSettings, SessionsFull};
 use sanderling_worker::core::{AnswerError, Diverged, WorkerCore, WorkerSettings};
 use sanderling_worker::engine::Engine;
 use sanderling_worker::model::ModelError;
@@ -171,7 +171,7 @@ impl Simulation {
     fn new(run: &RunConfig, corpus: Arc<Corpus>, conditions: &Conditions) -> Result<Self, SimulationError> {
         let config = run.model_config(corpus.vocabulary().len());
         let theta = initial_parameters(&config, run.run.seed).map_err(ModelError::from)?;
-        let engine = Engine::new(run, corpus)?;
+        let engine = Engine::new(run, config, corpus)?;
         let server = SerialServer::new(engine.layout(), &theta, &ServerSettings::from(run));
         let mut simulation = Self {
             run: run.clone(),
@@ -207,6 +207,7 @@ impl Simulation {
         let session = SessionId(self.sessions);
         self.sessions += 1;
         let (id, step, base) = self.server.open_session(session)?;
+        let Base::Whole(base) = base else { unreachable!("a simulated run starts afresh") };
         let mut rng = stream(self.run.run.seed, Purpose::Simulation, u64::from(id.0));
         let duration = libm::exp(self.conditions.speed_spread * normal_pair(&mut rng).0);
         let settings = WorkerSettings::from(&self.run);

@@ -62,8 +62,8 @@ fn main() -> ExitCode {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
-            let usage = error.is::<RunOptionsError>() || error.is::<JoinError>();
-            ExitCode::from(if usage { 2 } else { 1 })
+            let other = if error.is::<JoinError>() { 2 } else { 1 };
+            ExitCode::from(error.downcast_ref().map_or(other, RunOptionsError::exit_code))
         }
     }
 }

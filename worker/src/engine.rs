@@ -6,6 +6,7 @@ use sanderling_common::config::RunConfig;
 use sanderling_common::corpus::Corpus;
 use sanderling_common::ids::BatchId;
 use sanderling_common::layout::Layout;
+use sanderling_common::model_config::ModelConfig;
 use sanderling_common::wire::EvaluationJob;
 use sanderling_common::wire::control::EvaluationReport;
 
@@ -23,12 +24,11 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// The model that `run` describes for this text.
+    /// The model of a run, with its text.
     ///
     /// # Errors
     /// A [`ModelError`] if the configuration makes no model.
-    pub fn new(run: &RunConfig, corpus: Arc<Corpus>) -> Result<Self, ModelError> {
-        let config = run.model_config(corpus.vocabulary().len());
+    pub fn new(run: &RunConfig, config: ModelConfig, corpus: Arc<Corpus>) -> Result<Self, ModelError> {
         let layout = Arc::new(config.layout()?);
         let gradient = vec![0.0; layout.len()];
         Ok(Self { model: Model::new(config, Cpu::default())?, corpus, layout, run: run.clone(), gradient })

@@ -38,6 +38,9 @@ struct Arguments {
     /// Give up after this many seconds without a server
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     give_up_after_s: u64,
+    /// The dense checkpoint of a run that upcycles one, if it is on this machine; otherwise the server sends it
+    #[arg(long, value_name = "DIR")]
+    dense: Option<PathBuf>,
     /// Say more (-v), or everything (-vv)
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -97,7 +100,8 @@ async fn run(arguments: &Arguments) -> anyhow::Result<WorkerReport> {
     };
     let join: JoinString = text.parse()?;
     info!("joining {}:{}", join.host, join.port);
-    Ok(work(&join, &WorkerOptions { give_up_after, ..WorkerOptions::default() }, stop).await?)
+    let options = WorkerOptions { give_up_after, dense: arguments.dense.clone(), ..WorkerOptions::default() };
+    Ok(work(&join, &options, stop).await?)
 }
 
 /// The content of a join file, once it has a whole line.

@@ -3,7 +3,7 @@
 use super::RunConfig;
 use super::file::RUN_FILE_BYTES_MAX;
 use crate::method::Method;
-use crate::model_config::ModelConfigError;
+use crate::model_config::{ModelConfig, ModelConfigError};
 
 /// Why a run cannot be configured so. Every message names the setting, its value and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -130,7 +130,9 @@ fn check_model(config: &RunConfig) -> Result<(), ConfigError> {
     ] {
         require(value >= 1, key, value, "at least 1")?;
     }
-    if !model.hidden_size.is_multiple_of(model.heads) {
+    let from_checkpoint = config.upcycles() || !model.init.is_empty();
+    // A checkpoint has a head size of its own.
+    if !from_checkpoint && !model.hidden_size.is_multiple_of(model.heads) {
         return Err(ConfigError::HeadSize { hidden_size: model.hidden_size, heads: model.heads });
     }
     if model.top_k > model.experts {
@@ -145,10 +147,22 @@ fn check_model(config: &RunConfig) -> Result<(), ConfigError> {
     ] {
         require(value <= most, key, value, "smaller (nothing that large can be trained here)")?;
     }
+    require(config.upcycle.granularity >= 1, "granularity", config.upcycle.granularity, "at least 1")?;
+    if from_checkpoint {
+        // What the checkpoint makes of it is checked when that is read.
+        return Ok(());
+    }
     // Any vocabulary serves for checking the rest; the corpus bounds its own.
-    let parameters = config.model_config(crate::corpus::VOCABULARY_MAX).layout()?.len();
-    require(parameters <= PARAMETERS_MAX, "parameters", parameters, "at most 4 000 000 000")?;
-    Ok(())
+    check_parameters(&config.model_config(crate::corpus::VOCABULARY_MAX))
+}
+
+/// Checks that a model can be built, and is of a size that can be trained.
+///
+/// # Errors
+/// A [`ConfigError`] that says what is wrong.
+pub(super) fn check_parameters(model: &ModelConfig) -> Result<(), ConfigError> {
+    let parameters = model.layout()?.len();
+    require(parameters <= PARAMETERS_MAX, "parameters", parameters, "at most 4 000 000 000")
 }
 
 fn require(

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{ConfigError, RunConfig, RunPartial, parse};
+use super::{AdoptError, ConfigError, RunConfig, RunPartial, parse};
 
 /// The options that describe a run, for flattening into a program's own.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -37,6 +37,16 @@ pub enum RunOptionsError {
     /// File and options together make no run.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// They do not go with the checkpoint that they name.
+    #[error(transparent)]
+    Adopt(#[from] AdoptError),
+}
+
+impl RunOptionsError {
+    /// 2 where the command line or the run file is to be mended, 1 where a checkpoint is.
+    pub fn exit_code(&self) -> u8 {
+        if matches!(self, Self::Adopt(AdoptError::Checkpoint(_))) { 1 } else { 2 }
+    }
 }
 
 impl RunOptions {
@@ -46,7 +56,7 @@ impl RunOptions {
     /// A [`RunOptionsError`]; every one of them is the user's to mend.
     pub fn resolve(self) -> Result<RunConfig, RunOptionsError> {
         let file = self.config.as_deref().map(read).transpose()?.unwrap_or_default();
-        Ok(self.settings.or(file).resolve()?)
+        Ok(self.settings.or(file).adopt()?.resolve()?)
     }
 }
 

@@ -5,6 +5,7 @@
 //! configuration is written beside the results and sent to every worker, so nothing about a run is known to one side
 //! only. Secrets (the token) are not part of it.
 
+mod adopt;
 mod check;
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -13,6 +14,7 @@ mod settings;
 
 use std::path::Path;
 
+pub use adopt::AdoptError;
 pub use check::ConfigError;
 pub use file::parse;
 use settings::settings;
@@ -21,6 +23,7 @@ use crate::corpus::{Corpus, CorpusError};
 use crate::method::{Method, MethodDefaults, RateScaling};
 use crate::model_config::{FeedForward, ModelConfig, RouterOrder};
 use crate::sparse::ValueFormat;
+use crate::upcycle::{Recipe, Scaling};
 
 /// The value of `text` that stands for the bundled Shakespeare.
 pub const BUNDLED_TEXT: &str = "shakespeare";
@@ -52,6 +55,8 @@ settings! {
 settings! {
     /// The shape of the model: a Llama-style decoder whose feed-forward layers are mixtures of experts.
     ModelSettings / ModelPart ["Model"] from (_defaults: ()) {
+        /// A checkpoint to go on from, dense or mixture: a Hugging Face directory, which decides the shape; empty: none
+        init: String = String::new();
         /// Width of the residual stream
         hidden_size: usize = 128;
         /// Decoder layers
@@ -78,6 +83,21 @@ settings! {
         rms_norm_eps: f32 = 1e-5;
         /// Whether the output head is the embedding matrix
         tie_word_embeddings: bool = true;
+    }
+}
+
+settings! {
+    /// Online upcycling: the run starts from a mixture that server and workers each make of a dense checkpoint, with
+    /// the experts, the choice and the router of the model's section and the seed of the run.
+    UpcycleSettings / UpcyclePart ["Upcycle"] from (_defaults: ()) {
+        /// The dense checkpoint, a LlamaForCausalLM directory; empty: none
+        dense: String = String::new();
+        /// SHA-256 of its parameters, in hexadecimal; empty: whatever is there, noted in the resolved run
+        dense_sha256: String = String::new();
+        /// G: each expert has a G-th of the dense network's width
+        granularity: usize = 1;
+        /// How the experts' weights are scaled
+        scaling: Scaling = Scaling::Exact;
     }
 }
 
@@ -161,6 +181,8 @@ pub struct RunConfig {
     pub data: DataSettings,
     /// The model's shape.
     pub model: ModelSettings,
+    /// What it is made of, if it is upcycled.
+    pub upcycle: UpcycleSettings,
     /// Method and schedule.
     pub training: TrainingSettings,
     /// Compression.
@@ -183,6 +205,9 @@ pub struct RunPartial {
     /// Section `[model]`.
     #[cfg_attr(feature = "cli", command(flatten))]
     pub model: ModelPart,
+    /// Section `[upcycle]`.
+    #[cfg_attr(feature = "cli", command(flatten))]
+    pub upcycle: UpcyclePart,
     /// Section `[training]`.
     #[cfg_attr(feature = "cli", command(flatten))]
     pub training: TrainingPart,
@@ -195,10 +220,11 @@ pub struct RunPartial {
 }
 
 /// The sections of a run file and their keys.
-pub const SECTIONS: [(&str, &[&str]); 6] = [
+pub const SECTIONS: [(&str, &[&str]); 7] = [
     ("run", RunPart::KEYS),
     ("data", DataPart::KEYS),
     ("model", ModelPart::KEYS),
+    ("upcycle", UpcyclePart::KEYS),
     ("training", TrainingPart::KEYS),
     ("exchange", ExchangePart::KEYS),
     ("server", ServerPart::KEYS),
@@ -212,13 +238,15 @@ impl RunPartial {
             run: self.run.or(other.run),
             data: self.data.or(other.data),
             model: self.model.or(other.model),
+            upcycle: self.upcycle.or(other.upcycle),
             training: self.training.or(other.training),
             exchange: self.exchange.or(other.exchange),
             server: self.server.or(other.server),
         }
     }
 
-    /// Fills in the defaults and checks the result.
+    /// Fills in the defaults and checks the result. What a checkpoint decides must have been filled in before: see
+    /// [`adopt`](Self::adopt).
     ///
     /// # Errors
     /// A [`ConfigError`] that names the setting, its value and what is allowed.
@@ -228,6 +256,7 @@ impl RunPartial {
             run: self.run.resolve(()),
             data: self.data.resolve(()),
             model: self.model.resolve(()),
+            upcycle: self.upcycle.resolve(()),
             training: self.training.resolve(&defaults),
             exchange: self.exchange.resolve(&defaults),
             server: self.server.resolve(()),
@@ -256,6 +285,19 @@ impl RunConfig {
         check::check(self)
     }
 
+    /// Checks a model that a checkpoint, or a server, says the run trains.
+    ///
+    /// # Errors
+    /// A [`ConfigError`] if it cannot be built, is too large, or has too few positions for the run's sequences.
+    pub fn validate_model(&self, model: &ModelConfig) -> Result<(), ConfigError> {
+        check::check_parameters(model)?;
+        if self.model.context > model.context {
+            let (key, value) = ("context", self.model.context.to_string());
+            return Err(ConfigError::OutOfRange { key, value, allowed: "within the positions of the model" });
+        }
+        Ok(())
+    }
+
     fn default_name(&self) -> String {
         let text = Path::new(&self.data.text).file_stem().and_then(|stem| stem.to_str()).unwrap_or("text");
         let text: String = text.chars().map(|c| if c.is_alphanumeric() { c } else { '-' }).collect();
@@ -275,7 +317,24 @@ impl RunConfig {
         Ok(corpus)
     }
 
-    /// The architecture for a vocabulary of that size.
+    /// Whether it starts from a mixture that is made of a dense checkpoint.
+    pub fn upcycles(&self) -> bool {
+        !self.upcycle.dense.is_empty()
+    }
+
+    /// The recipe of a run that [`upcycles`](Self::upcycles).
+    pub fn recipe(&self) -> Recipe {
+        Recipe {
+            experts: self.model.experts,
+            top_k: self.model.top_k,
+            granularity: self.upcycle.granularity,
+            router: self.model.router,
+            scaling: self.upcycle.scaling,
+            seed: self.run.seed,
+        }
+    }
+
+    /// The architecture of a run that starts afresh, for a vocabulary of that size.
     pub fn model_config(&self, vocab_size: usize) -> ModelConfig {
         let model = &self.model;
         let feed_forward = match model.experts {

@@ -9,6 +9,8 @@ use serde::de::DeserializeOwned;
 use crate::config::RunConfig;
 use crate::ids::{SessionId, Step, WorkerId};
 use crate::layout::LayoutHash;
+use crate::model_config::ModelConfig;
+use crate::upcycle::Recipe;
 use crate::wire::{EvaluationJob, Work};
 
 /// The longest control message, in bytes. The largest is an evaluation report (a share per expert and layer).
@@ -96,8 +98,34 @@ pub struct Welcome {
     pub run: RunConfig,
     /// SHA-256 of the text.
     pub text_sha256: [u8; 32],
+    /// The model that is trained.
+    pub model: ModelConfig,
+    /// How the worker comes by the model that the run began with.
+    pub initial: Initial,
     /// The server's layout; the worker derives its own from `run` and compares.
     pub layout_hash: LayoutHash,
+}
+
+/// How a worker comes by the model that the run began with.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Initial {
+    /// Not at all: it is sent the base of its session whole.
+    Sent,
+    /// It makes it, and is sent what differs from it.
+    Upcycled(Box<OnlineUpcycling>),
+}
+
+/// A mixture that server and workers each make of the same dense model.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct OnlineUpcycling {
+    /// The dense architecture.
+    pub dense: ModelConfig,
+    /// Names the dense parameters: [`crate::init::parameters_hash`].
+    pub dense_sha256: [u8; 32],
+    /// What is made of them.
+    pub recipe: Recipe,
+    /// The same hash of the mixture that comes of it.
+    pub sha256: [u8; 32],
 }
 
 /// The worker's confirmation that it can take part.
@@ -105,6 +133,8 @@ pub struct Welcome {
 pub struct Ready {
     /// The layout the worker derived.
     pub layout_hash: LayoutHash,
+    /// The hash of the mixture that it made, where it is to make one.
+    pub initial_sha256: Option<[u8; 32]>,
 }
 
 /// The server's answer to [`Ready`].
@@ -119,6 +149,8 @@ pub enum Start {
     Resume,
     /// The layouts differ; the two programs are not of the same version.
     LayoutMismatch,
+    /// The mixtures that the two made of the same dense model differ.
+    InitialMismatch,
 }
 
 /// The last message of a worker that leaves of its own accord.
@@ -172,12 +204,54 @@ pub struct BulkRequest {
 /// Something large that a worker may fetch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum BulkObject {
-    /// The model this session starts from, little-endian `f32` in layout order.
+    /// The model this session starts from, little-endian `f32` in layout order; or of a run whose workers make the
+    /// initial model, the tensor blocks of what is to be added to that.
     Base,
     /// The server's model at an evaluation's step, likewise.
     Snapshot(EvaluationJob),
     /// The text.
     Text,
+    /// The dense model that the run's mixture is made of, as [`dense_bytes`] writes it.
+    Dense,
+}
+
+/// Values that all fit bfloat16 exactly, 2 bytes each.
+const DENSE_BFLOAT16: u8 = 2;
+
+/// Values as they are, 4 bytes each.
+const DENSE_FLOAT32: u8 = 4;
+
+/// A dense model as it travels: a byte that tells the format, then the values in layout order, little-endian. A model
+/// that was stored as bfloat16 takes half as long as its float32 form would.
+pub fn dense_bytes(parameters: &[f32]) -> Vec<u8> {
+    let short = parameters.iter().all(|value| value.to_bits() & 0xffff == 0);
+    let mut bytes = Vec::with_capacity(1 + parameters.len() * if short { 2 } else { 4 });
+    bytes.push(if short { DENSE_BFLOAT16 } else { DENSE_FLOAT32 });
+    for value in parameters {
+        let all = value.to_le_bytes();
+        bytes.extend_from_slice(if short { &all[2..] } else { &all });
+    }
+    bytes
+}
+
+/// The most bytes that [`dense_bytes`] makes of so many parameters.
+pub fn dense_bytes_max(count: usize) -> u64 {
+    1 + 4 * count as u64
+}
+
+/// The parameters again; `None` unless there are exactly `count` finite ones.
+pub fn dense_parameters(bytes: &[u8], count: usize) -> Option<Vec<f32>> {
+    let (format, bytes) = bytes.split_first()?;
+    let values: Vec<f32> = match *format {
+        DENSE_BFLOAT16 if bytes.len() == 2 * count => {
+            bytes.chunks_exact(2).map(|b| f32::from_le_bytes([0, 0, b[0], b[1]])).collect()
+        }
+        DENSE_FLOAT32 if bytes.len() == 4 * count => {
+            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+        }
+        _ => return None,
+    };
+    values.iter().all(|value| value.is_finite()).then_some(values)
 }
 
 /// Comes before the bytes of a bulk transfer.
@@ -271,6 +345,13 @@ mod tests {
             resumed: true,
             run: RunConfig::default(),
             text_sha256: [9; 32],
+            model: RunConfig::default().model_config(65),
+            initial: Initial::Upcycled(Box::new(OnlineUpcycling {
+                dense: RunConfig::default().model_config(65),
+                dense_sha256: [8; 32],
+                recipe: RunConfig::default().recipe(),
+                sha256: [7; 32],
+            })),
             layout_hash: LayoutHash([1; 32]),
         })));
         round_trips(&Greeting::Full { sessions_max: 300 });
@@ -289,6 +370,22 @@ mod tests {
         let huge = [&[253][..], &(1_u64 << 63).to_le_bytes()].concat();
         assert!(decode::<Hello>(&huge).is_err());
         assert!(matches!(decode::<Hello>(&vec![0; CONTROL_BYTES_MAX + 1]), Err(ControlError::TooLong(_))));
+    }
+
+    #[test]
+    fn a_dense_model_travels_in_the_shorter_format_that_holds_it() {
+        for (values, bytes) in [(vec![1.5f32, -0.0, 3.0e38], 7), (vec![0.1, -0.0, 1.0e-40], 13)] {
+            let sent = dense_bytes(&values);
+            assert_eq!(sent.len(), bytes);
+            assert!(sent.len() as u64 <= dense_bytes_max(3));
+            let received = dense_parameters(&sent, 3).unwrap();
+            assert!(received.iter().zip(&values).all(|(a, b)| a.to_bits() == b.to_bits()));
+            assert_eq!(dense_parameters(&sent, 4), None);
+            assert_eq!(dense_parameters(&sent[..bytes - 1], 3), None);
+        }
+        assert_eq!(dense_parameters(&[], 0), None);
+        assert_eq!(dense_parameters(&[3, 0, 0], 1), None);
+        assert_eq!(dense_parameters(&dense_bytes(&[f32::NAN]), 1), None);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use sanderling_common::checkpoint::{Checkpoint, StagedDirectory, WriteOptions, stored_bytes, write};
+use sanderling_server::progress::bytes as show_bytes;
 use serde_json::{Value, json};
 
 use super::{StoredAs, say};
@@ -74,7 +75,7 @@ pub fn export(arguments: &Arguments) -> anyhow::Result<()> {
     }
     let mut rows = vec![("checkpoint", arguments.out.display().to_string())];
     rows.extend(card::rows(config, stored_type));
-    rows.push(("weights", format!("{:.3} GB", bytes as f64 / 1e9)));
+    rows.push(("weights", show_bytes(bytes)));
     say(&table(&rows))
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use sanderling_common::checkpoint::{Checkpoint, TOKENIZER_FILE};
 use sanderling_common::model_config::{FeedForward, ModelConfig};
+use sanderling_server::progress::bytes as show_bytes;
 use serde_json::{Value, json};
 
 use super::say;
@@ -55,8 +56,8 @@ pub fn inspect(arguments: &Arguments) -> anyhow::Result<()> {
     rows.extend(shape_rows(config));
     rows.push(("rotary base", rotary(config)));
     rows.push(("stored", formats.join(", ")));
-    let gigabytes = stored.bytes as f64 / 1e9;
-    rows.push(("size", format!("{gigabytes:.3} GB in {} tensors, {} files", stored.tensors, stored.files)));
+    let (bytes, files) = (show_bytes(stored.bytes), if stored.files == 1 { "file" } else { "files" });
+    rows.push(("size", format!("{bytes} in {} tensors, {} {files}", stored.tensors, stored.files)));
     let tokenizer = checkpoint.directory().join(TOKENIZER_FILE).is_file();
     rows.push(("tokenizer", if tokenizer { "tokenizer.json" } else { "none" }.to_owned()));
     let mut text = table(&rows);

@@ -8,6 +8,7 @@ use sanderling_common::checkpoint::{
 };
 use sanderling_common::model_config::RouterOrder;
 use sanderling_common::upcycle::{Recipe, Scaling, Upcycled};
+use sanderling_server::progress::bytes as show_bytes;
 use serde_json::json;
 
 use super::{StoredAs, say};
@@ -105,7 +106,7 @@ pub fn upcycle(arguments: &Arguments) -> anyhow::Result<()> {
     }
     let mut rows = vec![("checkpoint", out.to_string())];
     rows.extend(card::rows(&config, stored_type));
-    rows.push(("weights", format!("{:.2} GB, scaling {}", bytes as f64 / 1e9, scaling_name(recipe.scaling))));
+    rows.push(("weights", format!("{}, scaling {}", show_bytes(bytes), scaling_name(recipe.scaling))));
     rows.push(("time", format!("{seconds:.1} s")));
     say(&table(&rows))
 }

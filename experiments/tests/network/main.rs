@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod beginnings;
 mod faults;
 mod relay;
 mod runs;

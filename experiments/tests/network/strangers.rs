@@ -88,7 +88,7 @@ impl Peer {
         let token = join.token.reveal().to_owned();
         send(&mut up, &Hello { token, resume: None, software: "a test".to_owned() }).await.unwrap();
         let Greeting::Welcome(welcome) = receive(&mut down).await.unwrap() else { panic!("not admitted") };
-        send(&mut up, &Ready { layout_hash: welcome.layout_hash }).await.unwrap();
+        send(&mut up, &Ready { layout_hash: welcome.layout_hash, initial_sha256: None }).await.unwrap();
         let start: Start = receive(&mut down).await.unwrap();
         assert!(matches!(start, Start::Fetch { .. }));
         (Self { connection, _control: (up, down), _endpoint: endpoint }, *welcome)

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use sanderling_common::config::{RunPartial, parse};
+use sanderling_common::config::{RunConfig, RunPartial, parse};
 use sanderling_common::corpus::Corpus;
 use sanderling_common::join::JoinString;
 use sanderling_server::net::{Outcome, Server};
@@ -23,13 +23,19 @@ pub(crate) struct Scene {
 
 impl Scene {
     pub(crate) fn new(steps: u64) -> Self {
+        Self::shapeless(steps).with(
+            "[model]\nhidden_size = 32\nlayers = 1\nheads = 2\nkv_heads = 1\nintermediate_size = 32\nexperts = 4",
+        )
+    }
+
+    /// The same without the model's shape, which a checkpoint is to decide.
+    pub(crate) fn shapeless(steps: u64) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let text = folder.path().join("text.txt");
         std::fs::write(&text, &Corpus::bundled().bytes()[..30_000]).unwrap();
         let file = format!(
             "[run]\nname = 'run'\nruns_dir = '{}'\nworkers = 3\n[data]\ntext = '{}'\nbatch_size = 2\n\
-             [model]\nhidden_size = 32\nlayers = 1\nheads = 2\nkv_heads = 1\nintermediate_size = 32\nexperts = 4\n\
-             context = 32\n[training]\nsteps = {steps}\neval_every = {steps}\nwarmup_steps = 5\n\
+             [model]\ncontext = 32\n[training]\nsteps = {steps}\neval_every = {steps}\nwarmup_steps = 5\n\
              [exchange]\nreplica_check_every = 5\n[server]\nlease_ms = 2000\n",
             folder.path().join("runs").display(),
             text.display()
@@ -44,11 +50,20 @@ impl Scene {
     }
 
     pub(crate) fn server(&self) -> Server {
-        Server::start(self.run.clone().resolve().unwrap(), None).unwrap()
+        Server::start(self.resolved(), None).unwrap()
+    }
+
+    pub(crate) fn resolved(&self) -> RunConfig {
+        self.run.clone().adopt().unwrap().resolve().unwrap()
     }
 
     pub(crate) fn results(&self) -> PathBuf {
         self.folder.path().join("runs/run")
+    }
+
+    /// A place of its own in the test's folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
     }
 }
 
@@ -92,9 +107,17 @@ pub(crate) fn options() -> WorkerOptions {
 
 /// A worker in this runtime.
 pub(crate) fn worker(join: &JoinString) -> JoinHandle<Result<WorkerReport, WorkerError>> {
+    worker_with(join, options())
+}
+
+/// A worker with options of its own.
+pub(crate) fn worker_with(
+    join: &JoinString,
+    options: WorkerOptions,
+) -> JoinHandle<Result<WorkerReport, WorkerError>> {
     let join = join.clone();
     tokio::spawn(async move {
         let (_stop, stopped) = watch::channel(false);
-        work(&join, &options(), stopped).await
+        work(&join, &options, stopped).await
     })
 }

@@ -24,6 +24,8 @@ pub(crate) struct Cluster {
     pub(crate) server: SerialServer,
     pub(crate) members: Vec<Member>,
     settings: WorkerSettings,
+    /// θ0, for workers that make it themselves.
+    initial: Vec<f32>,
     sessions: u64,
 }
 
@@ -34,6 +36,7 @@ pub(crate) fn server_settings(secondary: Option<Compression>) -> ServerSettings 
         secondary,
         sessions_max: 64,
         shards: 2,
+        workers_have_initial: false,
     }
 }
 
@@ -85,7 +88,8 @@ impl Cluster {
         workers: usize,
     ) -> Self {
         let server = SerialServer::new(layout, theta, server);
-        let mut cluster = Self { layout: layout.clone(), server, members: Vec::new(), settings, sessions: 0 };
+        let (layout, initial) = (layout.clone(), theta.to_vec());
+        let mut cluster = Self { layout, server, members: Vec::new(), settings, initial, sessions: 0 };
         for _ in 0..workers {
             let member = cluster.join();
             cluster.members.push(member);
@@ -98,6 +102,7 @@ impl Cluster {
         self.sessions += 1;
         let session = SessionId(self.sessions);
         let (id, step, base) = self.server.open_session(session).expect("there is room");
+        let base = base.onto(&self.layout, self.initial.clone()).expect("the difference is of this layout");
         let core = WorkerCore::new(self.layout.clone(), &self.settings, session, base, step);
         Member { id, session, core }
     }

@@ -61,12 +61,12 @@ fn play(
     method: Method,
     up: Compression,
     secondary: Option<Compression>,
-    shards: usize,
+    (shards, workers_have_initial): (usize, bool),
     events: &[(usize, Event)],
 ) -> (Vec<Vec<u8>>, Vec<f32>) {
     let layout = layout(&SIZES);
     let mut server = server_settings(secondary);
-    server.shards = shards;
+    (server.shards, server.workers_have_initial) = (shards, workers_have_initial);
     let settings = worker_settings(method, 0.01, 0.7, up);
     let mut cluster = Cluster::new(&layout, &gradient(1), &server, settings, WORKERS);
     let mut answers = Vec::new();
@@ -113,9 +113,10 @@ proptest! {
         method in prop::sample::select(&Method::ALL[..]),
         up in compression(),
         secondary in prop::option::of(compression()),
+        workers_have_initial: bool,
         events in events(),
     ) {
-        play(method, up, secondary, 2, &events);
+        play(method, up, secondary, (2, workers_have_initial), &events);
     }
 
     #[test]
@@ -123,10 +124,11 @@ proptest! {
         up in compression(),
         secondary in prop::option::of(compression()),
         events in events(),
+        workers_have_initial: bool,
         shards in 2_usize..9,
     ) {
-        let one = play(Method::Dgs, up, secondary, 1, &events);
-        let many = play(Method::Dgs, up, secondary, shards, &events);
+        let one = play(Method::Dgs, up, secondary, (1, workers_have_initial), &events);
+        let many = play(Method::Dgs, up, secondary, (shards, workers_have_initial), &events);
         prop_assert_eq!(one, many);
     }
 }

@@ -38,7 +38,7 @@ pub use leases::LeasePool;
 pub use sessions::SessionsFull;
 use sessions::{SessionTable, Turn};
 pub use shard::{
-    BASE_MAGNITUDE_MAX, Shard, ShardJob, ShardOutput, UPDATE_MAGNITUDE_MAX, secondary_compression,
+    BASE_MAGNITUDE_MAX, Base, Shard, ShardJob, ShardOutput, UPDATE_MAGNITUDE_MAX, secondary_compression,
 };
 pub use tracker::{DifferenceTracker, Replicas};
 
@@ -53,6 +53,9 @@ pub struct ServerSettings {
     pub sessions_max: u32,
     /// Parts the model is cut into.
     pub shards: usize,
+    /// Whether workers make the initial model themselves, so that a session begins with what differs from it instead
+    /// of with the whole model. Costs the server another model of memory.
+    pub workers_have_initial: bool,
 }
 
 impl From<&RunConfig> for ServerSettings {
@@ -66,6 +69,7 @@ impl From<&RunConfig> for ServerSettings {
             secondary: secondary_compression(run),
             sessions_max: run.server.sessions_max,
             shards: run.server.shards,
+            workers_have_initial: run.upcycles(),
         }
     }
 }
@@ -166,7 +170,7 @@ impl ServerCore {
             sessions: SessionTable::new(settings.sessions_max),
             coordinator: Mutex::new(Coordinator::new(&settings.work)),
         };
-        (core, Shard::cut(layout, theta, settings.secondary, settings.shards))
+        (core, Shard::cut(layout, theta, settings))
     }
 
     fn coordinator(&self) -> MutexGuard<'_, Coordinator> {
@@ -353,20 +357,17 @@ impl SerialServer {
         &self.core
     }
 
-    /// Opens a session and returns its worker, the step and the base model.
+    /// Opens a session and returns its worker, the step and what it begins with.
     ///
     /// # Errors
     /// [`SessionsFull`].
-    pub fn open_session(&mut self, session: SessionId) -> Result<(WorkerId, Step, Vec<f32>), SessionsFull> {
-        let mut base = Vec::new();
+    pub fn open_session(&mut self, session: SessionId) -> Result<(WorkerId, Step, Base), SessionsFull> {
+        let mut outputs = Vec::new();
         let shards = &mut self.shards;
-        let (worker, step) = self.core.open_session(session, |job| {
-            for shard in shards {
-                let ShardOutput::Base(part) = shard.handle(&job) else { unreachable!("the job was Open") };
-                base.extend(part);
-            }
-        })?;
-        Ok((worker, step, base))
+        let (worker, step) = self
+            .core
+            .open_session(session, |job| outputs.extend(shards.iter_mut().map(|shard| shard.handle(&job))))?;
+        Ok((worker, step, Base::join(outputs)))
     }
 
     /// Ends a session.

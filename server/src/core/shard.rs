@@ -7,8 +7,9 @@ use sanderling_common::config::RunConfig;
 use sanderling_common::ids::WorkerId;
 use sanderling_common::init::tensor_hash;
 use sanderling_common::layout::Layout;
-use sanderling_common::sparse::{Compression, Update};
+use sanderling_common::sparse::{Compression, DecodeError, Update, decode};
 
+use super::ServerSettings;
 use super::tracker::{DifferenceTracker, Replicas};
 
 /// The largest magnitude of an update's entry: a push with a larger one is refused.
@@ -54,8 +55,8 @@ pub enum ShardJob {
 /// What came of a [`ShardJob`] in one shard.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ShardOutput {
-    /// Of `Open`: the part of the model the worker starts from.
-    Base(Vec<f32>),
+    /// Of `Open`: the part of the model the worker starts from, or of what differs there from the initial model.
+    Base(Base),
     /// Of `Close`.
     Closed,
     /// Of `Apply`: the tensor blocks of the difference.
@@ -64,6 +65,54 @@ pub enum ShardOutput {
     Snapshot(Vec<f32>),
     /// Of `ReplicaHashes`: one hash per tensor.
     ReplicaHashes(Vec<[u8; 32]>),
+}
+
+/// What a worker is sent at the beginning of its session.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Base {
+    /// The model.
+    Whole(Vec<f32>),
+    /// Tensor blocks of what is to be added to the initial model, which the worker has.
+    Difference(Vec<u8>),
+}
+
+impl Base {
+    /// The whole of the parts that the shards returned for [`ShardJob::Open`], in their order.
+    ///
+    /// # Panics
+    /// If they are outputs of another job.
+    pub fn join(outputs: impl IntoIterator<Item = ShardOutput>) -> Self {
+        let parts = outputs.into_iter().map(|output| match output {
+            ShardOutput::Base(part) => part,
+            _ => unreachable!("the job was Open"),
+        });
+        let join = |joined: Self, part| match (joined, part) {
+            (Self::Whole(mut joined), Self::Whole(part)) => {
+                joined.extend(part);
+                Self::Whole(joined)
+            }
+            (Self::Difference(mut joined), Self::Difference(part)) => {
+                joined.extend(part);
+                Self::Difference(joined)
+            }
+            _ => unreachable!("all shards are of one run"),
+        };
+        parts.reduce(join).expect("a model has at least one shard")
+    }
+
+    /// The model that the worker has then. `initial` is the one that a difference is added to.
+    ///
+    /// # Errors
+    /// A [`DecodeError`] for a difference that is not of this layout.
+    pub fn onto(self, layout: &Layout, mut initial: Vec<f32>) -> Result<Vec<f32>, DecodeError> {
+        match self {
+            Self::Whole(model) => Ok(model),
+            Self::Difference(payload) => {
+                decode(layout, 0..layout.tensors().len(), &payload)?.add_to(layout, &mut initial);
+                Ok(initial)
+            }
+        }
+    }
 }
 
 /// A run of tensors of the model, with what the workers have of it.
@@ -76,28 +125,26 @@ pub struct Shard<T = Replicas> {
     tensors: Range<usize>,
     /// θ, the elements of `tensors`.
     theta: Vec<f32>,
+    /// θ0 likewise, where the workers make it themselves.
+    initial: Option<Vec<f32>>,
     tracker: T,
 }
 
 impl Shard {
-    /// Cuts the model into at most `count` shards with a replica per worker. `secondary` is what is kept of the
-    /// differences, `None` to send them whole.
+    /// Cuts the model into the shards that `settings` ask for, with a replica per worker.
     ///
     /// # Panics
     /// If `theta` is not of the layout's length, or holds a value that is not finite or above
     /// [`BASE_MAGNITUDE_MAX`].
-    pub fn cut(
-        layout: &Arc<Layout>,
-        theta: &[f32],
-        secondary: Option<Compression>,
-        count: usize,
-    ) -> Vec<Self> {
+    pub fn cut(layout: &Arc<Layout>, theta: &[f32], settings: &ServerSettings) -> Vec<Self> {
         assert_eq!(theta.len(), layout.len(), "the model is of another layout");
         let shard = |tensors: Range<usize>| {
             let theta = theta[layout.elements(tensors.clone())].to_vec();
-            Self::new(layout.clone(), tensors.clone(), theta, Replicas::new(tensors, secondary))
+            let tracker = Replicas::new(tensors.clone(), settings.secondary);
+            let initial = settings.workers_have_initial.then(|| theta.clone());
+            Self { initial, ..Self::new(layout.clone(), tensors, theta, tracker) }
         };
-        layout.shards(count).into_iter().map(shard).collect()
+        layout.shards(settings.shards).into_iter().map(shard).collect()
     }
 }
 
@@ -110,7 +157,7 @@ impl<T: DifferenceTracker> Shard<T> {
         assert_eq!(theta.len(), layout.elements(tensors.clone()).len(), "the shard holds other tensors");
         let in_range = theta.iter().all(|value| value.abs() <= BASE_MAGNITUDE_MAX);
         assert!(in_range, "an initial parameter is not finite, or too large to stay so");
-        Self { layout, tensors, theta, tracker }
+        Self { layout, tensors, theta, initial: None, tracker }
     }
 
     /// Does one job.
@@ -119,10 +166,7 @@ impl<T: DifferenceTracker> Shard<T> {
     /// If the job names a worker that is not open.
     pub fn handle(&mut self, job: &ShardJob) -> ShardOutput {
         match job {
-            &ShardJob::Open { worker } => {
-                self.tracker.open(worker, &self.theta);
-                ShardOutput::Base(self.theta.clone())
-            }
+            &ShardJob::Open { worker } => ShardOutput::Base(self.open(worker)),
             &ShardJob::Close { worker } => {
                 self.tracker.close(worker);
                 ShardOutput::Closed
@@ -132,6 +176,21 @@ impl<T: DifferenceTracker> Shard<T> {
             }
             ShardJob::Snapshot => ShardOutput::Snapshot(self.theta.clone()),
             &ShardJob::ReplicaHashes { worker } => ShardOutput::ReplicaHashes(self.replica_hashes(worker)),
+        }
+    }
+
+    fn open(&mut self, worker: WorkerId) -> Base {
+        match &self.initial {
+            None => {
+                self.tracker.open(worker, &self.theta);
+                Base::Whole(self.theta.clone())
+            }
+            Some(initial) => {
+                self.tracker.open(worker, initial);
+                let mut payload = Vec::new();
+                self.tracker.catch_up(worker, &self.layout, &self.theta, &mut payload);
+                Base::Difference(payload)
+            }
         }
     }
 

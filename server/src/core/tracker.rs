@@ -20,6 +20,13 @@ pub trait DifferenceTracker: Send {
     /// A worker is gone. Unknown workers are ignored.
     fn close(&mut self, worker: WorkerId);
 
+    /// Appends the tensor blocks of everything that differs between `theta` and the worker's model to `payload`, and
+    /// takes it as sent: what brings a worker that starts from an old model up to date at once.
+    ///
+    /// # Panics
+    /// If the worker is unknown.
+    fn catch_up(&mut self, worker: WorkerId, layout: &Layout, theta: &[f32], payload: &mut Vec<u8>);
+
     /// Appends the tensor blocks of what the worker is sent next to `payload`, and takes it as sent.
     ///
     /// # Panics
@@ -42,6 +49,8 @@ pub struct Replicas {
     /// The tensors of the shard.
     tensors: Range<usize>,
     compressor: Compressor,
+    /// As the compressor, but it keeps everything.
+    complete: Compressor,
     replicas: HashMap<WorkerId, Vec<f32>>,
     /// G of one tensor at a time, so that it stays in the cache between the scan, the selection and the addition.
     difference: Vec<f32>,
@@ -52,13 +61,59 @@ impl Replicas {
     /// Sends the top R of each difference, as `secondary` says, or without it every entry that differs, in float32:
     /// rounding leftovers would otherwise stay in every later difference.
     pub fn new(tensors: Range<usize>, secondary: Option<Compression>) -> Self {
-        let compressor = secondary.map_or_else(Compressor::nonzero, Compressor::without_zeros);
+        let compressor = |keep: Option<f64>| match secondary {
+            Some(compression) => Compressor::without_zeros(Compression {
+                keep: keep.unwrap_or(compression.keep),
+                ..compression
+            }),
+            None => Compressor::nonzero(),
+        };
         Self {
             tensors,
-            compressor,
+            compressor: compressor(None),
+            complete: compressor(Some(1.0)),
             replicas: HashMap::new(),
             difference: Vec::new(),
             sent: Update::default(),
+        }
+    }
+}
+
+/// How much of a difference is sent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// What secondary compression keeps.
+    Top,
+    /// All of it.
+    Everything,
+}
+
+impl Replicas {
+    /// G = θ − w_k; select and encode; w_k += decode(encode(G)), tensor by tensor.
+    fn send(
+        &mut self,
+        extent: Extent,
+        worker: WorkerId,
+        (layout, theta): (&Layout, &[f32]),
+        payload: &mut Vec<u8>,
+    ) {
+        let compressor = match extent {
+            Extent::Top => &mut self.compressor,
+            Extent::Everything => &mut self.complete,
+        };
+        let replica = self.replicas.get_mut(&worker).expect("updates come from workers that were opened");
+        let start = layout.elements(self.tensors.clone()).start;
+        for tensor in self.tensors.clone() {
+            let elements = layout.elements(tensor..tensor + 1);
+            let elements = elements.start - start..elements.end - start;
+            let (theta, replica) = (&theta[elements.clone()], &mut replica[elements]);
+            self.difference.clear();
+            self.difference.extend(theta.iter().zip(&*replica).map(|(theta, replica)| theta - replica));
+            let run = tensor..tensor + 1;
+            compressor
+                .compress_into(layout, run, &self.difference, 1.0, payload, &mut self.sent)
+                .expect("the bound on updates keeps model and replicas finite");
+            self.sent.add_to(layout, replica);
         }
     }
 }
@@ -73,22 +128,12 @@ impl DifferenceTracker for Replicas {
         self.replicas.remove(&worker);
     }
 
-    /// G = θ − w_k; select and encode; w_k += decode(encode(G)), tensor by tensor.
+    fn catch_up(&mut self, worker: WorkerId, layout: &Layout, theta: &[f32], payload: &mut Vec<u8>) {
+        self.send(Extent::Everything, worker, (layout, theta), payload);
+    }
+
     fn answer(&mut self, worker: WorkerId, layout: &Layout, theta: &[f32], payload: &mut Vec<u8>) {
-        let replica = self.replicas.get_mut(&worker).expect("updates come from workers that were opened");
-        let start = layout.elements(self.tensors.clone()).start;
-        for tensor in self.tensors.clone() {
-            let elements = layout.elements(tensor..tensor + 1);
-            let elements = elements.start - start..elements.end - start;
-            let (theta, replica) = (&theta[elements.clone()], &mut replica[elements]);
-            self.difference.clear();
-            self.difference.extend(theta.iter().zip(&*replica).map(|(theta, replica)| theta - replica));
-            let run = tensor..tensor + 1;
-            self.compressor
-                .compress_into(layout, run, &self.difference, 1.0, payload, &mut self.sent)
-                .expect("the bound on updates keeps model and replicas finite");
-            self.sent.add_to(layout, replica);
-        }
+        self.send(Extent::Top, worker, (layout, theta), payload);
     }
 
     fn replica(&self, worker: WorkerId) -> &[f32] {

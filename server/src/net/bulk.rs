@@ -8,6 +8,7 @@ use sanderling_transport::{MessageError, send};
 use sha2::{Digest, Sha256};
 
 use super::hub::Hub;
+use crate::core::Base;
 
 /// A large object, immutable, with its hash.
 #[derive(Clone, Debug)]
@@ -22,6 +23,14 @@ impl Blob {
         let mut bytes = Vec::with_capacity(parameters.len() * 4);
         parameters.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
         Self::of_bytes(bytes.into())
+    }
+
+    /// What a session begins with.
+    pub(crate) fn of_base(base: Base) -> Self {
+        match base {
+            Base::Whole(parameters) => Self::of_parameters(&parameters),
+            Base::Difference(payload) => Self::of_bytes(payload.into()),
+        }
     }
 
     pub(crate) fn of_bytes(bytes: Bytes) -> Self {
@@ -45,6 +54,7 @@ pub(super) async fn serve(
         BulkObject::Base => hub.base(session),
         BulkObject::Snapshot(job) => hub.snapshot(job.step),
         BulkObject::Text => Some(hub.text()),
+        BulkObject::Dense => hub.dense(),
     };
     let found = blob.filter(|blob| request.session == session && request.offset <= blob.bytes.len() as u64);
     let Some(blob) = found else {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use quinn::{Connection, Incoming, RecvStream, SendStream};
 use sanderling_common::ids::{SessionId, Step, WorkerId};
 use sanderling_common::wire::control::{
-    Goodbye, Greeting, Hello, Ready, Request, Response, Start, StreamKind, Welcome,
+    Goodbye, Greeting, Hello, Initial, Ready, Request, Response, Start, StreamKind, Welcome,
 };
 use sanderling_common::wire::frame::{Reply, WireError};
 use sanderling_common::wire::{Push, Refusal};
@@ -167,6 +167,8 @@ async fn confirm(
         resumed: place.new_from.is_none(),
         run: hub.run().clone(),
         text_sha256: hub.corpus().sha256(),
+        model: hub.model().clone(),
+        initial: hub.initial().clone(),
         layout_hash: hub.layout_hash(),
     };
     send(down, &Greeting::Welcome(Box::new(welcome))).await?;
@@ -178,6 +180,16 @@ async fn confirm(
         send(down, &Start::LayoutMismatch).await?;
         return Err(PeerError::NotAdmitted(
             "its layout is not this run's; use the same release on both sides",
+        ));
+    }
+    let made = match hub.initial() {
+        Initial::Sent => None,
+        Initial::Upcycled(upcycling) => Some(upcycling.sha256),
+    };
+    if ready.initial_sha256 != made {
+        send(down, &Start::InitialMismatch).await?;
+        return Err(PeerError::NotAdmitted(
+            "it upcycles to another model; use the same release on both sides",
         ));
     }
     let start = place.new_from.map_or(Start::Resume, |step| Start::Fetch { step });

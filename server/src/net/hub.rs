@@ -17,10 +17,12 @@ use quinn::Connection;
 use sanderling_common::config::RunConfig;
 use sanderling_common::corpus::Corpus;
 use sanderling_common::ids::{SessionId, Step, WorkerId};
+use sanderling_common::init::parameters_hash;
 use sanderling_common::join::Token;
 use sanderling_common::layout::{Layout, LayoutHash};
-use sanderling_common::model_config::ModelConfigError;
-use sanderling_common::wire::control::EvaluationReport;
+use sanderling_common::model_config::{ModelConfig, ModelConfigError};
+use sanderling_common::origin::Beginning;
+use sanderling_common::wire::control::{EvaluationReport, Initial, OnlineUpcycling, dense_bytes};
 use sanderling_common::wire::frame::frame_bytes_max;
 use sanderling_common::wire::{Push, Refusal, Work};
 use sanderling_transport::{CloseCode, secure_random};
@@ -67,7 +69,12 @@ struct Attached {
 pub(crate) struct Hub {
     run: RunConfig,
     corpus: Corpus,
+    model: ModelConfig,
     layout: Arc<Layout>,
+    /// How workers come by the initial model.
+    initial: Initial,
+    /// The dense model that it was made of, if it was.
+    dense: Option<Blob>,
     token: Token,
     pipeline: Pipeline,
     started: Instant,
@@ -90,14 +97,28 @@ impl Hub {
         run: RunConfig,
         corpus: Corpus,
         token: Token,
-        initial: &[f32],
+        beginning: &Beginning,
         curve: mpsc::UnboundedSender<Evaluation>,
     ) -> Result<Self, ModelConfigError> {
-        let model = run.model_config(corpus.vocabulary().len());
+        let (model, initial) = (beginning.model.clone(), &beginning.parameters);
         let layout = Arc::new(model.layout()?);
         let recorder = Recorder::new(run.clone(), layout.len(), model.active_parameters()?);
         Ok(Self {
             pipeline: Pipeline::start(&layout, &run, initial),
+            initial: match &beginning.dense {
+                None => Initial::Sent,
+                Some(dense) => Initial::Upcycled(Box::new(OnlineUpcycling {
+                    dense: dense.config.clone(),
+                    dense_sha256: dense.sha256,
+                    recipe: run.recipe(),
+                    sha256: parameters_hash(&layout, initial),
+                })),
+            },
+            dense: beginning
+                .dense
+                .as_ref()
+                .map(|dense| Blob::of_bytes(dense_bytes(&dense.parameters).into())),
+            model,
             layout,
             token,
             started: Instant::now(),
@@ -125,6 +146,19 @@ impl Hub {
 
     pub(super) fn token(&self) -> &Token {
         &self.token
+    }
+
+    pub(super) fn model(&self) -> &ModelConfig {
+        &self.model
+    }
+
+    pub(super) fn initial(&self) -> &Initial {
+        &self.initial
+    }
+
+    /// The dense model of an upcycled run.
+    pub(super) fn dense(&self) -> Option<Blob> {
+        self.dense.clone()
     }
 
     pub(super) fn layout_hash(&self) -> LayoutHash {
@@ -185,7 +219,7 @@ impl Hub {
         let session = SessionId(random_u64());
         let (opened, base) = self.pipeline.open(session).await?;
         // Copying and hashing a large model takes a while.
-        let base = tokio::task::spawn_blocking(move || Blob::of_parameters(&base)).await;
+        let base = tokio::task::spawn_blocking(move || Blob::of_base(base)).await;
         self.bases.insert(session, base.expect("making a blob does not panic"));
         self.attach(session, opened.worker, connection);
         self.recorder().session_opened();

@@ -14,9 +14,9 @@ use quinn::{Endpoint, VarInt};
 use sanderling_common::config::RunConfig;
 use sanderling_common::corpus::{Corpus, CorpusError};
 use sanderling_common::ids::Step;
-use sanderling_common::init::initial_parameters;
 use sanderling_common::join::{JoinString, Token, hex};
 use sanderling_common::model_config::{ModelConfig, ModelConfigError};
+use sanderling_common::origin::{Origin, OriginError};
 use sanderling_transport::{Certificate, CloseCode, EndpointError, TlsError, secure_random, server_endpoint};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -59,6 +59,9 @@ pub enum ServerError {
     /// The model cannot be built.
     #[error(transparent)]
     Model(#[from] ModelConfigError),
+    /// The checkpoint that the run starts from cannot be used.
+    #[error(transparent)]
+    Origin(#[from] OriginError),
     /// Results cannot be written.
     #[error(transparent)]
     Results(#[from] ResultsError),
@@ -93,6 +96,7 @@ pub struct Server {
     join: JoinString,
     folder: RunFolder,
     model: ModelConfig,
+    origin: Origin,
     curve: mpsc::UnboundedReceiver<Evaluation>,
     started: Instant,
     /// Accepting and announcing; they end with the server.
@@ -116,8 +120,13 @@ impl Server {
     /// Outside a tokio runtime.
     pub fn start(mut run: RunConfig, token: Option<Token>) -> Result<Self, ServerError> {
         let started = Instant::now();
+        let origin = Origin::open(&run)?;
         let corpus = run.corpus();
         let corpus = corpus.map_err(|source| ServerError::Corpus { text: run.data.text.clone(), source })?;
+        let beginning = origin.begin(&run, corpus.vocabulary().len())?;
+        if let Some(dense) = &beginning.dense {
+            run.upcycle.dense_sha256 = hex(&dense.sha256);
+        }
         let address = listen_address(&run.server.listen)?;
         let certificate = Certificate::generate()?;
         // Half the lease passes before a silent connection is lost, the other half before its session is.
@@ -135,14 +144,13 @@ impl Server {
             token: token.clone(),
         };
         let folder = RunFolder::create(&mut run)?;
-        let model = run.model_config(corpus.vocabulary().len());
-        let initial = initial_parameters(&model, run.run.seed)?;
+        let model = beginning.model.clone();
         let (sender, curve) = mpsc::unbounded_channel();
-        let hub = Arc::new(Hub::new(run, corpus, token, &initial, sender)?);
+        let hub = Arc::new(Hub::new(run, corpus, token, &beginning, sender)?);
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(hub.clone(), endpoint.clone()));
         tasks.spawn(announce_steps(hub.clone()));
-        Ok(Self { hub, endpoint, join, folder, model, curve, started, _tasks: tasks })
+        Ok(Self { hub, endpoint, join, folder, model, origin, curve, started, _tasks: tasks })
     }
 
     /// What workers need to join.
@@ -201,7 +209,9 @@ impl Server {
     /// Writes the checkpoint and the summary.
     async fn conclude(&self) -> Result<Outcome, ServerError> {
         let parameters = self.hub.best_parameters().await;
-        let checkpoint = self.folder.write_checkpoint(&self.model, &parameters, self.hub.corpus())?;
+        let written =
+            self.folder.write_checkpoint(&self.model, &parameters, (self.hub.corpus(), &self.origin));
+        let checkpoint = written?;
         let summary = self.hub.summary(self.started.elapsed().as_secs_f64());
         self.folder.write_summary(&summary)?;
         Ok(Outcome {

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use super::hub::{OpenError, Opened};
 use crate::core::{
-    Admitted, Best, Evaluated, PushOutput, ServerCore, ServerSettings, SessionsFull, Shard, ShardJob,
+    Admitted, Base, Best, Evaluated, PushOutput, ServerCore, ServerSettings, SessionsFull, Shard, ShardJob,
     ShardOutput, Standing, Ticket,
 };
 
@@ -93,16 +93,13 @@ impl Pipeline {
     }
 
     /// A new session and its base model.
-    pub(super) async fn open(&self, session: SessionId) -> Result<(Opened, Vec<f32>), OpenError> {
+    pub(super) async fn open(&self, session: SessionId) -> Result<(Opened, Base), OpenError> {
         let mut pending = Pending::new();
         let opened = self.core.open_session(session, |job| self.enqueue(&[job], &mut pending));
         let (worker, step) =
             opened.map_err(|SessionsFull { sessions_max }| OpenError::Full { sessions_max })?;
-        let parts = outputs(pending).await.into_iter().flatten().map(|output| match output {
-            ShardOutput::Base(part) => part,
-            _ => unreachable!("the job was Open"),
-        });
-        Ok((Opened { session, worker, step }, parts.flatten().collect()))
+        let base = Base::join(outputs(pending).await.into_iter().flatten());
+        Ok((Opened { session, worker, step }, base))
     }
 
     /// Ends a session.

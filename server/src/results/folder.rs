@@ -2,12 +2,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use sanderling_common::checkpoint::{self, CheckpointError};
+use sanderling_common::checkpoint::{self, CheckpointError, FlatParameters, TOKENIZER_FILE, WriteOptions};
 use sanderling_common::config::RunConfig;
 use sanderling_common::corpus::Corpus;
 use sanderling_common::model_config::ModelConfig;
+use sanderling_common::origin::Origin;
 
 use super::{Evaluation, Summary};
 
@@ -103,7 +105,8 @@ impl RunFolder {
         write(&self.path.join("summary.json"), &json)
     }
 
-    /// Writes the model, its configuration and its tokenizer to `checkpoint/`.
+    /// Writes the model, its configuration and its tokenizer to `checkpoint/`: the tokenizer of the checkpoint that the
+    /// run began with, or that of its text.
     ///
     /// # Errors
     /// A [`ResultsError`].
@@ -111,23 +114,35 @@ impl RunFolder {
         &self,
         model: &ModelConfig,
         parameters: &[f32],
-        corpus: &Corpus,
+        (corpus, origin): (&Corpus, &Origin),
     ) -> Result<PathBuf, ResultsError> {
         let path = self.path.join("checkpoint");
-        let json = |value| serde_json::to_vec_pretty(&value).expect("JSON values can be written");
-        let tokenizer = json(corpus.vocabulary().tokenizer_json());
-        // Without it, AutoTokenizer of transformers 4 takes every Llama-like model to have Llama's special tokens.
-        let tokenizer_config = json(serde_json::json!({
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": model.context,
-            "clean_up_tokenization_spaces": false,
-        }));
-        let extra: [(&str, &[u8]); 2] =
-            [("tokenizer.json", &tokenizer), ("tokenizer_config.json", &tokenizer_config)];
-        checkpoint::save(&path, model, parameters, &extra)?;
+        let (special_tokens, mut files) = origin.carried()?;
+        if !files.iter().any(|(name, _)| name == TOKENIZER_FILE) {
+            files.extend(tokenizer_files(model, corpus));
+        }
+        let layout = model.layout().expect("the model was trained");
+        let source = FlatParameters { layout: &layout, values: parameters };
+        let options = WriteOptions { special_tokens, files, ..WriteOptions::default() };
+        checkpoint::write(&path, model, &options, &source, &mut |_| ControlFlow::Continue(()))?;
         Ok(path)
     }
+}
+
+/// The tokenizer of a text, for a model that had none.
+fn tokenizer_files(model: &ModelConfig, corpus: &Corpus) -> [(String, Vec<u8>); 2] {
+    let json = |value| serde_json::to_vec_pretty(&value).expect("JSON values can be written");
+    // Without it, AutoTokenizer of transformers 4 takes every Llama-like model to have Llama's special tokens.
+    let tokenizer_config = json(serde_json::json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": model.context,
+        "clean_up_tokenization_spaces": false,
+    }));
+    [
+        (TOKENIZER_FILE.to_owned(), json(corpus.vocabulary().tokenizer_json())),
+        ("tokenizer_config.json".to_owned(), tokenizer_config),
+    ]
 }
 
 /// Writes to a temporary name and renames, so that a reader never sees half a file.

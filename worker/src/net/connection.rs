@@ -8,7 +8,6 @@ use std::time::Duration;
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use sanderling_common::ids::{SessionId, Step};
 use sanderling_common::join::JoinString;
-use sanderling_common::layout::LayoutHash;
 use sanderling_common::wire::Push;
 use sanderling_common::wire::control::{
     Goodbye, Greeting, Hello, Ready, Request, Response, Start, StreamKind, Welcome,
@@ -86,13 +85,14 @@ impl Link {
         }
     }
 
-    /// Confirms the layout and learns whether to fetch a base model (then its step) or to go on.
-    pub(super) async fn confirm(&mut self, layout_hash: LayoutHash) -> Result<Option<Step>, Lost> {
-        send(&mut self.control.0, &Ready { layout_hash }).await?;
+    /// Confirms layout and initial model, and learns whether to fetch a base model (then its step) or to go on.
+    pub(super) async fn confirm(&mut self, ready: Ready) -> Result<Option<Step>, Lost> {
+        send(&mut self.control.0, &ready).await?;
         match receive(&mut self.control.1).await? {
             Start::Fetch { step } => Ok(Some(step)),
             Start::Resume => Ok(None),
             Start::LayoutMismatch => Err(WorkerError::LayoutMismatch.into()),
+            Start::InitialMismatch => Err(WorkerError::InitialMismatch.into()),
         }
     }
 

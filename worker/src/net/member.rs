@@ -1,12 +1,20 @@
 //! A worker as a member of a run: its state across connections, and the loop of exchanges.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use sanderling_common::checkpoint::Checkpoint;
 use sanderling_common::corpus::{Corpus, TEXT_BYTES_MAX};
 use sanderling_common::ids::{BatchId, SessionId, Step};
-use sanderling_common::layout::{Layout, LayoutHash};
-use sanderling_common::wire::control::{BulkObject, Request, Response, Welcome};
+use sanderling_common::init::parameters_hash;
+use sanderling_common::layout::Layout;
+use sanderling_common::origin::Dense;
+use sanderling_common::sparse::{decode, payload_bytes_max};
+use sanderling_common::wire::control::{
+    BulkObject, Initial, OnlineUpcycling, Ready, Request, Response, Welcome, dense_bytes_max,
+    dense_parameters,
+};
 use sanderling_common::wire::frame::{Reply, frame_bytes_max};
 use sanderling_common::wire::{EvaluationJob, Refusal, Work};
 use tokio::sync::{Semaphore, watch};
@@ -26,11 +34,14 @@ const IN_FLIGHT_WAIT: Duration = Duration::from_millis(20);
 /// How often a worker says what it does.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 
-/// The text, kept across sessions: a worker that starts anew does not fetch it again.
+/// What is kept across sessions: a worker that starts anew does not fetch it again.
 #[derive(Default)]
 pub(super) struct Shelf {
     corpus: Option<Arc<Corpus>>,
+    dense: Option<Dense>,
     download: Download,
+    /// Apart from the text's, so that a connection that is lost during either costs nothing of the other.
+    dense_download: Download,
 }
 
 impl Shelf {
@@ -53,12 +64,84 @@ impl Shelf {
     }
 }
 
+impl Shelf {
+    /// The initial model of a run that is upcycled, made here: of the dense model at hand, the one on this machine, or
+    /// the server's.
+    async fn upcycled(
+        &mut self,
+        link: &Link,
+        (welcome, upcycling): (&Welcome, &OnlineUpcycling),
+        options: &WorkerOptions,
+    ) -> Result<Vec<f32>, Lost> {
+        let wanted = upcycling.dense_sha256;
+        if self.dense.as_ref().is_none_or(|dense| dense.sha256 != wanted) {
+            let places = options.dense.iter().map(PathBuf::as_path);
+            let places: Vec<PathBuf> =
+                places.chain([Path::new(&welcome.run.upcycle.dense)]).map(Path::to_owned).collect();
+            let found = tokio::task::spawn_blocking(move || find_dense(&places, wanted)).await;
+            let found = found.expect("reading a checkpoint does not panic");
+            self.dense = Some(match found {
+                Some(dense) => dense,
+                None => self.fetch_dense(link, upcycling).await?,
+            });
+        }
+        // Making it takes a while for a large model, and the connection must be kept alive meanwhile.
+        let (dense, recipe) = (self.dense.take().expect("it was just found"), upcycling.recipe);
+        let made = tokio::task::spawn_blocking(move || {
+            let made = dense.upcycle(&recipe);
+            (dense, made)
+        });
+        let (dense, made) = made.await.expect("upcycling does not panic");
+        self.dense = Some(dense);
+        let (model, parameters) = made.map_err(WorkerError::Upcycle)?;
+        if model == welcome.model { Ok(parameters) } else { Err(WorkerError::InitialMismatch.into()) }
+    }
+
+    async fn fetch_dense(&mut self, link: &Link, upcycling: &OnlineUpcycling) -> Result<Dense, Lost> {
+        let config = upcycling.dense.clone();
+        let layout = config.layout().map_err(WorkerError::Model)?;
+        let bytes_max = dense_bytes_max(layout.len());
+        info!("fetching the dense model from the server");
+        let bytes = link.fetch(&mut self.dense_download, BulkObject::Dense, bytes_max).await?;
+        let parameters = dense_parameters(&bytes, layout.len()).ok_or_else(|| {
+            Lost::ForNow("the server's dense model does not fit its description".to_owned())
+        })?;
+        let sha256 = parameters_hash(&layout, &parameters);
+        if sha256 != upcycling.dense_sha256 {
+            return Err(Lost::ForNow("the server sent another dense model than it had announced".to_owned()));
+        }
+        Ok(Dense { config, parameters, sha256 })
+    }
+}
+
+/// The dense model of this hash, if one of the places has it.
+fn find_dense(places: &[PathBuf], sha256: [u8; 32]) -> Option<Dense> {
+    places.iter().find_map(|place| {
+        let checkpoint = Checkpoint::open(place).ok()?;
+        let dense = match Dense::load(&checkpoint) {
+            Ok(dense) => dense,
+            Err(error) => {
+                warn!("the dense model in {} cannot be read: {error}", place.display());
+                return None;
+            }
+        };
+        if dense.sha256 == sha256 {
+            return Some(dense);
+        }
+        warn!("{} holds another dense model than the run's", place.display());
+        None
+    })
+}
+
 /// What a worker keeps across connections.
 pub(super) struct Member {
     session: SessionId,
     settings: WorkerSettings,
     overlap: bool,
     layout: Arc<Layout>,
+    /// θ0 with its hash, where the worker makes it, until the base arrives that is added to it.
+    initial: Option<Vec<f32>>,
+    initial_sha256: Option<[u8; 32]>,
     reply_bytes_max: usize,
     download: Download,
     /// The step of a base model that has not arrived yet.
@@ -93,14 +176,27 @@ struct Computed {
 }
 
 impl Member {
-    /// Gets the text and builds the model that the server's configuration describes.
-    pub(super) async fn prepare(link: &Link, welcome: &Welcome, shelf: &mut Shelf) -> Result<Self, Lost> {
+    /// Gets the text, and what the initial model is made of, and builds the model that the server describes.
+    pub(super) async fn prepare(
+        link: &Link,
+        welcome: &Welcome,
+        options: &WorkerOptions,
+        shelf: &mut Shelf,
+    ) -> Result<Self, Lost> {
         welcome.run.validate().map_err(WorkerError::Config)?;
+        welcome.run.validate_model(&welcome.model).map_err(WorkerError::Config)?;
         let corpus = shelf.text(link, welcome.text_sha256).await?;
         corpus.check_context(welcome.run.model.context).map_err(WorkerError::Corpus)?;
-        let engine = Engine::new(&welcome.run, corpus).map_err(WorkerError::Compute)?;
+        let engine =
+            Engine::new(&welcome.run, welcome.model.clone(), corpus).map_err(WorkerError::Compute)?;
         let layout = engine.layout().clone();
+        let initial = match &welcome.initial {
+            Initial::Sent => None,
+            Initial::Upcycled(upcycling) => Some(shelf.upcycled(link, (welcome, upcycling), options).await?),
+        };
         Ok(Self {
+            initial_sha256: initial.as_ref().map(|initial| parameters_hash(&layout, initial)),
+            initial,
             session: welcome.session,
             settings: WorkerSettings::from(&welcome.run),
             overlap: welcome.run.training.overlap,
@@ -119,8 +215,9 @@ impl Member {
         self.session
     }
 
-    pub(super) fn layout_hash(&self) -> LayoutHash {
-        self.layout.hash()
+    /// What this side has made of the server's description.
+    pub(super) fn ready(&self) -> Ready {
+        Ready { layout_hash: self.layout.hash(), initial_sha256: self.initial_sha256 }
     }
 
     /// The session starts from the server's model at `step`.
@@ -132,9 +229,22 @@ impl Member {
     pub(super) async fn fetch_base(&mut self, link: &Link) -> Result<(), Lost> {
         let Some(step) = self.awaited_base else { return Ok(()) };
         let count = self.layout.len();
-        let bytes = link.fetch(&mut self.download, BulkObject::Base, count as u64 * 4).await?;
-        let base = parameters(&bytes, count)
-            .ok_or_else(|| Lost::Session("the base model does not fit the layout".to_owned()))?;
+        let misfit = || Lost::Session("the base model does not fit the layout".to_owned());
+        let base = match &self.initial {
+            None => {
+                let bytes = link.fetch(&mut self.download, BulkObject::Base, count as u64 * 4).await?;
+                parameters(&bytes, count).ok_or_else(misfit)?
+            }
+            Some(_) => {
+                let bytes_max = payload_bytes_max(&self.layout);
+                let payload = link.fetch(&mut self.download, BulkObject::Base, bytes_max).await?;
+                let tensors = 0..self.layout.tensors().len();
+                let difference = decode(&self.layout, tensors, &payload).map_err(|_| misfit())?;
+                let mut base = self.initial.take().expect("it is there");
+                difference.add_to(&self.layout, &mut base);
+                base
+            }
+        };
         let core = WorkerCore::new(self.layout.clone(), &self.settings, self.session, base, step);
         self.desk().core = Some(core);
         self.awaited_base = None;

@@ -7,6 +7,7 @@ mod bulk;
 mod connection;
 mod member;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use sanderling_common::corpus::CorpusError;
 use sanderling_common::ids::WorkerId;
 use sanderling_common::join::JoinString;
 use sanderling_common::model_config::ModelConfigError;
+use sanderling_common::upcycle::UpcycleError;
 use sanderling_transport::EndpointError;
 use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
@@ -39,11 +41,14 @@ pub struct WorkerOptions {
     /// Gradients computed at a time by all workers that share it; `None` leaves that to the system. In one process
     /// with more workers than cores it keeps each computation at full speed instead of slicing them all.
     pub compute_permits: Option<Arc<Semaphore>>,
+    /// The dense checkpoint of a run that upcycles one, if it is on this machine; without it, or if it is another one,
+    /// the place that the run names is looked at, and then it is fetched from the server.
+    pub dense: Option<PathBuf>,
 }
 
 impl Default for WorkerOptions {
     fn default() -> Self {
-        Self { give_up_after: GIVE_UP_AFTER, compute_permits: None }
+        Self { give_up_after: GIVE_UP_AFTER, compute_permits: None, dense: None }
     }
 }
 
@@ -88,6 +93,14 @@ pub enum WorkerError {
     /// Its model cannot be built.
     #[error("the server's model cannot be built: {0}")]
     Model(#[from] ModelConfigError),
+    /// The dense model of the run cannot be upcycled.
+    #[error("the server's dense model cannot be upcycled: {0}")]
+    Upcycle(#[from] UpcycleError),
+    /// The two programs make different mixtures of the same dense model.
+    #[error(
+        "server and worker make different mixtures of the same dense model; use the same release on both sides"
+    )]
+    InitialMismatch,
     /// Its text cannot be used.
     #[error("the server's text cannot be used: {0}")]
     Corpus(#[from] CorpusError),
@@ -200,9 +213,9 @@ async fn connected(
     }
     let member = match slot {
         Some(member) => member,
-        None => slot.insert(Member::prepare(&link, &welcome, shelf).await?),
+        None => slot.insert(Member::prepare(&link, &welcome, options, shelf).await?),
     };
-    match link.confirm(member.layout_hash()).await? {
+    match link.confirm(member.ready()).await? {
         Some(step) => {
             report.sessions += 1;
             member.await_base(step);

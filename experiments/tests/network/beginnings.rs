@@ -1,0 +1,130 @@
+//! Runs that start from a checkpoint: gone on from, or upcycled by server and workers each.
+
+use std::path::Path;
+
+use sanderling_common::checkpoint::{self, Checkpoint};
+use sanderling_common::init::initial_parameters;
+use sanderling_common::model_config::{FeedForward, ModelConfig, RouterOrder};
+use sanderling_common::upcycle::{Recipe, Scaling, Upcycled};
+use sanderling_server::net::{Server, ServerError};
+use sanderling_worker::net::WorkerOptions;
+
+use crate::support::{Scene, Serving, options, worker, worker_with};
+
+/// A dense model for the scene's text, of which the characters are a part of this vocabulary.
+fn dense(directory: &Path) -> ModelConfig {
+    let config = ModelConfig {
+        vocab_size: 80,
+        hidden_size: 32,
+        layers: 1,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 16,
+        intermediate_size: 64,
+        feed_forward: FeedForward::Dense,
+        shared_expert: None,
+        qkv_bias: false,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_llama3: None,
+        tie_word_embeddings: false,
+        context: 64,
+    };
+    checkpoint::save(directory, &config, &initial_parameters(&config, 5).unwrap(), &[]).unwrap();
+    config
+}
+
+/// The scene without the shape that its run states.
+fn scene(steps: u64, settings: impl FnOnce(&Path) -> String) -> (Scene, ModelConfig) {
+    let scene = Scene::shapeless(steps);
+    let directory = scene.path("dense");
+    let config = dense(&directory);
+    let settings = settings(&directory);
+    (scene.with(&settings), config)
+}
+
+fn upcycled(granularity: usize) -> impl FnOnce(&Path) -> String {
+    move |dense| {
+        format!(
+            "[model]\nexperts = 4\ntop_k = 2\n[upcycle]\ndense = '{}'\ngranularity = {granularity}\n\
+             [training]\neval_every = 20\n[server]\nshards = 2",
+            dense.display()
+        )
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_goes_on_from_a_checkpoint() {
+    let (scene, config) = scene(30, |dense| format!("[model]\ninit = '{}'", dense.display()));
+    let serving = Serving::start(&scene);
+    let workers: Vec<_> = (0..2).map(|_| worker(&serving.join)).collect();
+    let outcome = serving.outcome().await;
+    assert_eq!(outcome.model, config);
+    assert!(outcome.summary.val_loss.unwrap() < 4.3, "{:?}", outcome.summary.val_loss);
+    assert_eq!(Checkpoint::open(&outcome.checkpoint).unwrap().config(), &config);
+    for worker in workers {
+        worker.await.unwrap().unwrap();
+    }
+}
+
+/// Server, a worker that finds the dense model where the run says, one that has it elsewhere, and one that joins late
+/// and has to fetch it: all make the same mixture, and their models stay what the server takes them for (checked every
+/// five pushes).
+#[tokio::test(flavor = "multi_thread")]
+async fn everyone_upcycles_to_the_same_bits() {
+    let (scene, config) = scene(90, upcycled(2));
+    let mut serving = Serving::start(&scene);
+    let elsewhere = scene.path("elsewhere");
+    std::fs::rename(scene.path("dense"), &elsewhere).unwrap();
+    let has_it = worker_with(&serving.join, WorkerOptions { dense: Some(elsewhere), ..options() });
+    serving.reach(40).await;
+    let has_it_not = worker(&serving.join);
+    let outcome = serving.outcome().await;
+    assert_eq!(outcome.model.intermediate_size, config.intermediate_size / 2);
+    assert_eq!((outcome.summary.steps, outcome.summary.sessions), (90, 2));
+    assert!(outcome.summary.val_loss.unwrap() < 4.3, "{:?}", outcome.summary.val_loss);
+    assert_eq!(has_it.await.unwrap().unwrap().reconnects, 0);
+    let late = has_it_not.await.unwrap().unwrap();
+    assert_eq!((late.reconnects, late.sessions), (0, 1));
+    let resolved = std::fs::read_to_string(scene.results().join("run.toml")).unwrap();
+    assert!(
+        resolved.contains("dense_sha256 = \"") && !resolved.contains("dense_sha256 = \"\""),
+        "{resolved}"
+    );
+}
+
+/// The run's first model is the one that `upcycle` writes for the same recipe.
+#[tokio::test(flavor = "multi_thread")]
+async fn online_and_offline_upcycling_agree() {
+    let (scene, config) = scene(1, upcycled(1));
+    let checkpoint = Checkpoint::open(&scene.path("dense")).unwrap();
+    let recipe = Recipe {
+        experts: 4,
+        top_k: 2,
+        granularity: 1,
+        router: RouterOrder::TopkThenSoftmax,
+        scaling: Scaling::Exact,
+        seed: 1337,
+    };
+    let offline = Upcycled::new(&recipe, &config, &checkpoint).unwrap().parameters().unwrap();
+    let serving = Serving::start(&scene);
+    serving.stop.send_replace(true);
+    let outcome = serving.outcome().await;
+    assert_eq!(outcome.summary.steps, 0);
+    assert!(outcome.parameters.iter().zip(&offline).all(|(a, b)| a.to_bits() == b.to_bits()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_dense_model_and_a_text_with_other_tokens_are_refused() {
+    let (scene_of_other, _) = scene(1, |dense| {
+        upcycled(1)(dense).replace("granularity = 1\n", "granularity = 1\ndense_sha256 = 'abcd'\n")
+    });
+    let refused = Server::start(scene_of_other.resolved(), None).err().expect("it is another model");
+    assert!(matches!(refused, ServerError::Origin(_)) && refused.to_string().contains("abcd"), "{refused}");
+
+    let (scene, _) = scene(1, |dense| format!("[model]\ninit = '{}'", dense.display()));
+    let characters: String = (0..200).map(|i| char::from_u32(0x400 + i).unwrap()).collect();
+    std::fs::write(scene.path("text.txt"), characters.repeat(100)).unwrap();
+    let refused = Server::start(scene.resolved(), None).err().expect("there are too many characters");
+    assert!(refused.to_string().contains("200") && refused.to_string().contains("80"), "{refused}");
+}
