@@ -76,6 +76,16 @@ impl Work {
         if *self.stop.borrow() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
+    /// Says how much it is all together.
+    pub fn of(&mut self, total: u64) {
+        self.bar.set_length(total);
+    }
+
+    /// Becomes true with Ctrl-C.
+    pub fn stop(&self) -> watch::Receiver<bool> {
+        self.stop.clone()
+    }
+
     /// Takes the bar away.
     pub fn end(self) {
         self.bar.finish_and_clear();

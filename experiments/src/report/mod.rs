@@ -3,5 +3,5 @@
 mod plot;
 mod table;
 
-pub use plot::{PlotError, plot_losses};
+pub use plot::{Curve, PlotError, plot_curves, plot_losses};
 pub use table::{closing_table, table};

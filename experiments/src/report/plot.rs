@@ -1,4 +1,4 @@
-//! The loss curve as SVG.
+//! Curves as SVG.
 
 use std::path::Path;
 
@@ -16,6 +16,53 @@ pub struct PlotError {
 /// A series: its name, its colour and its points.
 type Series<'a> = (&'a str, RGBColor, Vec<(f64, f64)>);
 
+/// What the axes are.
+#[derive(Clone, Copy)]
+struct Axes<'a> {
+    x: &'a str,
+    y: &'a str,
+}
+
+/// A named line.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Curve {
+    /// In the legend.
+    pub name: String,
+    /// In order of x.
+    pub points: Vec<(f64, f64)>,
+}
+
+/// Colours that can be told apart, also by people who confuse red and green (Okabe and Ito).
+const COLOURS: [RGBColor; 7] = [
+    RGBColor(0, 0, 0),
+    RGBColor(0, 114, 178),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(230, 159, 0),
+    RGBColor(86, 180, 233),
+];
+
+/// Draws several curves; `(x, y)` name the axes.
+///
+/// # Errors
+/// A [`PlotError`] if the file cannot be written.
+pub fn plot_curves(
+    path: &Path,
+    title: &str,
+    (x, y): (&str, &str),
+    curves: &[Curve],
+) -> Result<(), PlotError> {
+    let colours = COLOURS.iter().cycle();
+    let series: Vec<Series<'_>> = curves
+        .iter()
+        .zip(colours)
+        .map(|(curve, &colour)| (curve.name.as_str(), colour, curve.points.clone()))
+        .collect();
+    draw(path, title, Axes { x, y }, &series)
+        .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
+}
+
 /// Draws training and validation loss over millions of training tokens.
 ///
 /// # Errors
@@ -32,11 +79,17 @@ pub fn plot_losses(path: &Path, title: &str, evaluations: &[Evaluation]) -> Resu
         ("training, mean between evaluations", RGBColor(150, 160, 170), training),
         ("validation", RGBColor(0, 110, 160), validation),
     ];
-    draw(path, title, &series)
+    let axes = Axes { x: "training tokens, millions", y: "cross-entropy, nats per character" };
+    draw(path, title, axes, &series)
         .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
 }
 
-fn draw(path: &Path, title: &str, series: &[Series<'_>]) -> Result<(), Box<dyn std::error::Error>> {
+fn draw(
+    path: &Path,
+    title: &str,
+    axes: Axes<'_>,
+    series: &[Series<'_>],
+) -> Result<(), Box<dyn std::error::Error>> {
     let points = || series.iter().flat_map(|(_, _, points)| points);
     let right = points().map(|p| p.0).fold(0.0, f64::max).max(1e-6) * 1.02;
     let bottom = points().map(|p| p.1).fold(f64::INFINITY, f64::min);
@@ -54,8 +107,8 @@ fn draw(path: &Path, title: &str, series: &[Series<'_>]) -> Result<(), Box<dyn s
         .build_cartesian_2d(0.0..right, bottom - margin..top + margin)?;
     chart
         .configure_mesh()
-        .x_desc("training tokens, millions")
-        .y_desc("cross-entropy, nats per character")
+        .x_desc(axes.x)
+        .y_desc(axes.y)
         .label_style(("sans-serif", 16))
         .axis_desc_style(("sans-serif", 17))
         .light_line_style(TRANSPARENT)
