@@ -21,6 +21,9 @@ use crate::model_config::ModelConfig;
 /// The largest `config.json` or index that is read, in bytes.
 const JSON_BYTES_MAX: u64 = 64 << 20;
 
+/// Bytes of a tensor that are mapped at a time, unless a single row has more.
+const MAPPED_BYTES: usize = 32 << 20;
+
 /// Where a tensor lies.
 #[derive(Clone, Debug)]
 struct Place {
@@ -223,15 +226,18 @@ impl TensorSource for Checkpoint {
         let (count, width) = row_shape(&place.shape);
         assert!(rows.end <= count, "tensor {name} has {count} rows, not {rows:?}");
         let row_bytes = place.range.len() / count;
-        let start = place.range.start + rows.start * row_bytes;
         let path = &self.files[place.file];
-        // A range at a time: pages that were read leave this process's memory with the mapping.
-        let mapped =
-            MappedFile::open_range(path, start as u64, (rows.len() * row_bytes) as u64).map_err(at(path))?;
         let mut values = vec![0.0; width];
-        for row in mapped.chunks_exact(row_bytes) {
-            widen(place.dtype, row, &mut values);
-            sink(&values);
+        // A piece at a time: pages that were read leave this process's memory with the mapping.
+        let piece_rows = (MAPPED_BYTES / row_bytes).max(1);
+        for first in rows.clone().step_by(piece_rows) {
+            let bytes = piece_rows.min(rows.end - first) * row_bytes;
+            let start = place.range.start + first * row_bytes;
+            let mapped = MappedFile::open_range(path, start as u64, bytes as u64).map_err(at(path))?;
+            for row in mapped.chunks_exact(row_bytes) {
+                widen(place.dtype, row, &mut values);
+                sink(&values);
+            }
         }
         Ok(())
     }

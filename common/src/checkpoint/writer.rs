@@ -61,10 +61,14 @@ impl StoredType {
     }
 
     fn append(self, values: &[f32], bytes: &mut Vec<u8>) {
+        let start = bytes.len();
+        // Room first and then slots of a fixed size: pushing value by value is several times slower.
+        bytes.resize(start + values.len() * self.bytes(), 0);
+        let slots = bytes[start..].chunks_exact_mut(self.bytes()).zip(values);
         match self {
-            Self::Float32 => values.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
+            Self::Float32 => slots.for_each(|(slot, value)| slot.copy_from_slice(&value.to_le_bytes())),
             Self::Bfloat16 => {
-                values.iter().for_each(|&value| bytes.extend(bf16::from_f32(value).to_le_bytes()));
+                slots.for_each(|(slot, &value)| slot.copy_from_slice(&bf16::from_f32(value).to_le_bytes()));
             }
         }
     }

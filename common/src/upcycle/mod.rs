@@ -97,6 +97,9 @@ impl<'a> Upcycled<'a> {
         let name = format!("model.layers.{layer}.mlp.{name}.weight");
         let mut scaled = Vec::new();
         let mut hand_out = |row: &[f32]| {
+            if scale == 1.0 {
+                return sink(row);
+            }
             scaled.clear();
             scaled.extend(row.iter().map(|&value| (f64::from(value) * scale) as f32));
             sink(&scaled);
