@@ -357,6 +357,7 @@ fn present<T>(memory: &mut Option<T>) -> &mut T {
 
 /// Floating-point operations of products and attention for one token's forward pass, counting a multiply-add as two.
 ///
+/// A shared expert and its gate count; biases, norms and activations do not, as they are no products.
 /// `causal` counts the half of attention that is computed; otherwise all of it, the convention of most published
 /// MFU figures. Training costs three times as much.
 pub fn forward_flops_per_token(config: &ModelConfig, time: usize, causal: bool) -> f64 {
@@ -364,7 +365,10 @@ pub fn forward_flops_per_token(config: &ModelConfig, time: usize, causal: bool) 
     let (out, kv) = ((config.heads * config.head_dim) as f64, (config.kv_heads * config.head_dim) as f64);
     let feed_forward = match config.feed_forward {
         FeedForward::Dense => 3.0 * d * f,
-        FeedForward::Moe { experts, top_k, .. } => experts as f64 * d + top_k as f64 * 3.0 * d * f,
+        FeedForward::Moe { experts, top_k, .. } => {
+            let shared = config.shared_expert.map_or(0.0, |width| d + 3.0 * d * width as f64);
+            experts as f64 * d + top_k as f64 * 3.0 * d * f + shared
+        }
     };
     let seen = if causal { (time as f64 + 1.0) / 2.0 } else { time as f64 };
     let per_layer = d * (out + 2.0 * kv) + out * d + feed_forward + 2.0 * out * seen;
