@@ -85,6 +85,9 @@ timed! {
     attention_backward(
         shape: AttentionShape, qkv: &[f32], saved: (&[f32], &[f32]), dout: &[f32], dqkv: &mut [f32]
     );
+    cached_attention(
+        shape: AttentionShape, past: usize, tables: &[f32], qkv: &mut [f32], cache: &mut [f32], out: &mut [f32]
+    );
     swiglu(rows: usize, width: usize, scale: RowScale<'_, Routing, [f32]>, gate_up: &[f32], out: &mut [f32]);
     swiglu_backward(
         rows: usize, width: usize, scale: RowScaleGradient<'_, Routing, [f32]>, dout: &[f32], gate_up: &mut [f32]

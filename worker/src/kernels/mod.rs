@@ -100,6 +100,11 @@ impl AttentionShape {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
 
+    /// Elements of one token's keys and values.
+    pub fn kv_width(&self) -> usize {
+        2 * self.kv_heads * self.head_dim
+    }
+
     /// Elements of one token's attention output.
     pub fn out_width(&self) -> usize {
         self.heads * self.head_dim
@@ -373,6 +378,21 @@ pub trait Kernels {
         saved: (&Self::Buffer, &Self::Buffer),
         dout: &Self::Buffer,
         dqkv: &mut Self::Buffer,
+    );
+
+    /// Attention of the next `shape.time` tokens of one sequence, of which `past` tokens are in the cache.
+    ///
+    /// Turns queries and keys in `qkv`, whose first token is at position `past`, as [`rotary`](Self::rotary) does;
+    /// puts keys and values of each token, side by side, into the cache's row of its position (…, 2·kv_heads·head_dim);
+    /// and attends to all tokens up to each one's own, as [`attention`](Self::attention) does. `shape.batch` is 1.
+    fn cached_attention(
+        &mut self,
+        shape: AttentionShape,
+        past: usize,
+        tables: &Self::Buffer,
+        qkv: &mut Self::Buffer,
+        cache: &mut Self::Buffer,
+        out: &mut Self::Buffer,
     );
 
     /// out (rows, f) = scale · SiLU(gate) ⊙ up, where a row of `gate_up` is f gates and then f ups.

@@ -2,10 +2,11 @@
 
 use sanderling_common::model_config::ModelConfig;
 
+use super::cache::Cache;
 use super::plan::{FeedForwardPlan, LayerPlan, Plan, SharedExpertPlan};
 use super::workspace::{Activations, Gradients, LayerActivations, SharedExpertActivations};
 use crate::kernels::{
-    AttentionShape, Kernels, RmsNorm, Rotation, RouterShape, RowScale, RowScaleGradient, Write,
+    AttentionShape, Kernels, RmsNorm, Rotation, RouterShape, RowScale, RowScaleGradient, Weights, Write,
 };
 
 /// What both passes over one batch need.
@@ -31,16 +32,7 @@ impl<K: Kernels> Pass<'_, K> {
     /// From `activations.inputs` to `activations.logits`.
     pub(super) fn forward(&mut self, params: &K::Buffer, activations: &mut Activations<K>) {
         let (plan, rows) = (self.plan, self.rows());
-        let Activations { layers, residual, delta, expert_outputs, .. } = activations;
-        self.kernels.embed(params, plan.embedding, rows, &activations.inputs, &mut layers[0].attention_input);
-        for (number, layer_plan) in plan.layers.iter().enumerate() {
-            let (before, after) = layers.split_at_mut(number + 1);
-            let layer = &mut before[number];
-            self.attention(layer_plan, params, layer, delta);
-            self.feed_forward(&layer_plan.feed_forward, params, layer, (delta, expert_outputs));
-            let next = after.first_mut().map_or(&mut *residual, |next| &mut next.attention_input);
-            self.kernels.add(rows * self.config.hidden_size, &layer.feed_forward_input, delta, next);
-        }
+        self.layers(params, activations, None);
         self.kernels.rms_norm(
             self.norm(plan.final_norm),
             params,
@@ -52,13 +44,62 @@ impl<K: Kernels> Pass<'_, K> {
         self.kernels.product(params, plan.head, rows, normed, logits, Write::Replace);
     }
 
-    /// From a layer's input through attention to its normed feed-forward input.
+    /// Appends `activations.inputs` to a sequence.
+    pub(super) fn extend(
+        &mut self,
+        params: &K::Buffer,
+        activations: &mut Activations<K>,
+        cache: &mut Cache<K>,
+    ) {
+        self.layers(params, activations, Some(cache));
+        cache.len += self.shape.time;
+    }
+
+    /// The logits of the last row, in the first row of `activations.logits`, after [`extend`](Self::extend).
+    ///
+    /// The row is looked up as a token's embedding would be, its number in place of the token.
+    pub(super) fn last_logits(&mut self, params: &K::Buffer, activations: &mut Activations<K>) {
+        let (plan, rows) = (self.plan, self.rows());
+        let Activations { residual, delta, normed, inverse_rms, logits, targets, .. } = activations;
+        let last = u32::try_from(rows - 1).expect("a pass has fewer rows than there are token ids");
+        self.kernels.upload_tokens(ndarray::aview2(&[[last]]), targets);
+        let table = Weights { offset: 0, outputs: rows, inputs: self.config.hidden_size };
+        self.kernels.embed(residual, table, 1, targets, delta);
+        let norm = RmsNorm { rows: 1, ..self.norm(plan.final_norm) };
+        self.kernels.rms_norm(norm, params, delta, normed, inverse_rms);
+        self.kernels.product(params, plan.head, 1, normed, logits, Write::Replace);
+    }
+
+    /// From `activations.inputs` to the residual stream after the last layer; with a cache, of tokens that follow it.
+    fn layers(
+        &mut self,
+        params: &K::Buffer,
+        activations: &mut Activations<K>,
+        mut cache: Option<&mut Cache<K>>,
+    ) {
+        let (plan, rows) = (self.plan, self.rows());
+        let Activations { layers, residual, delta, expert_outputs, .. } = activations;
+        self.kernels.embed(params, plan.embedding, rows, &activations.inputs, &mut layers[0].attention_input);
+        for (number, layer_plan) in plan.layers.iter().enumerate() {
+            let (before, after) = layers.split_at_mut(number + 1);
+            let layer = &mut before[number];
+            let past = cache.as_mut().map(|cache| (cache.len, &mut cache.layers[number]));
+            self.attention(layer_plan, params, layer, delta, past);
+            self.feed_forward(&layer_plan.feed_forward, params, layer, (delta, expert_outputs));
+            let next = after.first_mut().map_or(&mut *residual, |next| &mut next.attention_input);
+            self.kernels.add(rows * self.config.hidden_size, &layer.feed_forward_input, delta, next);
+        }
+    }
+
+    /// From a layer's input through attention to its normed feed-forward input. `past` is the number of tokens in a
+    /// cache and this layer's part of it.
     fn attention(
         &mut self,
         plan: &LayerPlan,
         params: &K::Buffer,
         layer: &mut LayerActivations<K>,
         delta: &mut K::Storage,
+        past: Option<(usize, &mut K::Storage)>,
     ) {
         let (shape, rows) = (self.shape, self.rows());
         let (attention_norm, feed_forward_norm) =
@@ -75,8 +116,12 @@ impl<K: Kernels> Pass<'_, K> {
         if let Some(bias) = &plan.qkv_bias {
             kernels.add_bias(params, bias.clone(), rows, &mut layer.qkv);
         }
-        kernels.rotary(shape, self.rope, Rotation::Forward, &mut layer.qkv);
-        kernels.attention(shape, &layer.qkv, &mut layer.attended, &mut layer.statistics);
+        if let Some((past, cache)) = past {
+            kernels.cached_attention(shape, past, self.rope, &mut layer.qkv, cache, &mut layer.attended);
+        } else {
+            kernels.rotary(shape, self.rope, Rotation::Forward, &mut layer.qkv);
+            kernels.attention(shape, &layer.qkv, &mut layer.attended, &mut layer.statistics);
+        }
         kernels.product(params, plan.attention_out, rows, &layer.attended, delta, Write::Replace);
         kernels.add(
             rows * feed_forward_norm.width,

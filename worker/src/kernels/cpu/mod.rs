@@ -232,7 +232,7 @@ impl Kernels for Cpu {
 
     fn rotary(&mut self, shape: AttentionShape, tables: &[f32], rotation: Rotation, qkv: &mut [f32]) {
         let qkv = &mut qkv[..shape.rows() * shape.qkv_width()];
-        self.arch.dispatch(rotary::Rotate { shape, rotation, tables, qkv });
+        self.arch.dispatch(rotary::Rotate { shape, rotation, first: 0, tables, qkv });
     }
 
     fn attention(&mut self, shape: AttentionShape, qkv: &[f32], out: &mut [f32], statistics: &mut [f32]) {
@@ -258,6 +258,32 @@ impl Kernels for Cpu {
         let scratch = &mut self.scratch;
         let op = attention::Backward { shape, qkv, out, statistics, dout, dqkv, scratch };
         attention::dispatch(self.arch, shape.head_dim, op);
+    }
+
+    fn cached_attention(
+        &mut self,
+        shape: AttentionShape,
+        past: usize,
+        tables: &[f32],
+        qkv: &mut [f32],
+        cache: &mut [f32],
+        out: &mut [f32],
+    ) {
+        assert_eq!(shape.batch, 1, "a cache holds one sequence");
+        let qkv = &mut qkv[..shape.time * shape.qkv_width()];
+        let rotation = Rotation::Forward;
+        self.arch.dispatch(rotary::Rotate { shape, rotation, first: past, tables, qkv });
+        let rows = cache[past * shape.kv_width()..].chunks_exact_mut(shape.kv_width());
+        for (row, qkv) in rows.zip(qkv.chunks_exact(shape.qkv_width())) {
+            row.copy_from_slice(&qkv[shape.out_width()..]);
+        }
+        let (out, scratch) = (&mut out[..shape.time * shape.out_width()], &mut self.scratch);
+        let cache = &cache[..(past + shape.time) * shape.kv_width()];
+        attention::dispatch(
+            self.arch,
+            shape.head_dim,
+            attention::Cached { shape, past, qkv, cache, out, scratch },
+        );
     }
 
     fn swiglu(
