@@ -16,7 +16,8 @@ use sanderling_common::init::initial_parameters;
 use sanderling_common::model_config::{FeedForward, ModelConfig, RouterOrder};
 use sanderling_worker::kernels::cpu::{Cpu, Routing};
 use sanderling_worker::kernels::{
-    AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, Weights, Write,
+    AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
+    RowScaleGradient, Weights, Write,
 };
 use sanderling_worker::model::{Model, forward_flops_per_token};
 
@@ -63,7 +64,9 @@ timed! {
     sum(values: &[f32], len: usize) -> Outcome<f64>;
     zero(buffer: &mut [f32], range: Range<usize>);
     add(len: usize, a: &[f32], b: &[f32], out: &mut [f32]);
-    product(params: &[f32], weights: Weights, rows: usize, x: &[f32], y: &mut [f32]);
+    product(params: &[f32], weights: Weights, rows: usize, x: &[f32], y: &mut [f32], write: Write);
+    add_bias(params: &[f32], bias: Range<usize>, rows: usize, y: &mut [f32]);
+    bias_gradient(grad: &mut [f32], bias: Range<usize>, rows: usize, dy: &[f32]);
     product_input_gradient(params: &[f32], weights: Weights, rows: usize, dy: &[f32], dx: &mut [f32], write: Write);
     product_weight_gradient(grad: &mut [f32], weights: Weights, rows: usize, dy: &[f32], x: &[f32]);
     expert_product(params: &[f32], weights: ExpertWeights, routing: &Routing, x: &[f32], y: &mut [f32]);
@@ -82,10 +85,15 @@ timed! {
     attention_backward(
         shape: AttentionShape, qkv: &[f32], saved: (&[f32], &[f32]), dout: &[f32], dqkv: &mut [f32]
     );
-    swiglu(rows: usize, width: usize, routing: Option<&Routing>, gate_up: &[f32], out: &mut [f32]);
-    swiglu_backward(
-        rows: usize, width: usize, routing: Option<&mut Routing>, dout: &[f32], gate_up: &mut [f32]
+    cached_attention(
+        shape: AttentionShape, past: usize, tables: &[f32], qkv: &mut [f32], cache: &mut [f32], out: &mut [f32]
     );
+    swiglu(rows: usize, width: usize, scale: RowScale<'_, Routing, [f32]>, gate_up: &[f32], out: &mut [f32]);
+    swiglu_backward(
+        rows: usize, width: usize, scale: RowScaleGradient<'_, Routing, [f32]>, dout: &[f32], gate_up: &mut [f32]
+    );
+    sigmoid(len: usize, values: &mut [f32]);
+    sigmoid_backward(len: usize, sigma: &[f32], gradient: &mut [f32]);
     route(shape: RouterShape, logits: &[f32], routing: &mut Routing);
     router_backward(auxiliary: f32, routing: &Routing, dlogits: &mut [f32]);
     router_statistics(routing: &Routing, statistics: &mut RouterStatistics) -> Outcome<()>;

@@ -1,4 +1,4 @@
-//! The model against `transformers`: logits, loss, every gradient and the auxiliary loss of three tiny checkpoints.
+//! The model against `transformers`: logits, loss, every gradient and the auxiliary loss of four tiny checkpoints.
 //!
 //! `reference.safetensors` was computed by transformers 5.23 in float32. `cargo test -- --nocapture` prints the
 //! largest deviations.
@@ -36,6 +36,24 @@ impl Fixture {
         let file = SafeTensors::deserialize(&self.reference).unwrap();
         let bytes = file.tensor(name).unwrap().data().to_vec();
         bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+    }
+
+    /// The reference's gradient of one of our tensors, by the name it has there: Qwen2-MoE's files have another name
+    /// for what Mixtral's call `block_sparse_moe`.
+    fn gradient(&self, tensor: &str) -> Vec<f32> {
+        let mut name = tensor.to_owned();
+        if self.config.shared_expert.is_some() {
+            let names = [
+                ("block_sparse_moe", "mlp"),
+                (".w1.", ".gate_proj."),
+                (".w2.", ".down_proj."),
+                (".w3.", ".up_proj."),
+            ];
+            for (ours, theirs) in names {
+                name = name.replace(ours, theirs);
+            }
+        }
+        self.reference(&format!("grad.{name}"))
     }
 
     fn input_ids(&self) -> Array2<u32> {
@@ -77,8 +95,7 @@ fn check(name: &'static str, kernels: fn() -> Cpu) {
 
     let layout = fixture.config.layout().unwrap();
     let gradients = layout.tensors().iter().map(|tensor| {
-        let reference = fixture.reference(&format!("grad.{}", tensor.name));
-        (relative(&grad[tensor.range()], &reference), tensor.name.as_str())
+        (relative(&grad[tensor.range()], &fixture.gradient(&tensor.name)), tensor.name.as_str())
     });
     let (gradient, tensor) = gradients.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
 
@@ -110,6 +127,13 @@ fn mixtral() {
     check("mixtral-e8t2", Cpu::scalar);
 }
 
+/// With biases, a shared expert, and weights that are not renormalised.
+#[test]
+fn qwen2_moe() {
+    check("qwen2moe-e16t4", Cpu::new);
+    check("qwen2moe-e16t4", Cpu::scalar);
+}
+
 /// Hugging Face's loss is k·N·Σ f̄_i·p̄_i with shares and probabilities averaged over the layers first, k at perfect
 /// balance: no factor makes it of ours, so it is computed anew from the counts.
 fn hugging_face_auxiliary(sums: &EvalSums, experts: usize) -> f64 {
@@ -128,7 +152,16 @@ fn hugging_face_auxiliary(sums: &EvalSums, experts: usize) -> f64 {
 
 #[test]
 fn mixtral_auxiliary_loss() {
-    let fixture = Fixture::load("mixtral-e8t2");
+    check_auxiliary_loss("mixtral-e8t2");
+}
+
+#[test]
+fn qwen2_moe_auxiliary_loss() {
+    check_auxiliary_loss("qwen2moe-e16t4");
+}
+
+fn check_auxiliary_loss(name: &'static str) {
+    let fixture = Fixture::load(name);
     let FeedForward::Moe { experts, top_k, .. } = fixture.config.feed_forward else { panic!("a mixture") };
     let mut model = fixture.model(Cpu::new());
     let ids = fixture.input_ids();
@@ -141,7 +174,7 @@ fn mixtral_auxiliary_loss() {
     }
     let deviation =
         (hugging_face_auxiliary(&sums, experts) - f64::from(fixture.reference("aux_loss")[0])).abs();
-    println!("mixtral-e8t2: deviation of aux_loss {deviation:.1e}");
+    println!("{name}: deviation of aux_loss {deviation:.1e}");
     assert!(deviation < 1e-5, "{deviation}");
 }
 

@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::warn;
 
-use crate::generate::Generator;
+use crate::generate::{Generator, Sampling};
 use crate::report::{closing_table, plot_losses};
 
 /// Characters of generated text shown at the end.
@@ -148,6 +148,7 @@ fn sample(outcome: &Outcome) -> anyhow::Result<String> {
     let mut generator = Generator::new(&outcome.model, &outcome.parameters)?;
     let prompt: Vec<u32> = SAMPLE_PROMPT.chars().filter_map(|c| vocabulary.token(c)).collect();
     let prompt = if prompt.is_empty() { vec![0] } else { prompt };
-    let tokens = generator.generate(&prompt, SAMPLE_CHARACTERS, SAMPLE_TEMPERATURE, outcome.summary.seed)?;
+    let options = Sampling { temperature: SAMPLE_TEMPERATURE, top_p: 1.0, seed: outcome.summary.seed };
+    let tokens = generator.generate(&prompt, &options, SAMPLE_CHARACTERS)?;
     Ok(tokens.into_iter().filter_map(|token| vocabulary.character(token)).collect())
 }

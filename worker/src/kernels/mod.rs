@@ -100,6 +100,11 @@ impl AttentionShape {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
 
+    /// Elements of one token's keys and values.
+    pub fn kv_width(&self) -> usize {
+        2 * self.kv_heads * self.head_dim
+    }
+
     /// Elements of one token's attention output.
     pub fn out_width(&self) -> usize {
         self.heads * self.head_dim
@@ -121,6 +126,36 @@ pub enum Rotation {
     Forward,
     /// The transpose, for gradients.
     Inverse,
+}
+
+/// What multiplies each row of SwiGLU's output.
+///
+/// Scaling the hidden rows instead of what the down projection makes of them gives the same sum, and spares keeping
+/// the experts' outputs for the scales' gradient.
+#[derive(Debug)]
+pub enum RowScale<'a, R, B: ?Sized> {
+    /// Nothing.
+    One,
+    /// The rows are the slots of a routing, each with its router weight.
+    Router(&'a R),
+    /// One factor per row (rows).
+    Gate(&'a B),
+}
+
+/// The [`RowScale`] of the forward pass, and where its gradient goes.
+#[derive(Debug)]
+pub enum RowScaleGradient<'a, R, B: ?Sized> {
+    /// Nothing was scaled.
+    One,
+    /// The gradient of the router weights is kept in the routing.
+    Router(&'a mut R),
+    /// One factor per row, and its gradient, which is replaced (rows).
+    Gate {
+        /// The factors.
+        gate: &'a B,
+        /// Their gradient.
+        gradient: &'a mut B,
+    },
 }
 
 /// The sizes and the rule of one router.
@@ -229,7 +264,7 @@ pub trait Kernels {
     /// out = a + b over the first `len` elements.
     fn add(&mut self, len: usize, a: &Self::Buffer, b: &Self::Buffer, out: &mut Self::Buffer);
 
-    /// y (rows, outputs) = x (rows, inputs) · Wᵀ.
+    /// y (rows, outputs) = x (rows, inputs) · Wᵀ, or added to y.
     fn product(
         &mut self,
         params: &Self::Buffer,
@@ -237,6 +272,7 @@ pub trait Kernels {
         rows: usize,
         x: &Self::Buffer,
         y: &mut Self::Buffer,
+        write: Write,
     );
     /// dx (rows, inputs) = dy (rows, outputs) · W, or added to dx.
     fn product_input_gradient(
@@ -258,7 +294,13 @@ pub trait Kernels {
         x: &Self::Buffer,
     );
 
-    /// [`product`](Self::product) with each expert's matrix over that expert's slots; x and y are in slot order.
+    /// Adds the bias that lies at `bias` in `params` to every row of y (rows, bias.len()).
+    fn add_bias(&mut self, params: &Self::Buffer, bias: Range<usize>, rows: usize, y: &mut Self::Buffer);
+    /// The sum of dy over its rows (rows, bias.len()), replacing the bias's place in `grad`.
+    fn bias_gradient(&mut self, grad: &mut Self::Buffer, bias: Range<usize>, rows: usize, dy: &Self::Buffer);
+
+    /// [`product`](Self::product) with each expert's matrix over that expert's slots, replacing y; x and y are in slot
+    /// order.
     fn expert_product(
         &mut self,
         params: &Self::Buffer,
@@ -338,27 +380,43 @@ pub trait Kernels {
         dqkv: &mut Self::Buffer,
     );
 
-    /// out (rows, f) = SiLU(gate) ⊙ up, where a row of `gate_up` is f gates and then f ups.
+    /// Attention of the next `shape.time` tokens of one sequence, of which `past` tokens are in the cache.
     ///
-    /// With a routing, the rows are its slots, each multiplied by its router weight: scaling here instead of after
-    /// the down projection gives the same sum and spares keeping the experts' outputs for the weights' gradient.
+    /// Turns queries and keys in `qkv`, whose first token is at position `past`, as [`rotary`](Self::rotary) does;
+    /// puts keys and values of each token, side by side, into the cache's row of its position (…, 2·kv_heads·head_dim);
+    /// and attends to all tokens up to each one's own, as [`attention`](Self::attention) does. `shape.batch` is 1.
+    fn cached_attention(
+        &mut self,
+        shape: AttentionShape,
+        past: usize,
+        tables: &Self::Buffer,
+        qkv: &mut Self::Buffer,
+        cache: &mut Self::Buffer,
+        out: &mut Self::Buffer,
+    );
+
+    /// out (rows, f) = scale · SiLU(gate) ⊙ up, where a row of `gate_up` is f gates and then f ups.
     fn swiglu(
         &mut self,
         rows: usize,
         width: usize,
-        routing: Option<&Self::Routing>,
+        scale: RowScale<'_, Self::Routing, Self::Buffer>,
         gate_up: &Self::Buffer,
         out: &mut Self::Buffer,
     );
-    /// Replaces `gate_up` by its gradient, and with a routing keeps the gradient of the router weights in it.
+    /// Replaces `gate_up` by its gradient, and finds that of the scale.
     fn swiglu_backward(
         &mut self,
         rows: usize,
         width: usize,
-        routing: Option<&mut Self::Routing>,
+        scale: RowScaleGradient<'_, Self::Routing, Self::Buffer>,
         dout: &Self::Buffer,
         gate_up: &mut Self::Buffer,
     );
+    /// x ← 1/(1 + e⁻ˣ) for the first `len` elements.
+    fn sigmoid(&mut self, len: usize, values: &mut Self::Buffer);
+    /// The first `len` elements of the gradient of σ(x) become that of x, given σ(x).
+    fn sigmoid_backward(&mut self, len: usize, sigma: &Self::Buffer, gradient: &mut Self::Buffer);
 
     /// Chooses k experts for each token (ties to the lower index), weighs them, and sorts the slots by expert.
     fn route(&mut self, shape: RouterShape, logits: &Self::Buffer, routing: &mut Self::Routing);

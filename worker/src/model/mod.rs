@@ -4,6 +4,7 @@
 //! [`ModelConfig::layout`]; gradients come back as one flat vector of the same layout. All memory of a pass is
 //! allocated for the largest batch seen and reused.
 
+mod cache;
 mod pass;
 mod plan;
 mod rope;
@@ -14,10 +15,14 @@ use std::error::Error;
 use ndarray::{ArrayView2, ArrayView3};
 use sanderling_common::model_config::{FeedForward, ModelConfig, ModelConfigError};
 
+pub use self::cache::Cache;
 use self::pass::Pass;
 use self::plan::Plan;
 use self::workspace::{Activations, Gradients};
 use crate::kernels::{AttentionShape, Kernels, RouterStatistics};
+
+/// Tokens that [`Model::extend`] passes through the layers at a time: bounds the memory that a long prompt takes.
+const EXTEND_ROWS_MAX: usize = 256;
 
 /// The loss of one training batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -112,6 +117,16 @@ pub enum ModelError {
         time: usize,
         /// The most that the model takes.
         context: usize,
+    },
+    /// More tokens than a cache has room for.
+    #[error("{tokens} more tokens do not fit a cache that holds {len} of at most {capacity}")]
+    CacheFull {
+        /// Tokens in the cache.
+        len: usize,
+        /// Tokens to be added.
+        tokens: usize,
+        /// The most it holds.
+        capacity: usize,
     },
     /// Inputs and targets of different shapes.
     #[error("inputs have the shape {inputs:?}, targets {targets:?}")]
@@ -275,6 +290,80 @@ impl<K: Kernels> Model<K> {
         Ok(EvalSums { loss_sum, tokens: rows as u64, auxiliary_sum, layers })
     }
 
+    /// An empty cache for one sequence of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// [`ModelError::SequenceTooLong`] if the model's context is shorter, [`ModelError::Device`] if the device fails.
+    pub fn new_cache(&mut self, capacity: usize) -> Result<Cache<K>, ModelError> {
+        if capacity > self.config.context {
+            return Err(ModelError::SequenceTooLong { time: capacity, context: self.config.context });
+        }
+        Cache::new(&self.config, &mut self.kernels, capacity).map_err(ModelError::device)
+    }
+
+    /// Appends tokens to the sequence in a cache, and returns the logits (vocab) of what follows the last of them.
+    ///
+    /// They are those of [`logits`](Self::logits) for the whole sequence, up to rounding; each token is computed once,
+    /// and no expert drops any.
+    ///
+    /// # Errors
+    /// [`ModelError::CacheFull`] if there is not room for all of them, and as [`logits`](Self::logits); the cache then
+    /// holds what it held before.
+    ///
+    /// # Panics
+    /// If `params` is shorter than [`parameters`](Self::parameters), or the cache is that of another architecture.
+    pub fn extend(
+        &mut self,
+        params: &K::Buffer,
+        cache: &mut Cache<K>,
+        tokens: &[u32],
+    ) -> Result<&[f32], ModelError> {
+        let before = cache.len;
+        let extended = self.extend_parts(params, cache, tokens);
+        if let Err(error) = extended {
+            cache.len = before;
+            return Err(error);
+        }
+        Ok(&self.host_logits)
+    }
+
+    fn extend_parts(
+        &mut self,
+        params: &K::Buffer,
+        cache: &mut Cache<K>,
+        tokens: &[u32],
+    ) -> Result<(), ModelError> {
+        let (len, capacity) = (cache.len, cache.capacity);
+        if tokens.len() > capacity - len {
+            return Err(ModelError::CacheFull { len, tokens: tokens.len(), capacity });
+        }
+        assert_eq!(cache.layers.len(), self.config.layers, "the cache is that of another model");
+        self.check(one_row(tokens))?;
+        let mut shape = None;
+        for part in tokens.chunks(EXTEND_ROWS_MAX) {
+            let part = shape.insert(self.prepare(one_row(part), None)?);
+            let (mut pass, activations) = self.pass(*part);
+            pass.extend(params, activations, cache);
+        }
+        let (mut pass, activations) = self.pass(shape.expect("a sequence that passed the check has tokens"));
+        pass.last_logits(params, activations);
+        self.host_logits.resize(self.config.vocab_size, 0.0);
+        let logits = &present(&mut self.activations).logits;
+        self.kernels.download(logits, &mut self.host_logits).map_err(ModelError::device)
+    }
+
+    /// Checks that a batch has tokens, and all of them in the vocabulary.
+    fn check(&self, ids: ArrayView2<'_, u32>) -> Result<(), ModelError> {
+        let ((batch, time), vocab_size) = (ids.dim(), self.config.vocab_size);
+        if batch == 0 || time == 0 {
+            return Err(ModelError::EmptyBatch { batch, time });
+        }
+        let wrong = ids.indexed_iter().find(|&(_, &token)| token as usize >= vocab_size);
+        wrong.map_or(Ok(()), |((sequence, position), &token)| {
+            Err(ModelError::TokenOutOfVocabulary { token, sequence, position, vocab_size })
+        })
+    }
+
     /// Checks a batch, makes room for it and uploads it.
     fn prepare(
         &mut self,
@@ -282,9 +371,7 @@ impl<K: Kernels> Model<K> {
         targets: Option<ArrayView2<'_, u32>>,
     ) -> Result<AttentionShape, ModelError> {
         let (batch, time) = inputs.dim();
-        if batch == 0 || time == 0 {
-            return Err(ModelError::EmptyBatch { batch, time });
-        }
+        self.check(inputs)?;
         if time > self.config.context {
             return Err(ModelError::SequenceTooLong { time, context: self.config.context });
         }
@@ -293,13 +380,7 @@ impl<K: Kernels> Model<K> {
         {
             return Err(ModelError::ShapeMismatch { inputs: inputs.dim(), targets: targets.dim() });
         }
-        let vocab_size = self.config.vocab_size;
-        for ids in std::iter::once(inputs).chain(targets) {
-            let wrong = ids.indexed_iter().find(|&(_, &token)| token as usize >= vocab_size);
-            if let Some(((sequence, position), &token)) = wrong {
-                return Err(ModelError::TokenOutOfVocabulary { token, sequence, position, vocab_size });
-            }
-        }
+        targets.map_or(Ok(()), |targets| self.check(targets))?;
         let rows = batch * time;
         if self.activations.as_ref().is_none_or(|activations| activations.rows < rows) {
             // The old memory goes first, so that both are never held at once.
@@ -327,14 +408,14 @@ impl<K: Kernels> Model<K> {
     }
 
     fn forward(&mut self, shape: AttentionShape, params: &K::Buffer) {
-        let mut pass = Pass {
-            config: &self.config,
-            plan: &self.plan,
-            kernels: &mut self.kernels,
-            rope: &self.rope,
-            shape,
-        };
-        pass.forward(params, present(&mut self.activations));
+        let (mut pass, activations) = self.pass(shape);
+        pass.forward(params, activations);
+    }
+
+    /// A pass over a prepared batch, and its memory.
+    fn pass(&mut self, shape: AttentionShape) -> (Pass<'_, K>, &mut Activations<K>) {
+        let Self { config, plan, kernels, rope, activations, .. } = self;
+        (Pass { config, plan, kernels, rope, shape }, present(activations))
     }
 }
 
@@ -351,12 +432,17 @@ fn load_balance<K: Kernels>(kernels: &mut K, activations: &Activations<K>) -> Re
     Ok(sum / activations.layers.len() as f64)
 }
 
+fn one_row(tokens: &[u32]) -> ArrayView2<'_, u32> {
+    ArrayView2::from_shape((1, tokens.len()), tokens).expect("one row has any length")
+}
+
 fn present<T>(memory: &mut Option<T>) -> &mut T {
     memory.as_mut().expect("a batch is prepared before a pass")
 }
 
 /// Floating-point operations of products and attention for one token's forward pass, counting a multiply-add as two.
 ///
+/// A shared expert and its gate count; biases, norms and activations do not, as they are no products.
 /// `causal` counts the half of attention that is computed; otherwise all of it, the convention of most published
 /// MFU figures. Training costs three times as much.
 pub fn forward_flops_per_token(config: &ModelConfig, time: usize, causal: bool) -> f64 {
@@ -364,7 +450,10 @@ pub fn forward_flops_per_token(config: &ModelConfig, time: usize, causal: bool) 
     let (out, kv) = ((config.heads * config.head_dim) as f64, (config.kv_heads * config.head_dim) as f64);
     let feed_forward = match config.feed_forward {
         FeedForward::Dense => 3.0 * d * f,
-        FeedForward::Moe { experts, top_k, .. } => experts as f64 * d + top_k as f64 * 3.0 * d * f,
+        FeedForward::Moe { experts, top_k, .. } => {
+            let shared = config.shared_expert.map_or(0.0, |width| d + 3.0 * d * width as f64);
+            experts as f64 * d + top_k as f64 * 3.0 * d * f + shared
+        }
     };
     let seen = if causal { (time as f64 + 1.0) / 2.0 } else { time as f64 };
     let per_layer = d * (out + 2.0 * kv) + out * d + feed_forward + 2.0 * out * seen;

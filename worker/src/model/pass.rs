@@ -2,9 +2,12 @@
 
 use sanderling_common::model_config::ModelConfig;
 
-use super::plan::{FeedForwardPlan, LayerPlan, Plan};
-use super::workspace::{Activations, Gradients, LayerActivations};
-use crate::kernels::{AttentionShape, Kernels, RmsNorm, Rotation, RouterShape, Write};
+use super::cache::Cache;
+use super::plan::{FeedForwardPlan, LayerPlan, Plan, SharedExpertPlan};
+use super::workspace::{Activations, Gradients, LayerActivations, SharedExpertActivations};
+use crate::kernels::{
+    AttentionShape, Kernels, RmsNorm, Rotation, RouterShape, RowScale, RowScaleGradient, Weights, Write,
+};
 
 /// What both passes over one batch need.
 pub(super) struct Pass<'a, K: Kernels> {
@@ -29,16 +32,7 @@ impl<K: Kernels> Pass<'_, K> {
     /// From `activations.inputs` to `activations.logits`.
     pub(super) fn forward(&mut self, params: &K::Buffer, activations: &mut Activations<K>) {
         let (plan, rows) = (self.plan, self.rows());
-        let Activations { layers, residual, delta, expert_outputs, .. } = activations;
-        self.kernels.embed(params, plan.embedding, rows, &activations.inputs, &mut layers[0].attention_input);
-        for (number, layer_plan) in plan.layers.iter().enumerate() {
-            let (before, after) = layers.split_at_mut(number + 1);
-            let layer = &mut before[number];
-            self.attention(layer_plan, params, layer, delta);
-            self.feed_forward(&layer_plan.feed_forward, params, layer, (delta, expert_outputs));
-            let next = after.first_mut().map_or(&mut *residual, |next| &mut next.attention_input);
-            self.kernels.add(rows * self.config.hidden_size, &layer.feed_forward_input, delta, next);
-        }
+        self.layers(params, activations, None);
         self.kernels.rms_norm(
             self.norm(plan.final_norm),
             params,
@@ -46,16 +40,66 @@ impl<K: Kernels> Pass<'_, K> {
             &mut activations.normed,
             &mut activations.inverse_rms,
         );
-        self.kernels.product(params, plan.head, rows, &activations.normed, &mut activations.logits);
+        let (normed, logits) = (&activations.normed, &mut activations.logits);
+        self.kernels.product(params, plan.head, rows, normed, logits, Write::Replace);
     }
 
-    /// From a layer's input through attention to its normed feed-forward input.
+    /// Appends `activations.inputs` to a sequence.
+    pub(super) fn extend(
+        &mut self,
+        params: &K::Buffer,
+        activations: &mut Activations<K>,
+        cache: &mut Cache<K>,
+    ) {
+        self.layers(params, activations, Some(cache));
+        cache.len += self.shape.time;
+    }
+
+    /// The logits of the last row, in the first row of `activations.logits`, after [`extend`](Self::extend).
+    ///
+    /// The row is looked up as a token's embedding would be, its number in place of the token.
+    pub(super) fn last_logits(&mut self, params: &K::Buffer, activations: &mut Activations<K>) {
+        let (plan, rows) = (self.plan, self.rows());
+        let Activations { residual, delta, normed, inverse_rms, logits, targets, .. } = activations;
+        let last = u32::try_from(rows - 1).expect("a pass has fewer rows than there are token ids");
+        self.kernels.upload_tokens(ndarray::aview2(&[[last]]), targets);
+        let table = Weights { offset: 0, outputs: rows, inputs: self.config.hidden_size };
+        self.kernels.embed(residual, table, 1, targets, delta);
+        let norm = RmsNorm { rows: 1, ..self.norm(plan.final_norm) };
+        self.kernels.rms_norm(norm, params, delta, normed, inverse_rms);
+        self.kernels.product(params, plan.head, 1, normed, logits, Write::Replace);
+    }
+
+    /// From `activations.inputs` to the residual stream after the last layer; with a cache, of tokens that follow it.
+    fn layers(
+        &mut self,
+        params: &K::Buffer,
+        activations: &mut Activations<K>,
+        mut cache: Option<&mut Cache<K>>,
+    ) {
+        let (plan, rows) = (self.plan, self.rows());
+        let Activations { layers, residual, delta, expert_outputs, .. } = activations;
+        self.kernels.embed(params, plan.embedding, rows, &activations.inputs, &mut layers[0].attention_input);
+        for (number, layer_plan) in plan.layers.iter().enumerate() {
+            let (before, after) = layers.split_at_mut(number + 1);
+            let layer = &mut before[number];
+            let past = cache.as_mut().map(|cache| (cache.len, &mut cache.layers[number]));
+            self.attention(layer_plan, params, layer, delta, past);
+            self.feed_forward(&layer_plan.feed_forward, params, layer, (delta, expert_outputs));
+            let next = after.first_mut().map_or(&mut *residual, |next| &mut next.attention_input);
+            self.kernels.add(rows * self.config.hidden_size, &layer.feed_forward_input, delta, next);
+        }
+    }
+
+    /// From a layer's input through attention to its normed feed-forward input. `past` is the number of tokens in a
+    /// cache and this layer's part of it.
     fn attention(
         &mut self,
         plan: &LayerPlan,
         params: &K::Buffer,
         layer: &mut LayerActivations<K>,
         delta: &mut K::Storage,
+        past: Option<(usize, &mut K::Storage)>,
     ) {
         let (shape, rows) = (self.shape, self.rows());
         let (attention_norm, feed_forward_norm) =
@@ -68,10 +112,17 @@ impl<K: Kernels> Pass<'_, K> {
             &mut layer.attention_normed,
             &mut layer.attention_inverse_rms,
         );
-        kernels.product(params, plan.qkv, rows, &layer.attention_normed, &mut layer.qkv);
-        kernels.rotary(shape, self.rope, Rotation::Forward, &mut layer.qkv);
-        kernels.attention(shape, &layer.qkv, &mut layer.attended, &mut layer.statistics);
-        kernels.product(params, plan.attention_out, rows, &layer.attended, delta);
+        kernels.product(params, plan.qkv, rows, &layer.attention_normed, &mut layer.qkv, Write::Replace);
+        if let Some(bias) = &plan.qkv_bias {
+            kernels.add_bias(params, bias.clone(), rows, &mut layer.qkv);
+        }
+        if let Some((past, cache)) = past {
+            kernels.cached_attention(shape, past, self.rope, &mut layer.qkv, cache, &mut layer.attended);
+        } else {
+            kernels.rotary(shape, self.rope, Rotation::Forward, &mut layer.qkv);
+            kernels.attention(shape, &layer.qkv, &mut layer.attended, &mut layer.statistics);
+        }
+        kernels.product(params, plan.attention_out, rows, &layer.attended, delta, Write::Replace);
         kernels.add(
             rows * feed_forward_norm.width,
             &layer.attention_input,
@@ -100,22 +151,47 @@ impl<K: Kernels> Pass<'_, K> {
         let kernels = &mut *self.kernels;
         match (plan, moe) {
             (&FeedForwardPlan::Dense { gate_up: gate_up_weights, down }, _) => {
-                kernels.product(params, gate_up_weights, rows, normed, gate_up);
-                kernels.swiglu(rows, f, None, gate_up, hidden);
-                kernels.product(params, down, rows, hidden, delta);
+                kernels.product(params, gate_up_weights, rows, normed, gate_up, Write::Replace);
+                kernels.swiglu(rows, f, RowScale::One, gate_up, hidden);
+                kernels.product(params, down, rows, hidden, delta, Write::Replace);
             }
-            (&FeedForwardPlan::Moe { router, top_k, order, gate_up: gate_up_weights, down }, Some(moe)) => {
-                kernels.product(params, router, rows, normed, &mut moe.logits);
+            (
+                &FeedForwardPlan::Moe { router, top_k, order, gate_up: gate_up_weights, down, shared },
+                Some(moe),
+            ) => {
+                kernels.product(params, router, rows, normed, &mut moe.logits, Write::Replace);
                 let shape = RouterShape { rows, experts: router.outputs, top_k, order };
                 kernels.route(shape, &moe.logits, &mut moe.routing);
                 kernels.permute(&moe.routing, d, normed, &mut moe.sorted);
                 kernels.expert_product(params, gate_up_weights, &moe.routing, &moe.sorted, gate_up);
-                kernels.swiglu(rows * top_k, f, Some(&moe.routing), gate_up, hidden);
+                kernels.swiglu(rows * top_k, f, RowScale::Router(&moe.routing), gate_up, hidden);
                 kernels.expert_product(params, down, &moe.routing, hidden, expert_outputs);
                 kernels.unpermute(&moe.routing, d, expert_outputs, delta);
+                if let (Some(plan), Some(shared)) = (shared, &mut moe.shared) {
+                    self.shared_expert(plan, params, normed, shared, delta);
+                }
             }
             _ => unreachable!("a mixture-of-experts plan comes with room for its routing"),
         }
+    }
+
+    /// Adds to `delta` what the shared expert makes of the normed rows: σ(gate·x) · down(SiLU(gate x) ⊙ up x).
+    fn shared_expert(
+        &mut self,
+        plan: SharedExpertPlan,
+        params: &K::Buffer,
+        normed: &K::Buffer,
+        shared: &mut SharedExpertActivations<K>,
+        delta: &mut K::Buffer,
+    ) {
+        let (rows, width) = (self.rows(), plan.down.inputs);
+        let SharedExpertActivations { gate, gate_up, hidden } = shared;
+        let kernels = &mut *self.kernels;
+        kernels.product(params, plan.gate, rows, normed, gate, Write::Replace);
+        kernels.sigmoid(rows, gate);
+        kernels.product(params, plan.gate_up, rows, normed, gate_up, Write::Replace);
+        kernels.swiglu(rows, width, RowScale::Gate(gate), gate_up, hidden);
+        kernels.product(params, plan.down, rows, hidden, delta, Write::Add);
     }
 
     /// From the gradient of the logits, in `activations.logits`, to that of every parameter.
@@ -193,7 +269,7 @@ impl<K: Kernels> Pass<'_, K> {
                     &mut gradients.hidden,
                     Write::Replace,
                 );
-                kernels.swiglu_backward(rows, f, None, &gradients.hidden, gate_up);
+                kernels.swiglu_backward(rows, f, RowScaleGradient::One, &gradients.hidden, gate_up);
                 kernels.product_weight_gradient(grad, gate_up_weights, rows, gate_up, normed);
                 let dnormed = &mut gradients.normed;
                 kernels.product_input_gradient(
@@ -205,13 +281,16 @@ impl<K: Kernels> Pass<'_, K> {
                     Write::Replace,
                 );
             }
-            (&FeedForwardPlan::Moe { router, top_k, gate_up: gate_up_weights, down, .. }, Some(moe)) => {
+            (
+                &FeedForwardPlan::Moe { router, top_k, gate_up: gate_up_weights, down, shared, .. },
+                Some(moe),
+            ) => {
                 let routing = &mut moe.routing;
                 kernels.permute(routing, d, &gradients.residual, &mut gradients.sorted);
                 kernels.expert_product_weight_gradient(grad, down, routing, &gradients.sorted, hidden);
                 let dhidden = &mut gradients.hidden;
                 kernels.expert_product_input_gradient(params, down, routing, &gradients.sorted, dhidden);
-                kernels.swiglu_backward(rows * top_k, f, Some(routing), dhidden, gate_up);
+                kernels.swiglu_backward(rows * top_k, f, RowScaleGradient::Router(routing), dhidden, gate_up);
                 kernels.expert_product_weight_gradient(grad, gate_up_weights, routing, gate_up, &moe.sorted);
                 let dsorted = &mut gradients.sorted;
                 kernels.expert_product_input_gradient(params, gate_up_weights, routing, gate_up, dsorted);
@@ -221,9 +300,39 @@ impl<K: Kernels> Pass<'_, K> {
                 kernels.product_weight_gradient(grad, router, rows, dlogits, normed);
                 let dnormed = &mut gradients.normed;
                 kernels.product_input_gradient(params, router, rows, dlogits, dnormed, Write::Add);
+                if let (Some(plan), Some(shared)) = (shared, &mut moe.shared) {
+                    self.shared_expert_backward(plan, params, normed, shared, gradients, grad);
+                }
             }
             _ => unreachable!("a mixture-of-experts plan comes with room for its routing"),
         }
+    }
+
+    /// Adds to the normed input's gradient what comes back through the shared expert.
+    fn shared_expert_backward(
+        &mut self,
+        plan: SharedExpertPlan,
+        params: &K::Buffer,
+        normed: &K::Buffer,
+        shared: &mut SharedExpertActivations<K>,
+        gradients: &mut Gradients<K>,
+        grad: &mut K::Buffer,
+    ) {
+        let (rows, width) = (self.rows(), plan.down.inputs);
+        let SharedExpertActivations { gate, gate_up, hidden } = shared;
+        let Gradients { residual: dout, normed: dnormed, shared_gate: dgate, shared_hidden: dhidden, .. } =
+            gradients;
+        let kernels = &mut *self.kernels;
+        kernels.product_weight_gradient(grad, plan.down, rows, dout, hidden);
+        kernels.product_input_gradient(params, plan.down, rows, dout, dhidden, Write::Replace);
+        let scale: RowScaleGradient<'_, K::Routing, K::Buffer> =
+            RowScaleGradient::Gate { gate, gradient: dgate };
+        kernels.swiglu_backward(rows, width, scale, dhidden, gate_up);
+        kernels.product_weight_gradient(grad, plan.gate_up, rows, gate_up, normed);
+        kernels.product_input_gradient(params, plan.gate_up, rows, gate_up, dnormed, Write::Add);
+        kernels.sigmoid_backward(rows, gate, dgate);
+        kernels.product_weight_gradient(grad, plan.gate, rows, dgate, normed);
+        kernels.product_input_gradient(params, plan.gate, rows, dgate, dnormed, Write::Add);
     }
 
     /// Adds to the residual stream's gradient what comes back through attention.
@@ -244,6 +353,9 @@ impl<K: Kernels> Pass<'_, K> {
         let saved: (&K::Buffer, &K::Buffer) = (&layer.attended, &layer.statistics);
         kernels.attention_backward(shape, &layer.qkv, saved, attended, qkv);
         kernels.rotary(shape, self.rope, Rotation::Inverse, qkv);
+        if let Some(bias) = &plan.qkv_bias {
+            kernels.bias_gradient(grad, bias.clone(), rows, qkv);
+        }
         kernels.product_weight_gradient(grad, plan.qkv, rows, qkv, &layer.attention_normed);
         kernels.product_input_gradient(params, plan.qkv, rows, qkv, normed, Write::Replace);
         let saved: (&K::Buffer, &K::Buffer) = (&layer.attention_input, &layer.attention_inverse_rms);

@@ -1,5 +1,7 @@
 //! Where the model's tensors lie in the flat parameter vector.
 
+use std::ops::Range;
+
 use sanderling_common::layout::Layout;
 use sanderling_common::model_config::{FeedForward, ModelConfig, ModelConfigError, RouterOrder};
 
@@ -22,6 +24,8 @@ pub(super) struct LayerPlan {
     pub(super) attention_norm: usize,
     /// Queries, keys and values as one matrix.
     pub(super) qkv: Weights,
+    /// Their biases as one vector, where the model has them.
+    pub(super) qkv_bias: Option<Range<usize>>,
     pub(super) attention_out: Weights,
     pub(super) feed_forward_norm: usize,
     pub(super) feed_forward: FeedForwardPlan,
@@ -30,8 +34,26 @@ pub(super) struct LayerPlan {
 /// The feed-forward half of a layer; gate and up projection are one matrix.
 #[derive(Debug)]
 pub(super) enum FeedForwardPlan {
-    Dense { gate_up: Weights, down: Weights },
-    Moe { router: Weights, top_k: usize, order: RouterOrder, gate_up: ExpertWeights, down: ExpertWeights },
+    Dense {
+        gate_up: Weights,
+        down: Weights,
+    },
+    Moe {
+        router: Weights,
+        top_k: usize,
+        order: RouterOrder,
+        gate_up: ExpertWeights,
+        down: ExpertWeights,
+        shared: Option<SharedExpertPlan>,
+    },
+}
+
+/// The expert that serves every token, and the single row that makes its gate's logit.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SharedExpertPlan {
+    pub(super) gate: Weights,
+    pub(super) gate_up: Weights,
+    pub(super) down: Weights,
 }
 
 impl Plan {
@@ -60,9 +82,11 @@ impl LayerPlan {
         let qkv_width = out + 2 * config.kv_heads * config.head_dim;
         let at = |name: &str| format!("model.layers.{layer}.{name}.weight");
         let qkv = [at("self_attn.q_proj"), at("self_attn.k_proj"), at("self_attn.v_proj")];
+        let biases = qkv.each_ref().map(|name| name.replace(".weight", ".bias"));
         Self {
             attention_norm: offset(layout, &at("input_layernorm")),
             qkv: weights(layout, &qkv, qkv_width, d),
+            qkv_bias: config.qkv_bias.then(|| weights(layout, &biases, qkv_width, 1).range()),
             attention_out: weights(layout, &[at("self_attn.o_proj")], d, out),
             feed_forward_norm: offset(layout, &at("post_attention_layernorm")),
             feed_forward: FeedForwardPlan::new(config, layout, layer),
@@ -94,6 +118,14 @@ impl FeedForwardPlan {
                     order,
                     gate_up: ExpertWeights { first: gate_up, stride },
                     down: ExpertWeights { first: down, stride },
+                    shared: config.shared_expert.map(|width| {
+                        let part = |name: &str| moe(&format!("shared_expert.{name}"));
+                        SharedExpertPlan {
+                            gate: weights(layout, &[moe("shared_expert_gate")], 1, d),
+                            gate_up: weights(layout, &[part("gate_proj"), part("up_proj")], 2 * width, d),
+                            down: weights(layout, &[part("down_proj")], d, width),
+                        }
+                    }),
                 }
             }
         }

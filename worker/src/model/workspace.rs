@@ -52,6 +52,16 @@ pub(super) struct MoeActivations<K: Kernels> {
     pub(super) routing: K::Routing,
     /// The normed tokens in slot order (slots, d).
     pub(super) sorted: K::Storage,
+    pub(super) shared: Option<SharedExpertActivations<K>>,
+}
+
+/// What a shared expert of width s keeps.
+pub(super) struct SharedExpertActivations<K: Kernels> {
+    /// The sigmoid of its gate's logit (rows).
+    pub(super) gate: K::Storage,
+    /// As of the layer's own experts: (rows, 2·s) and (rows, s).
+    pub(super) gate_up: K::Storage,
+    pub(super) hidden: K::Storage,
 }
 
 /// Memory of the backward pass, shared by all layers.
@@ -69,6 +79,9 @@ pub(super) struct Gradients<K: Kernels> {
     /// in a dense model.
     pub(super) sorted: K::Storage,
     pub(super) router_logits: K::Storage,
+    /// Of the shared expert's gate (rows) and hidden rows (rows, s); empty without one.
+    pub(super) shared_gate: K::Storage,
+    pub(super) shared_hidden: K::Storage,
 }
 
 /// Rows that the experts of a layer see together: none in a dense model.
@@ -115,7 +128,8 @@ impl<K: Kernels> LayerActivations<K> {
         let moe = match config.feed_forward {
             FeedForward::Dense => None,
             FeedForward::Moe { experts, top_k, router: order } => {
-                Some(MoeActivations::new(kernels, d, RouterShape { rows, experts, top_k, order })?)
+                let shape = RouterShape { rows, experts, top_k, order };
+                Some(MoeActivations::new(config, kernels, shape)?)
             }
         };
         Ok(Self {
@@ -136,11 +150,24 @@ impl<K: Kernels> LayerActivations<K> {
 }
 
 impl<K: Kernels> MoeActivations<K> {
-    fn new(kernels: &mut K, d: usize, shape: RouterShape) -> Result<Self, K::Error> {
+    fn new(config: &ModelConfig, kernels: &mut K, shape: RouterShape) -> Result<Self, K::Error> {
+        let shared =
+            config.shared_expert.map(|width| SharedExpertActivations::new(kernels, shape.rows, width));
         Ok(Self {
             logits: kernels.allocate(shape.rows * shape.experts)?,
             routing: kernels.allocate_routing(shape)?,
-            sorted: kernels.allocate(shape.rows * shape.top_k * d)?,
+            sorted: kernels.allocate(shape.rows * shape.top_k * config.hidden_size)?,
+            shared: shared.transpose()?,
+        })
+    }
+}
+
+impl<K: Kernels> SharedExpertActivations<K> {
+    fn new(kernels: &mut K, rows: usize, width: usize) -> Result<Self, K::Error> {
+        Ok(Self {
+            gate: kernels.allocate(rows)?,
+            gate_up: kernels.allocate(rows * 2 * width)?,
+            hidden: kernels.allocate(rows * width)?,
         })
     }
 }
@@ -161,6 +188,8 @@ impl<K: Kernels> Gradients<K> {
             hidden: kernels.allocate(feed_forward_rows(config, rows) * f)?,
             sorted: kernels.allocate(expert_slots(config, rows) * d)?,
             router_logits: kernels.allocate(rows * experts)?,
+            shared_gate: kernels.allocate(config.shared_expert.map_or(0, |_| rows))?,
+            shared_hidden: kernels.allocate(config.shared_expert.map_or(0, |width| rows * width))?,
         })
     }
 }

@@ -50,6 +50,11 @@ fn mixture(router: RouterOrder) -> ModelConfig {
     config(FeedForward::Moe { experts: 5, top_k: 3, router })
 }
 
+/// Qwen2-MoE's additions: biases of queries, keys and values, and a shared expert of another width.
+fn with_shared_expert(router: RouterOrder) -> ModelConfig {
+    ModelConfig { qkv_bias: true, shared_expert: Some(9), ..mixture(router) }
+}
+
 /// Parameters large enough for every path to matter.
 fn parameters(layout: &Layout) -> Vec<f32> {
     let mut rng = stream(5, Purpose::Parameters, 0);
@@ -155,6 +160,19 @@ fn softmax_then_topk() {
     Case::new(mixture(RouterOrder::SoftmaxThenTopk), 0.0).check_both("softmax-then-topk");
 }
 
+#[test]
+fn biases() {
+    let config = ModelConfig { qkv_bias: true, ..config(FeedForward::Dense) };
+    Case::new(config, 0.0).check_both("dense, biases");
+}
+
+#[test]
+fn biases_and_a_shared_expert() {
+    for router in [RouterOrder::TopkThenSoftmax, RouterOrder::SoftmaxThenTopk] {
+        Case::new(with_shared_expert(router), 0.1).check_both(&format!("{router:?}, biases, shared expert"));
+    }
+}
+
 /// A large coefficient, so that the auxiliary loss dominates the router's gradient.
 #[test]
 fn load_balancing_loss() {
@@ -165,8 +183,12 @@ fn load_balancing_loss() {
 /// Vector and scalar code differ by rounding alone, in every element.
 #[test]
 fn vector_code_agrees_with_scalar_code() {
-    for router in [RouterOrder::TopkThenSoftmax, RouterOrder::SoftmaxThenTopk] {
-        let case = Case::new(mixture(router), 0.1);
+    for config in [
+        mixture(RouterOrder::TopkThenSoftmax),
+        mixture(RouterOrder::SoftmaxThenTopk),
+        with_shared_expert(RouterOrder::SoftmaxThenTopk),
+    ] {
+        let case = Case::new(config, 0.1);
         let (vector, scalar) = (case.gradient(Cpu::new()).1, case.gradient(Cpu::scalar()).1);
         let largest = scalar.iter().fold(0.0_f32, |largest, g| largest.max(g.abs()));
         for (index, (v, s)) in vector.iter().zip(&scalar).enumerate() {

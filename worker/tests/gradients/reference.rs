@@ -76,6 +76,11 @@ impl Reference<'_> {
         let normed: Rows = rows.iter().map(|row| self.norm(&at("input_layernorm"), row)).collect();
         let project = |name: &str, turned: bool| -> Rows {
             let mut projected: Rows = normed.iter().map(|row| self.linear(&at(name), row)).collect();
+            if config.qkv_bias {
+                let bias = self.tensor(&format!("model.layers.{layer}.{name}.bias"));
+                let elements = projected.iter_mut().flat_map(|row| row.iter_mut().zip(bias));
+                elements.for_each(|(value, bias)| *value += bias);
+            }
             if turned {
                 projected.iter_mut().enumerate().for_each(|(position, row)| self.rotate(position, row));
             }
@@ -127,7 +132,8 @@ impl Reference<'_> {
                 gate.iter().zip(&up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect();
             self.linear(down, &hidden)
         };
-        let FeedForward::Moe { experts, top_k, router } = self.config.feed_forward else {
+        let config = self.config;
+        let FeedForward::Moe { experts, top_k, router } = config.feed_forward else {
             for row in sequences.iter_mut().flatten() {
                 let x = self.norm(&at("post_attention_layernorm"), row);
                 let out = swiglu(&x, &at("mlp.gate_proj"), &at("mlp.up_proj"), &at("mlp.down_proj"));
@@ -154,6 +160,12 @@ impl Reference<'_> {
                 let out = swiglu(&x, &name("w1"), &name("w3"), &name("w2"));
                 row.iter_mut().zip(out).for_each(|(x, out)| *x += weight * out);
                 counts[expert] += 1.0;
+            }
+            if config.shared_expert.is_some() {
+                let name = |part: &str| at(&format!("block_sparse_moe.shared_expert.{part}"));
+                let out = swiglu(&x, &name("gate_proj"), &name("up_proj"), &name("down_proj"));
+                let logit = self.linear(&at("block_sparse_moe.shared_expert_gate"), &x)[0];
+                row.iter_mut().zip(out).for_each(|(x, out)| *x += out / (1.0 + (-logit).exp()));
             }
             probabilities.iter_mut().zip(all).for_each(|(sum, p)| *sum += p);
             tokens += 1.0;

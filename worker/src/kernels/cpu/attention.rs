@@ -10,7 +10,7 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::simd::exp;
+use super::simd::{exp, load, store, vectors};
 use super::tile::{Destination, Left, Strided, product};
 use crate::kernels::{ATTENTION_STATISTICS, AttentionShape, Write};
 
@@ -33,10 +33,11 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    fn grow(&mut self, shape: AttentionShape, backward: bool) {
+    /// Makes room for attention to `past` keys beside those of `shape`.
+    fn grow(&mut self, shape: AttentionShape, past: usize, backward: bool) {
         let grow = |buffer: &mut Vec<f32>, len| buffer.resize(buffer.len().max(len), 0.0);
         grow(&mut self.queries, shape.head_dim * BLOCK_MAX);
-        grow(&mut self.probabilities, shape.time * BLOCK_MAX);
+        grow(&mut self.probabilities, (past + shape.time) * BLOCK_MAX);
         if backward {
             grow(&mut self.output_grad, shape.head_dim * BLOCK_MAX);
             grow(&mut self.score_grad, shape.time * BLOCK_MAX);
@@ -61,7 +62,7 @@ pub(super) fn dispatch<Op: WithSimd>(arch: pulp::Arch, head_dim: usize, op: Op) 
     if head_dim.is_multiple_of(4) { arch.dispatch(op) } else { Simd::vectorize(pulp::Scalar, op) }
 }
 
-/// A block of queries of one sequence; they see the keys 0..first + queries.
+/// A block of queries of one sequence; they see the keys 0..first + queries, and those of the past before them.
 #[derive(Clone, Copy)]
 struct Block {
     first: usize,
@@ -84,6 +85,8 @@ impl Block {
 struct Head<'a> {
     shape: AttentionShape,
     head: usize,
+    /// Keys of tokens before the first query's.
+    past: usize,
     queries: Strided<'a>,
     keys: Strided<'a>,
     values: Strided<'a>,
@@ -95,7 +98,21 @@ impl<'a> Head<'a> {
         let part = |index: usize| Strided::new(qkv, index * shape.head_dim, shape.qkv_width());
         let keys = part(shape.heads + kv_head);
         let values = part(shape.heads + shape.kv_heads + kv_head);
-        Self { shape, head, queries: part(head), keys, values }
+        Self { shape, head, past: 0, queries: part(head), keys, values }
+    }
+
+    /// With keys and values in a cache, those of the queries' own tokens included.
+    fn cached(shape: AttentionShape, head: usize, past: usize, qkv: &'a [f32], cache: &'a [f32]) -> Self {
+        let kv_head = head * shape.kv_heads / shape.heads;
+        let part = |index: usize| Strided::new(cache, index * shape.head_dim, shape.kv_width());
+        let (keys, values) = (part(kv_head), part(shape.kv_heads + kv_head));
+        let queries = Strided::new(qkv, head * shape.head_dim, shape.qkv_width());
+        Self { shape, head, past, queries, keys, values }
+    }
+
+    /// Keys that the block's last query sees.
+    fn keys_of(&self, block: Block) -> usize {
+        self.past + block.keys()
     }
 
     /// Where this head's part of an output row starts.
@@ -109,12 +126,17 @@ impl<'a> Head<'a> {
         let width = N * S::F32_LANES;
         let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
         transpose(self.queries, block, (self.shape.head_dim, width), scale, queries);
-        let destination =
-            Destination { data: scores, stride: width, rows: block.keys(), width, write: Write::Replace };
+        let destination = Destination {
+            data: scores,
+            stride: width,
+            rows: self.keys_of(block),
+            width,
+            write: Write::Replace,
+        };
         let queries = Strided::new(queries, 0, width);
         product(simd, destination, Left::Rows(self.keys), queries, |_| 0..self.shape.head_dim);
         for later in 1..block.queries {
-            scores[(block.first + later) * width..][..later].fill(MASKED);
+            scores[(self.past + block.first + later) * width..][..later].fill(MASKED);
         }
     }
 }
@@ -154,7 +176,7 @@ impl WithSimd for Forward<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { shape, scratch, .. } = self;
-        scratch.grow(shape, false);
+        scratch.grow(shape, 0, false);
         let sequences = self.qkv.chunks_exact(shape.time * shape.qkv_width());
         let outputs = self.out.chunks_exact_mut(shape.time * shape.out_width());
         let statistics = self.statistics.chunks_exact_mut(shape.time * shape.heads * ATTENTION_STATISTICS);
@@ -162,13 +184,84 @@ impl WithSimd for Forward<'_> {
             for head in 0..shape.heads {
                 let head = Head::new(shape, head, qkv);
                 for block in Block::all::<S>(shape.time) {
-                    forward_block(simd, &head, block, scratch, out, statistics);
+                    let saved = forward_block(simd, &head, block, scratch, out);
+                    for query in 0..block.queries {
+                        let at = ((block.first + query) * shape.heads + head.head) * ATTENTION_STATISTICS;
+                        statistics[at] = saved[0][query];
+                        statistics[at + 1] = saved[1][query];
+                    }
                 }
             }
         }
     }
 }
 
+/// Attention of a sequence's next tokens to a cache that holds their keys and values already.
+pub(super) struct Cached<'a> {
+    pub(super) shape: AttentionShape,
+    pub(super) past: usize,
+    pub(super) qkv: &'a [f32],     // (time, qkv_width)
+    pub(super) cache: &'a [f32],   // (past + time, kv_width)
+    pub(super) out: &'a mut [f32], // (time, heads · head_dim)
+    pub(super) scratch: &'a mut Scratch,
+}
+
+impl WithSimd for Cached<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { shape, past, scratch, .. } = self;
+        scratch.grow(shape, past, false);
+        for head in 0..shape.heads {
+            let head = Head::cached(shape, head, past, self.qkv, self.cache);
+            if shape.time == 1 {
+                single_query(simd, &head, &mut scratch.probabilities[..=past], self.out);
+                continue;
+            }
+            for block in Block::all::<S>(shape.time) {
+                forward_block(simd, &head, block, scratch, self.out);
+            }
+        }
+    }
+}
+
+/// The only query of a head, with vectors along the channels: a block of queries would be empty but for one lane.
+#[inline(always)]
+fn single_query<S: Simd>(simd: S, head: &Head<'_>, probabilities: &mut [f32], out: &mut [f32]) {
+    let head_dim = head.shape.head_dim;
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let query = head.queries.row(0, 0, head_dim);
+    let mut max = MASKED;
+    for (key, score) in probabilities.iter_mut().enumerate() {
+        let key = head.keys.row(key, 0, head_dim);
+        let mut sum = simd.splat_f32s(0.0);
+        for i in 0..vectors::<S>(head_dim) {
+            sum = simd.mul_add_e_f32s(load(simd, query, i), load(simd, key, i), sum);
+        }
+        *score = scale * simd.reduce_sum_f32s(sum);
+        max = max.max(*score);
+    }
+    let (shift, mut sum) = (simd.splat_f32s(max), simd.splat_f32s(0.0));
+    for i in 0..vectors::<S>(probabilities.len()) {
+        let e = exp(simd, simd.sub_f32s(load(simd, probabilities, i), shift));
+        store(simd, probabilities, i, e);
+        // Loaded again, so that lanes past the end are zero.
+        sum = simd.add_f32s(sum, load(simd, probabilities, i));
+    }
+    let inverse = simd.splat_f32s(1.0 / simd.reduce_sum_f32s(sum));
+    let out = &mut out[head.column()..][..head_dim];
+    for i in 0..vectors::<S>(head_dim) {
+        let mut sum = simd.splat_f32s(0.0);
+        for (key, &probability) in probabilities.iter().enumerate() {
+            let value = load(simd, head.values.row(key, 0, head_dim), i);
+            sum = simd.mul_add_e_f32s(simd.splat_f32s(probability), value, sum);
+        }
+        store(simd, out, i, simd.mul_f32s(sum, inverse));
+    }
+}
+
+/// The output of a block of queries; returns their maximal scores and the inverses of their softmax's sums.
 #[inline(always)]
 fn forward_block<S: Simd>(
     simd: S,
@@ -176,17 +269,11 @@ fn forward_block<S: Simd>(
     block: Block,
     scratch: &mut Scratch,
     out: &mut [f32],
-    statistics: &mut [f32],
-) {
+) -> [[f32; BLOCK_MAX]; 2] {
     let shape = head.shape;
     let width = N * S::F32_LANES;
     head.scores(simd, block, &mut scratch.queries, &mut scratch.probabilities);
-    let saved = softmax(simd, &mut scratch.probabilities[..block.keys() * width]);
-    for query in 0..block.queries {
-        let at = ((block.first + query) * shape.heads + head.head) * ATTENTION_STATISTICS;
-        statistics[at] = saved[0][query];
-        statistics[at + 1] = saved[1][query];
-    }
+    let saved = softmax(simd, &mut scratch.probabilities[..head.keys_of(block) * width]);
     let destination = Destination {
         data: &mut out[block.first * shape.out_width() + head.column()..],
         stride: shape.out_width(),
@@ -195,7 +282,9 @@ fn forward_block<S: Simd>(
         write: Write::Replace,
     };
     let probabilities = Strided::new(&scratch.probabilities, 0, width);
-    product(simd, destination, Left::Columns(probabilities), head.values, |rows| 0..block.first + rows.end);
+    let seen = head.past + block.first;
+    product(simd, destination, Left::Columns(probabilities), head.values, |rows| 0..seen + rows.end);
+    saved
 }
 
 /// The softmax of every column of (keys, N vectors), in place; returns the columns' maxima and inverse sums.
@@ -245,7 +334,7 @@ impl WithSimd for Backward<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { shape, scratch, .. } = self;
-        scratch.grow(shape, true);
+        scratch.grow(shape, 0, true);
         let group = shape.heads / shape.kv_heads;
         for sequence in 0..shape.batch {
             let part = |width: usize| sequence * shape.time * width..(sequence + 1) * shape.time * width;

@@ -4,7 +4,9 @@
 //! the buffers exist, except attention's scratch when it meets a longer sequence.
 
 mod attention;
+mod bias;
 mod cross_entropy;
+mod gate;
 mod norm;
 mod products;
 mod rotary;
@@ -21,7 +23,8 @@ use pulp::Arch;
 
 pub use self::router::Routing;
 use super::{
-    AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, Weights, Write,
+    AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
+    RowScaleGradient, Weights, Write,
 };
 
 /// [`Kernels`] on one core of the CPU.
@@ -99,8 +102,17 @@ impl Kernels for Cpu {
         out[..len].iter_mut().zip(sums).for_each(|(out, (a, b))| *out = a + b);
     }
 
-    fn product(&mut self, params: &[f32], weights: Weights, rows: usize, x: &[f32], y: &mut [f32]) {
-        products::forward(weights, params, &x[..rows * weights.inputs], &mut y[..rows * weights.outputs]);
+    fn product(
+        &mut self,
+        params: &[f32],
+        weights: Weights,
+        rows: usize,
+        x: &[f32],
+        y: &mut [f32],
+        write: Write,
+    ) {
+        let (x, y) = (&x[..rows * weights.inputs], &mut y[..rows * weights.outputs]);
+        products::forward(weights, params, x, y, write);
     }
 
     fn product_input_gradient(
@@ -127,6 +139,16 @@ impl Kernels for Cpu {
         products::weight_gradient(weights, grad, &dy[..rows * weights.outputs], &x[..rows * weights.inputs]);
     }
 
+    fn add_bias(&mut self, params: &[f32], bias: Range<usize>, rows: usize, y: &mut [f32]) {
+        let y = &mut y[..rows * bias.len()];
+        self.arch.dispatch(bias::Add { bias: &params[bias], y });
+    }
+
+    fn bias_gradient(&mut self, grad: &mut [f32], bias: Range<usize>, rows: usize, dy: &[f32]) {
+        let dy = &dy[..rows * bias.len()];
+        self.arch.dispatch(bias::Gradient { dy, dbias: &mut grad[bias] });
+    }
+
     fn expert_product(
         &mut self,
         params: &[f32],
@@ -138,7 +160,7 @@ impl Kernels for Cpu {
         let Weights { outputs, inputs, .. } = weights.first;
         for (expert, slots) in routing.occupied() {
             let (x, y) = (&x[scaled(&slots, inputs)], &mut y[scaled(&slots, outputs)]);
-            products::forward(weights.expert(expert), params, x, y);
+            products::forward(weights.expert(expert), params, x, y, Write::Replace);
         }
     }
 
@@ -210,7 +232,7 @@ impl Kernels for Cpu {
 
     fn rotary(&mut self, shape: AttentionShape, tables: &[f32], rotation: Rotation, qkv: &mut [f32]) {
         let qkv = &mut qkv[..shape.rows() * shape.qkv_width()];
-        self.arch.dispatch(rotary::Rotate { shape, rotation, tables, qkv });
+        self.arch.dispatch(rotary::Rotate { shape, rotation, first: 0, tables, qkv });
     }
 
     fn attention(&mut self, shape: AttentionShape, qkv: &[f32], out: &mut [f32], statistics: &mut [f32]) {
@@ -238,15 +260,45 @@ impl Kernels for Cpu {
         attention::dispatch(self.arch, shape.head_dim, op);
     }
 
+    fn cached_attention(
+        &mut self,
+        shape: AttentionShape,
+        past: usize,
+        tables: &[f32],
+        qkv: &mut [f32],
+        cache: &mut [f32],
+        out: &mut [f32],
+    ) {
+        assert_eq!(shape.batch, 1, "a cache holds one sequence");
+        let qkv = &mut qkv[..shape.time * shape.qkv_width()];
+        let rotation = Rotation::Forward;
+        self.arch.dispatch(rotary::Rotate { shape, rotation, first: past, tables, qkv });
+        let rows = cache[past * shape.kv_width()..].chunks_exact_mut(shape.kv_width());
+        for (row, qkv) in rows.zip(qkv.chunks_exact(shape.qkv_width())) {
+            row.copy_from_slice(&qkv[shape.out_width()..]);
+        }
+        let (out, scratch) = (&mut out[..shape.time * shape.out_width()], &mut self.scratch);
+        let cache = &cache[..(past + shape.time) * shape.kv_width()];
+        attention::dispatch(
+            self.arch,
+            shape.head_dim,
+            attention::Cached { shape, past, qkv, cache, out, scratch },
+        );
+    }
+
     fn swiglu(
         &mut self,
         rows: usize,
         width: usize,
-        routing: Option<&Routing>,
+        scale: RowScale<'_, Routing, [f32]>,
         gate_up: &[f32],
         out: &mut [f32],
     ) {
-        let weights = routing.map(|routing| &routing.weights[..rows]);
+        let weights = match scale {
+            RowScale::One => None,
+            RowScale::Router(routing) => Some(&routing.weights[..rows]),
+            RowScale::Gate(gate) => Some(&gate[..rows]),
+        };
         let (gate_up, out) = (&gate_up[..rows * 2 * width], &mut out[..rows * width]);
         self.arch.dispatch(swiglu::Forward { width, weights, gate_up, out });
     }
@@ -255,14 +307,27 @@ impl Kernels for Cpu {
         &mut self,
         rows: usize,
         width: usize,
-        routing: Option<&mut Routing>,
+        scale: RowScaleGradient<'_, Routing, [f32]>,
         dout: &[f32],
         gate_up: &mut [f32],
     ) {
-        let weights =
-            routing.map(|routing| (&routing.weights[..rows], &mut routing.weight_gradients[..rows]));
+        let weights = match scale {
+            RowScaleGradient::One => None,
+            RowScaleGradient::Router(routing) => {
+                Some((&routing.weights[..rows], &mut routing.weight_gradients[..rows]))
+            }
+            RowScaleGradient::Gate { gate, gradient } => Some((&gate[..rows], &mut gradient[..rows])),
+        };
         let (dout, gate_up) = (&dout[..rows * width], &mut gate_up[..rows * 2 * width]);
         self.arch.dispatch(swiglu::Backward { width, weights, dout, gate_up });
+    }
+
+    fn sigmoid(&mut self, len: usize, values: &mut [f32]) {
+        self.arch.dispatch(gate::Forward(&mut values[..len]));
+    }
+
+    fn sigmoid_backward(&mut self, len: usize, sigma: &[f32], gradient: &mut [f32]) {
+        self.arch.dispatch(gate::Backward { sigma: &sigma[..len], gradient: &mut gradient[..len] });
     }
 
     fn route(&mut self, shape: RouterShape, logits: &[f32], routing: &mut Routing) {

@@ -9,6 +9,8 @@ use crate::kernels::{AttentionShape, Rotation};
 pub(super) struct Rotate<'a> {
     pub(super) shape: AttentionShape,
     pub(super) rotation: Rotation,
+    /// The position of each sequence's first token.
+    pub(super) first: usize,
     pub(super) tables: &'a [f32],  // (positions, cosines then sines, head_dim/2)
     pub(super) qkv: &'a mut [f32], // (batch, time, qkv_width)
 }
@@ -23,7 +25,7 @@ impl WithSimd for Rotate<'_> {
         let rotated = (self.shape.heads + self.shape.kv_heads) * head_dim;
         let sign = simd.splat_f32s(if self.rotation == Rotation::Forward { 1.0 } else { -1.0 });
         for (row, qkv) in self.qkv.chunks_exact_mut(self.shape.qkv_width()).enumerate() {
-            let position = row % self.shape.time;
+            let position = self.first + row % self.shape.time;
             let (cos, sin) = self.tables[position * head_dim..][..head_dim].split_at(half);
             for head in qkv[..rotated].chunks_exact_mut(head_dim) {
                 let (first, second) = head.split_at_mut(half);

@@ -1,4 +1,4 @@
-//! SwiGLU: SiLU(gate) ⊙ up, optionally scaled per row by the router's weight.
+//! SwiGLU: SiLU(gate) ⊙ up, optionally scaled per row by the router's weight or a gate.
 
 use pulp::{Simd, WithSimd};
 
