@@ -40,7 +40,13 @@ impl AdamW {
     ///
     /// # Panics
     /// If the vectors are not of the layout's length.
-    pub fn step(&mut self, layout: &Layout, parameters: &mut [f32], (gradient, scale): (&[f32], f32), rate: f32) {
+    pub fn step(
+        &mut self,
+        layout: &Layout,
+        parameters: &mut [f32],
+        (gradient, scale): (&[f32], f32),
+        rate: f32,
+    ) {
         assert!([parameters.len(), gradient.len(), self.first.len()].iter().all(|&len| len == layout.len()));
         let AdamWSettings { beta1, beta2, epsilon, weight_decay } = self.settings;
         self.steps += 1;

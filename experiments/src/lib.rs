@@ -2,9 +2,11 @@
 //!
 //! The only crate that sees both server and worker.
 
+pub mod adamw;
 pub mod card;
 pub mod commands;
 pub mod generate;
 pub mod report;
+pub mod reproduce;
 pub mod simulation;
 pub mod work;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use sanderling::commands::{export, inspect, train, upcycle};
+use sanderling::reproduce;
 use sanderling_common::config::cli::{RunOptionsError, with_defaults};
 use sanderling_common::report::one_sentence;
 use tracing::level_filters::LevelFilter;
@@ -27,6 +28,14 @@ enum Command {
     Upcycle(upcycle::Arguments),
     Inspect(inspect::Arguments),
     Export(export::Arguments),
+    /// Run a published result again, at a scale that fits a desk: table, plots, verdict
+    #[command(subcommand)]
+    Reproduce(Reproduction),
+}
+
+#[derive(Debug, Subcommand)]
+enum Reproduction {
+    Upcycling(reproduce::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +59,7 @@ fn main() -> ExitCode {
         Command::Upcycle(arguments) => upcycle::upcycle(&arguments),
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         Command::Export(arguments) => export::export(&arguments),
+        Command::Reproduce(Reproduction::Upcycling(arguments)) => reproduce::upcycling(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -197,3 +197,36 @@ fn evaluation_agrees_with_training() {
         assert!((sums.loss() - step.cross_entropy).abs() < 1e-6, "{} {}", sums.loss(), step.cross_entropy);
     }
 }
+
+/// The parts of a pass that evaluation asks for are those of the whole.
+#[test]
+fn single_losses_and_logits_are_those_of_the_batch() {
+    for name in ["llama-gqa", "mixtral-e8t2"] {
+        let fixture = Fixture::load(name);
+        let mut model = fixture.model(Cpu::new());
+        let ids = fixture.input_ids();
+        let (inputs, targets) = (ids.slice(s![.., ..-1]), ids.slice(s![.., 1..]));
+        let sums = model.evaluate(&fixture.params, inputs, targets).unwrap();
+        let losses = model.token_losses(&fixture.params, inputs, targets).unwrap().to_owned();
+        assert_eq!(losses.dim(), inputs.dim());
+        let sum = losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+        assert!((sum - sums.loss_sum).abs() < 1e-9 * sum, "{sum} {}", sums.loss_sum);
+
+        let whole = model.logits(&fixture.params, ids.view()).unwrap().to_owned();
+        let places = [(2, 0), (0, ids.ncols() - 1), (1, 3)];
+        let some = model.logits_at(&fixture.params, ids.view(), &places).unwrap();
+        for (row, (sequence, position)) in some.outer_iter().zip(places) {
+            let expected = whole.slice(s![sequence, position, ..]);
+            let worst = (&row - &expected).iter().fold(0.0f32, |worst, value| worst.max(value.abs()));
+            assert!(worst < 1e-5, "{name}: {worst}");
+            // The loss of a token is that of its logits.
+            if position + 1 < ids.ncols() {
+                let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let log_sum = row.iter().map(|&logit| f64::from(logit - largest).exp()).sum::<f64>().ln();
+                let target = ids[(sequence, position + 1)] as usize;
+                let loss = f64::from(largest - row[target]) + log_sum;
+                assert!((loss - f64::from(losses[(sequence, position)])).abs() < 1e-5, "{name}: {loss}");
+            }
+        }
+    }
+}

@@ -29,10 +29,34 @@ const fn moe(
 pub(super) const ARMS: [Arm; 6] = [
     Arm { key: "dense", name: "dense, trained on", recipe: None },
     moe("e8t2", "E8T2, topK-then-softmax", (8, 2, 1), RouterOrder::TopkThenSoftmax, Scaling::None),
-    moe("e8t2-softmax-paper", "E8T2, softmax-then-topK, scaling `paper`", (8, 2, 1), RouterOrder::SoftmaxThenTopk, Scaling::Paper),
-    moe("e8t2-softmax-exact", "E8T2, softmax-then-topK, scaling `exact`", (8, 2, 1), RouterOrder::SoftmaxThenTopk, Scaling::Exact),
-    moe("e8t2-softmax-none", "E8T2, softmax-then-topK, no scaling", (8, 2, 1), RouterOrder::SoftmaxThenTopk, Scaling::None),
-    moe("e64g8t8", "E64 G8 T8, topK-then-softmax, scaling `exact`", (64, 8, 8), RouterOrder::TopkThenSoftmax, Scaling::Exact),
+    moe(
+        "e8t2-softmax-paper",
+        "E8T2, softmax-then-topK, scaling `paper`",
+        (8, 2, 1),
+        RouterOrder::SoftmaxThenTopk,
+        Scaling::Paper,
+    ),
+    moe(
+        "e8t2-softmax-exact",
+        "E8T2, softmax-then-topK, scaling `exact`",
+        (8, 2, 1),
+        RouterOrder::SoftmaxThenTopk,
+        Scaling::Exact,
+    ),
+    moe(
+        "e8t2-softmax-none",
+        "E8T2, softmax-then-topK, no scaling",
+        (8, 2, 1),
+        RouterOrder::SoftmaxThenTopk,
+        Scaling::None,
+    ),
+    moe(
+        "e64g8t8",
+        "E64 G8 T8, topK-then-softmax, scaling `exact`",
+        (64, 8, 8),
+        RouterOrder::TopkThenSoftmax,
+        Scaling::Exact,
+    ),
 ];
 
 impl Arm {

@@ -11,7 +11,7 @@ use super::arms::Budget;
 use super::trainer::Point;
 
 /// Names a run within an experiment.
-#[derive(Clone, Debug, PartialEq, PartialOrd, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(super) struct RunKey {
     pub(super) arm: String,
     pub(super) budget: Budget,
@@ -54,7 +54,8 @@ impl Results {
     pub(super) fn open(folder: &Path) -> anyhow::Result<Self> {
         let path = folder.join("results.jsonl");
         let unusable = || format!("cannot use {}", path.display());
-        let text = if path.exists() { fs::read_to_string(&path).with_context(unusable)? } else { String::new() };
+        let text =
+            if path.exists() { fs::read_to_string(&path).with_context(unusable)? } else { String::new() };
         let done = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let mut file = OpenOptions::new().create(true).append(true).open(&path).with_context(unusable)?;
         if !text.is_empty() && !text.ends_with('\n') {
@@ -77,7 +78,10 @@ impl Results {
     }
 
     /// The results with these keys, by arm and budget.
-    pub(super) fn grouped<'a>(&'a self, keys: &[RunKey]) -> BTreeMap<(String, &'static str), Vec<&'a RunResult>> {
+    pub(super) fn grouped<'a>(
+        &'a self,
+        keys: &[RunKey],
+    ) -> BTreeMap<(String, &'static str), Vec<&'a RunResult>> {
         let mut groups: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for result in keys.iter().filter_map(|key| self.find(key)) {
             let group = (result.key.arm.clone(), result.key.budget.name());

@@ -144,7 +144,11 @@ pub fn upcycling(arguments: &Arguments) -> anyhow::Result<()> {
     let corpus = Arc::new(Corpus::bundled());
     let settings = Settings::new(arguments, corpus.vocabulary().len())?;
     let folder = arguments.out.clone().unwrap_or_else(|| {
-        PathBuf::from(if arguments.quick { "runs/reproduce-upcycling-quick" } else { "runs/reproduce-upcycling" })
+        PathBuf::from(if arguments.quick {
+            "runs/reproduce-upcycling-quick"
+        } else {
+            "runs/reproduce-upcycling"
+        })
     });
     fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -162,7 +166,10 @@ pub fn upcycling(arguments: &Arguments) -> anyhow::Result<()> {
     experiment.run_all("choosing learning rates", &dense, sweep.collect(), &results)?;
     let chosen: Vec<_> = {
         let results = results.lock().expect("no holder of the results panics");
-        contestants().into_iter().map(|contestant| (contestant, experiment.best_rate(contestant, &results))).collect()
+        contestants()
+            .into_iter()
+            .map(|contestant| (contestant, experiment.best_rate(contestant, &results)))
+            .collect()
     };
     let final_keys: Vec<_> = chosen
         .iter()
@@ -356,8 +363,12 @@ impl Experiment {
             .map(|row| Curve { name: row.arm.name.replace('`', ""), points: row.mean_curve(budget) })
             .collect();
         let (title, x) = match budget {
-            Budget::Compute => ("Validation loss at equal compute", "training compute after upcycling, PFLOP"),
-            Budget::Tokens => ("Validation loss at equal tokens", "training tokens after upcycling, millions"),
+            Budget::Compute => {
+                ("Validation loss at equal compute", "training compute after upcycling, PFLOP")
+            }
+            Budget::Tokens => {
+                ("Validation loss at equal tokens", "training tokens after upcycling, millions")
+            }
         };
         Ok(plot_curves(path, title, (x, "cross-entropy, nats per character"), &curves)?)
     }
@@ -396,7 +407,8 @@ impl Row<'_> {
     /// Against the dense model, seed by seed.
     fn verdict(&self, dense: &Row<'_>) -> String {
         let pairs = self.runs.iter().zip(&dense.runs);
-        let differences: Vec<f64> = pairs.map(|(ours, dense)| ours.best_val_loss - dense.best_val_loss).collect();
+        let differences: Vec<f64> =
+            pairs.map(|(ours, dense)| ours.best_val_loss - dense.best_val_loss).collect();
         let (mean, spread) = mean_and_spread(&differences);
         let better = differences.iter().filter(|&&difference| difference < 0.0).count();
         let says = match better {

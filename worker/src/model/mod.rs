@@ -155,7 +155,7 @@ pub struct Model<K: Kernels> {
     rope: K::Storage,
     activations: Option<Activations<K>>,
     gradients: Option<Gradients<K>>,
-    /// Where logits are handed out from (rows · vocab).
+    /// Where logits are handed out from (rows · vocab), or losses (rows).
     host_logits: Vec<f32>,
 }
 
@@ -252,6 +252,70 @@ impl<K: Kernels> Model<K> {
         Ok(view.expect("the logits were resized to their shape"))
     }
 
+    /// The logits (places, vocab) of some places of a batch, each a sequence and a position in it.
+    ///
+    /// # Errors
+    /// As [`loss_and_grad`](Self::loss_and_grad).
+    ///
+    /// # Panics
+    /// If a place lies outside the batch, there are more of them than tokens, or `params` is shorter than
+    /// [`parameters`](Self::parameters).
+    pub fn logits_at(
+        &mut self,
+        params: &K::Buffer,
+        inputs: ArrayView2<'_, u32>,
+        places: &[(usize, usize)],
+    ) -> Result<ArrayView2<'_, f32>, ModelError> {
+        let shape = self.prepare(inputs, None)?;
+        let row = |&(sequence, position): &(usize, usize)| {
+            assert!(
+                sequence < shape.batch && position < shape.time,
+                "({sequence}, {position}) is not in {shape:?}"
+            );
+            u32::try_from(sequence * shape.time + position)
+                .expect("a pass has fewer rows than there are token ids")
+        };
+        let rows: Vec<u32> = places.iter().map(row).collect();
+        assert!(rows.len() <= shape.rows(), "{} places in {} tokens", rows.len(), shape.rows());
+        let (mut pass, activations) = self.pass(shape);
+        pass.forward_layers(params, activations);
+        pass.logits_of(params, activations, &rows);
+        self.host_logits.resize(rows.len() * self.config.vocab_size, 0.0);
+        let logits = &present(&mut self.activations).logits;
+        self.kernels.download(logits, &mut self.host_logits).map_err(ModelError::device)?;
+        let view = ArrayView2::from_shape((rows.len(), self.config.vocab_size), &self.host_logits);
+        Ok(view.expect("the logits were resized to their shape"))
+    }
+
+    /// The cross-entropy (batch, time) of every token of a batch, in nats, forward only.
+    ///
+    /// # Errors
+    /// As [`loss_and_grad`](Self::loss_and_grad).
+    ///
+    /// # Panics
+    /// If `params` is shorter than [`parameters`](Self::parameters).
+    pub fn token_losses(
+        &mut self,
+        params: &K::Buffer,
+        inputs: ArrayView2<'_, u32>,
+        targets: ArrayView2<'_, u32>,
+    ) -> Result<ArrayView2<'_, f32>, ModelError> {
+        let shape = self.prepare(inputs, Some(targets))?;
+        self.forward(shape, params);
+        let activations = present(&mut self.activations);
+        self.kernels.cross_entropy(
+            (shape.rows(), self.config.vocab_size),
+            &activations.targets,
+            None,
+            &mut activations.logits,
+            &mut activations.losses,
+        );
+        self.host_logits.resize(shape.rows(), 0.0);
+        self.kernels.download(&activations.losses, &mut self.host_logits).map_err(ModelError::device)?;
+        let view = ArrayView2::from_shape((shape.batch, shape.time), &self.host_logits);
+        Ok(view.expect("the losses were resized to their shape"))
+    }
+
     /// Loss and routing of a batch, forward only.
     ///
     /// # Errors
@@ -345,8 +409,10 @@ impl<K: Kernels> Model<K> {
             let (mut pass, activations) = self.pass(*part);
             pass.extend(params, activations, cache);
         }
-        let (mut pass, activations) = self.pass(shape.expect("a sequence that passed the check has tokens"));
-        pass.last_logits(params, activations);
+        let shape = shape.expect("a sequence that passed the check has tokens");
+        let (mut pass, activations) = self.pass(shape);
+        let last = u32::try_from(shape.rows() - 1).expect("a pass has fewer rows than there are token ids");
+        pass.logits_of(params, activations, &[last]);
         self.host_logits.resize(self.config.vocab_size, 0.0);
         let logits = &present(&mut self.activations).logits;
         self.kernels.download(logits, &mut self.host_logits).map_err(ModelError::device)

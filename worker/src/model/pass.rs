@@ -55,19 +55,25 @@ impl<K: Kernels> Pass<'_, K> {
         cache.len += self.shape.time;
     }
 
-    /// The logits of the last row, in the first row of `activations.logits`, after [`extend`](Self::extend).
+    /// From `activations.inputs` to the residual stream after the last layer, which [`logits_of`](Self::logits_of) reads.
+    pub(super) fn forward_layers(&mut self, params: &K::Buffer, activations: &mut Activations<K>) {
+        self.layers(params, activations, None);
+    }
+
+    /// The logits of some rows, in the first rows of `activations.logits`, after the layers. At most as many as the pass
+    /// has rows.
     ///
-    /// The row is looked up as a token's embedding would be, its number in place of the token.
-    pub(super) fn last_logits(&mut self, params: &K::Buffer, activations: &mut Activations<K>) {
-        let (plan, rows) = (self.plan, self.rows());
+    /// Rows are looked up as tokens' embeddings would be, their numbers in place of tokens.
+    pub(super) fn logits_of(&mut self, params: &K::Buffer, activations: &mut Activations<K>, wanted: &[u32]) {
+        let (plan, rows, count) = (self.plan, self.rows(), wanted.len());
         let Activations { residual, delta, normed, inverse_rms, logits, targets, .. } = activations;
-        let last = u32::try_from(rows - 1).expect("a pass has fewer rows than there are token ids");
-        self.kernels.upload_tokens(ndarray::aview2(&[[last]]), targets);
+        let numbers = ndarray::ArrayView2::from_shape((1, count), wanted).expect("one row of all numbers");
+        self.kernels.upload_tokens(numbers, targets);
         let table = Weights { offset: 0, outputs: rows, inputs: self.config.hidden_size };
-        self.kernels.embed(residual, table, 1, targets, delta);
-        let norm = RmsNorm { rows: 1, ..self.norm(plan.final_norm) };
+        self.kernels.embed(residual, table, count, targets, delta);
+        let norm = RmsNorm { rows: count, ..self.norm(plan.final_norm) };
         self.kernels.rms_norm(norm, params, delta, normed, inverse_rms);
-        self.kernels.product(params, plan.head, 1, normed, logits, Write::Replace);
+        self.kernels.product(params, plan.head, count, normed, logits, Write::Replace);
     }
 
     /// From `activations.inputs` to the residual stream after the last layer; with a cache, of tokens that follow it.
