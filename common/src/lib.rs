@@ -4,6 +4,7 @@
 //! wire format, the run configuration, the corpus and the checkpoint format. There is no network, no clock and no
 //! global randomness in here; `server` and `worker` depend on this crate and never on each other.
 
+pub mod capacity;
 pub mod checkpoint;
 pub mod config;
 pub mod corpus;

@@ -96,6 +96,7 @@ fn push() -> Push {
         step: Step(65_537),
         loss: 1.875,
         tokens: 768,
+        dropped: 0.015625,
         skipped: false,
         replica_hash: Some(std::array::from_fn(|index| index as u8)),
         payload: example(ValueFormat::Int8).2,

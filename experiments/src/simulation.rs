@@ -53,6 +53,8 @@ pub struct SimulationReport {
     pub done: u64,
     /// The staleness of every update.
     pub staleness: Vec<u32>,
+    /// Of every update, the share of choices of experts that were dropped.
+    pub dropped: Vec<f32>,
     /// Answers that were lost.
     pub lost_answers: u64,
     /// Workers that vanished.
@@ -189,6 +191,7 @@ impl Simulation {
                 steps: 0,
                 done: 0,
                 staleness: Vec::new(),
+                dropped: Vec::new(),
                 lost_answers: 0,
                 vanished: 0,
                 time: 0.0,
@@ -267,7 +270,8 @@ impl Simulation {
         let loss = self.engine.take_gradient(core.view(), &tokens)?;
         let staleness = core.last_staleness();
         let count = u32::try_from(tokens.tokens()).expect("the configuration bounds a batch");
-        core.handle_gradient(batch, self.engine.gradient(), loss.cross_entropy as f32, count, staleness)?;
+        let (loss, dropped) = (loss.cross_entropy as f32, loss.dropped as f32);
+        core.handle_gradient(batch, self.engine.gradient(), loss, dropped, count, staleness)?;
         self.wake(worker, self.conditions.latency, Stage::Pushing);
         Ok(())
     }
@@ -302,6 +306,7 @@ impl Simulation {
             Reply::Refused(refusal) => return Err((*refusal).into()),
         };
         let SimulatedWorker { id, core, .. } = &mut self.workers[worker];
+        self.report.dropped.extend(core.pending().map(|push| push.dropped));
         let work = core.handle_answer(answer)?;
         assert_eq!(self.server.replica(*id), core.theta(), "the replica of {id} differs from its model");
         self.report.staleness.push(answer.staleness);

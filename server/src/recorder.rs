@@ -25,6 +25,8 @@ pub struct PushRecord {
     pub loss: f32,
     /// Its tokens.
     pub tokens: u32,
+    /// Its share of dropped choices of experts.
+    pub dropped: f32,
     /// Its staleness.
     pub staleness: u32,
     /// Whether it was skipped.
@@ -38,6 +40,7 @@ pub struct PushRecord {
 struct Stretch {
     pushes: u64,
     loss: f64,
+    dropped: f64,
     staleness: u64,
     staleness_max: u64,
 }
@@ -46,6 +49,7 @@ impl Stretch {
     fn add(&mut self, push: &PushRecord) {
         self.pushes += 1;
         self.loss += f64::from(push.loss);
+        self.dropped += f64::from(push.dropped);
         self.staleness += u64::from(push.staleness);
         self.staleness_max = self.staleness_max.max(u64::from(push.staleness));
     }
@@ -53,6 +57,11 @@ impl Stretch {
     /// None when there was no push.
     fn loss_mean(&self) -> Option<f64> {
         (self.pushes > 0).then(|| self.loss / self.pushes as f64)
+    }
+
+    /// None when there was no push.
+    fn dropped_mean(&self) -> Option<f64> {
+        (self.pushes > 0).then(|| self.dropped / self.pushes as f64)
     }
 
     fn staleness_mean(&self) -> f64 {
@@ -169,6 +178,7 @@ impl Recorder {
             val_loss: report.loss,
             best_val_loss: best,
             train_loss: mark.since_last.loss_mean(),
+            dropped_share: mark.since_last.dropped_mean(),
             traffic: mark.traffic,
             staleness_mean: mark.whole.staleness_mean(),
             staleness_max: mark.whole.staleness_max,
@@ -234,6 +244,8 @@ impl Recorder {
             best_step: best.map_or(self.steps, |line| line.steps),
             test_loss: test_loss.map(|(_, loss)| loss),
             val_loss_at_1_54m: at_reference.map(|line| line.val_loss),
+            capacity_factor: self.run.model.capacity_factor,
+            dropped_share: self.whole.dropped_mean().unwrap_or(0.0),
             traffic: self.traffic(self.steps, bytes_up, bytes_down),
             staleness_mean: self.whole.staleness_mean(),
             staleness_max: self.whole.staleness_max,
@@ -264,7 +276,15 @@ mod tests {
     use super::*;
 
     fn push(step: u64, seconds: f64) -> PushRecord {
-        PushRecord { step, loss: step as f32, tokens: 10, staleness: 3, skipped: false, seconds }
+        PushRecord {
+            step,
+            loss: step as f32,
+            tokens: 10,
+            dropped: step as f32 / 16.0,
+            staleness: 3,
+            skipped: false,
+            seconds,
+        }
     }
 
     fn report(step: u64, split: Split, loss: f64) -> EvaluationReport {
@@ -283,6 +303,7 @@ mod tests {
         recorder.evaluated(&report(8, Split::Validation, 1.5)).unwrap();
         let line = recorder.evaluated(&report(4, Split::Validation, 2.0)).unwrap();
         assert_eq!((line.steps, line.tokens, line.train_loss), (4, 40, Some(2.5)));
+        assert_eq!(line.dropped_share, Some(2.5 / 16.0));
         assert_eq!((line.traffic.bytes_up, line.traffic.dense_bytes_up), (40, 16_000));
         assert_eq!((line.seconds, line.staleness_mean, line.staleness_max), (4.0, 3.0, 3));
         assert_eq!(line.tokens_per_second, 40.0 / 3.0);
@@ -291,6 +312,7 @@ mod tests {
         recorder.evaluated(&report(8, Split::Test, 1.6));
         let summary = recorder.summary(9.0, 100, 200);
         assert_eq!((summary.best_step, summary.best_val_loss, summary.test_loss), (8, Some(1.5), Some(1.6)));
+        assert_eq!((summary.dropped_share, summary.capacity_factor), (4.5 / 16.0, 0.0));
         assert_eq!((summary.val_loss, summary.tokens, summary.completed), (Some(1.5), 80, false));
     }
 

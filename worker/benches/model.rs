@@ -19,7 +19,7 @@ use sanderling_worker::kernels::{
     AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
     RowScaleGradient, Weights, Write,
 };
-use sanderling_worker::model::{Model, forward_flops_per_token};
+use sanderling_worker::model::{Balancing, Model, forward_flops_per_token};
 
 const STEPS: usize = 41;
 
@@ -152,6 +152,7 @@ fn bench(
     let ids = Array2::from_shape_fn((batch, time + 1), |(b, t)| ((b * 31 + t * t * 7) % 65) as u32);
     let (inputs, targets) = (ids.slice(ndarray::s![.., ..-1]), ids.slice(ndarray::s![.., 1..]));
     let mut model = Model::new(config.clone(), Timed::default())?;
+    let balancing = Balancing { auxiliary: 0.01, capacity: None };
     let mut seconds = Vec::new();
     for step in 0..STEPS {
         if step == 3 {
@@ -159,7 +160,7 @@ fn bench(
             seconds.clear();
         }
         let start = Instant::now();
-        model.loss_and_grad(&params, inputs, targets, 0.01, &mut grad)?;
+        model.loss_and_grad(&params, inputs, targets, balancing, &mut grad)?;
         seconds.push(start.elapsed().as_secs_f64());
     }
     seconds.sort_by(f64::total_cmp);

@@ -12,7 +12,7 @@ use sanderling_common::wire::control::EvaluationReport;
 
 use crate::data::{Batch, evaluation_batches, training_batch};
 use crate::kernels::cpu::Cpu;
-use crate::model::{EvalSums, Model, ModelError, StepLoss};
+use crate::model::{Balancing, EvalSums, Model, ModelError, StepLoss};
 
 /// The model of a run with its data, ready to take gradients and to evaluate.
 pub struct Engine {
@@ -51,7 +51,8 @@ impl Engine {
     /// A [`ModelError`] if the device fails.
     pub fn take_gradient(&mut self, parameters: &[f32], batch: &Batch) -> Result<StepLoss, ModelError> {
         let (inputs, targets) = (batch.inputs.view(), batch.targets.view());
-        self.model.loss_and_grad(parameters, inputs, targets, self.run.model.aux_loss, &mut self.gradient)
+        let balancing = Balancing { auxiliary: self.run.model.aux_loss, capacity: self.run.capacity() };
+        self.model.loss_and_grad(parameters, inputs, targets, balancing, &mut self.gradient)
     }
 
     /// The last gradient taken.

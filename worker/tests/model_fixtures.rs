@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 
 use ndarray::{Array2, Array3, s};
 use safetensors::SafeTensors;
+use sanderling_common::capacity::{Capacity, CapacityConvention};
 use sanderling_common::checkpoint;
 use sanderling_common::model_config::{FeedForward, ModelConfig};
 use sanderling_worker::kernels::cpu::Cpu;
-use sanderling_worker::model::{EvalSums, Model};
+use sanderling_worker::model::{Balancing, EvalSums, Model};
 
 const TOLERANCE: f64 = 1e-4;
 
@@ -87,10 +88,13 @@ fn check(name: &'static str, kernels: fn() -> Cpu) {
     let expected = Array3::from_shape_vec(logits.dim(), fixture.reference("logits")).unwrap();
     let logits = (&logits - &expected).iter().fold(0.0f32, |worst, value| worst.max(value.abs()));
 
-    // Twice, so that nothing of one step may be left over for the next.
+    // Twice, so that nothing of one step may be left over for the next, what was dropped included.
+    let capacity = Some(Capacity { factor: 0.5, convention: CapacityConvention::Slots });
+    let balanced = Balancing { auxiliary: 1.0, capacity };
     let mut grad = vec![f32::NAN; model.parameters()];
-    model.loss_and_grad(&fixture.params, inputs, targets, 1.0, &mut grad).unwrap();
-    let loss = model.loss_and_grad(&fixture.params, inputs, targets, 0.0, &mut grad).unwrap();
+    model.loss_and_grad(&fixture.params, inputs, targets, balanced, &mut grad).unwrap();
+    let loss =
+        model.loss_and_grad(&fixture.params, inputs, targets, Balancing::default(), &mut grad).unwrap();
     let loss = (loss.cross_entropy - f64::from(fixture.reference("loss")[0])).abs();
 
     let layout = fixture.config.layout().unwrap();
@@ -186,7 +190,13 @@ fn evaluation_agrees_with_training() {
         let ids = fixture.input_ids();
         let (inputs, targets) = (ids.slice(s![.., ..-1]), ids.slice(s![.., 1..]));
         let mut grad = vec![0.0; model.parameters()];
-        let step = model.loss_and_grad(&fixture.params, inputs, targets, 0.0, &mut grad).unwrap();
+        let step =
+            model.loss_and_grad(&fixture.params, inputs, targets, Balancing::default(), &mut grad).unwrap();
+        // What training drops, evaluation does not.
+        let capacity = Some(Capacity { factor: 0.5, convention: CapacityConvention::Slots });
+        let tight = Balancing { auxiliary: 0.0, capacity };
+        let tight = model.loss_and_grad(&fixture.params, inputs, targets, tight, &mut grad).unwrap();
+        assert_eq!(tight.dropped > 0.0, name == "mixtral-e8t2");
         let mut sums = EvalSums::default();
         // One sequence at a time: smaller batches in the same memory, and causal, so the sum is the same.
         for sequence in 0..ids.nrows() {
@@ -194,6 +204,7 @@ fn evaluation_agrees_with_training() {
             sums.merge(&model.evaluate(&fixture.params, inputs.slice(rows), targets.slice(rows)).unwrap());
         }
         assert_eq!(sums.tokens as usize, inputs.len());
+        assert!(sums.layers.iter().all(|layer| layer.statistics.dropped == 0));
         assert!((sums.loss() - step.cross_entropy).abs() < 1e-6, "{} {}", sums.loss(), step.cross_entropy);
     }
 }

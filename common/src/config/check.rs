@@ -131,6 +131,14 @@ fn check_model(config: &RunConfig) -> Result<(), ConfigError> {
         require(value >= 1, key, value, "at least 1")?;
     }
     let from_checkpoint = config.upcycles() || !model.init.is_empty();
+    let factor = model.capacity_factor;
+    require(factor >= 0.0 && factor.is_finite(), "capacity_factor", factor, "zero or a positive number")?;
+    require(
+        factor == 0.0 || model.experts > 1,
+        "capacity_factor",
+        factor,
+        "0 in a dense model (experts = 1)",
+    )?;
     // A checkpoint has a head size of its own.
     if !from_checkpoint && !model.hidden_size.is_multiple_of(model.heads) {
         return Err(ConfigError::HeadSize { hidden_size: model.hidden_size, heads: model.heads });
@@ -198,6 +206,9 @@ mod tests {
         check("[model]\nhidden_size = 84\nheads = 12\nkv_heads = 12", &["head_dim is 7", "even"]);
         check("[model]\nheads = 3", &["hidden_size (128)", "heads (3)"]);
         check("[model]\nkv_heads = 3", &["heads (4)", "kv_heads (3)"]);
+        check("[model]\ncapacity_factor = -1.0", &["capacity_factor = -1", "zero or a positive"]);
+        check("[model]\ncapacity_factor = inf", &["capacity_factor = inf", "zero or a positive"]);
+        check("[model]\ncapacity_factor = 1.0\nexperts = 1\ntop_k = 1", &["capacity_factor = 1", "dense"]);
         check("[model]\nlayers = 0", &["layers must be at least 1"]);
         check("[training]\nmethod = \"msgd\"", &["one worker", "--workers 1"]);
         check("[training]\nlearning_rate = -1.0", &["learning_rate = -1"]);

@@ -19,6 +19,7 @@ pub use check::ConfigError;
 pub use file::parse;
 use settings::settings;
 
+use crate::capacity::{Capacity, CapacityConvention};
 use crate::corpus::{Corpus, CorpusError};
 use crate::method::{Method, MethodDefaults, RateScaling};
 use crate::model_config::{FeedForward, ModelConfig, RouterOrder};
@@ -75,6 +76,10 @@ settings! {
         router: RouterOrder = RouterOrder::TopkThenSoftmax;
         /// Coefficient of the load-balancing loss; 0 lets experts die
         aux_loss: f32 = 0.01;
+        /// In training an expert takes at most this times its share of a batch and drops the rest; 0: dropless
+        capacity_factor: f64 = 0.0;
+        /// What the factor multiplies: tokens ⌊tokens/experts · factor⌋, slots ⌈tokens · top_k/experts · factor⌉
+        capacity_convention: CapacityConvention = CapacityConvention::Tokens;
         /// Tokens per sequence
         context: usize = 128;
         /// Base of the rotary frequencies
@@ -358,6 +363,12 @@ impl RunConfig {
             qkv_bias: false,
             context: model.context,
         }
+    }
+
+    /// The limit on the tokens of an expert in training; none where nothing is dropped.
+    pub fn capacity(&self) -> Option<Capacity> {
+        let (factor, convention) = (self.model.capacity_factor, self.model.capacity_convention);
+        (factor > 0.0).then_some(Capacity { factor, convention })
     }
 
     /// The run as a TOML file that resolves to the same run.

@@ -3,7 +3,7 @@
 //! One [`Push`] goes up a stream, one [`Reply`] comes down, each as the only message of its direction, so that the
 //! end of the stream is the end of the frame; a frame whose length field disagrees was cut off, and is an error.
 //!
-//! Push: a header of 50 bytes, then the hash if it is present, then the payload.
+//! Push: a header of 54 bytes, then the hash if it is present, then the payload.
 //!
 //! | offset | bytes | type | field | meaning |
 //! | --- | --- | --- | --- | --- |
@@ -15,9 +15,10 @@
 //! | 26 | 8 | u64 | step | server step of the model the gradient was taken at |
 //! | 34 | 4 | f32 | loss | nats per token; finite unless skipped, when any value may come |
 //! | 38 | 4 | u32 | tokens | predicted by the batch |
-//! | 42 | 8 | u64 | payload bytes | must be what is left of the frame; 0 if skipped |
-//! | 50 | 0 or 32 | bytes | replica hash | SHA-256 of the worker's model before this push |
-//! | 50 or 82 | | bytes | payload | tensor blocks ([`crate::sparse::codec`]) |
+//! | 42 | 4 | f32 | dropped | share of the choices of experts that were dropped, in [0, 1] |
+//! | 46 | 8 | u64 | payload bytes | must be what is left of the frame; 0 if skipped |
+//! | 54 | 0 or 32 | bytes | replica hash | SHA-256 of the worker's model before this push |
+//! | 54 or 86 | | bytes | payload | tensor blocks ([`crate::sparse::codec`]) |
 //!
 //! Answer: a header of 30 bytes, then what the flags announce, in this order.
 //!
@@ -52,7 +53,7 @@ const ANSWER_EVALUATION: u8 = 1 << 1;
 const ANSWER_FINISHED: u8 = 1 << 2;
 
 /// The longest header: a push with a hash.
-const HEADER_BYTES_MAX: u64 = 82;
+const HEADER_BYTES_MAX: u64 = 86;
 
 /// The longest frame that a peer with this layout sends: the most that need be read from a stream.
 pub fn frame_bytes_max(layout: &Layout) -> u64 {
@@ -90,6 +91,9 @@ pub enum WireError {
     /// A loss that is infinite or not a number, of a push that is not skipped.
     #[error("the loss is {0}")]
     Loss(f32),
+    /// A share of dropped choices that is no share.
+    #[error("the share of dropped choices is {0}")]
+    Dropped(f32),
     /// A skipped push with a payload.
     #[error("a skipped push has a payload of {0} bytes")]
     SkippedPayload(usize),
@@ -126,6 +130,7 @@ impl Push {
     pub fn encode(&self, out: &mut Vec<u8>) {
         assert!(self.seq.0 > 0, "pushes are counted from 1");
         assert!(self.skipped || self.loss.is_finite(), "the loss of a push that is not skipped is finite");
+        assert!(is_share(self.dropped), "the share of dropped choices is in [0, 1]");
         assert!(!self.skipped || self.payload.is_empty(), "a skipped push has no payload");
         let hash = self.replica_hash.as_ref().map_or(&[][..], |hash| hash);
         let flags = flag(self.skipped, PUSH_SKIPPED) | flag(!hash.is_empty(), PUSH_REPLICA_HASH);
@@ -137,6 +142,7 @@ impl Push {
         out.extend(self.step.0.to_le_bytes());
         out.extend(self.loss.to_le_bytes());
         out.extend(self.tokens.to_le_bytes());
+        out.extend(self.dropped.to_le_bytes());
         out.extend((self.payload.len() as u64).to_le_bytes());
         out.extend_from_slice(hash);
         out.extend_from_slice(&self.payload);
@@ -161,6 +167,7 @@ impl Push {
         let step = Step(header.u64()?);
         let loss = f32::from_bits(header.u32()?);
         let tokens = header.u32()?;
+        let dropped = f32::from_bits(header.u32()?);
         let payload_bytes = header.u64()?;
         let replica_hash = if flags & PUSH_REPLICA_HASH != 0 { Some(header.bytes()?) } else { None };
         let payload = header.payload(payload_bytes)?;
@@ -168,10 +175,13 @@ impl Push {
         if !skipped && !loss.is_finite() {
             return Err(WireError::Loss(loss));
         }
+        if !is_share(dropped) {
+            return Err(WireError::Dropped(dropped));
+        }
         if skipped && !payload.is_empty() {
             return Err(WireError::SkippedPayload(payload.len()));
         }
-        Ok(Self { session, seq, batch, step, loss, tokens, skipped, replica_hash, payload })
+        Ok(Self { session, seq, batch, step, loss, tokens, dropped, skipped, replica_hash, payload })
     }
 }
 
@@ -276,6 +286,11 @@ fn flag(set: bool, bit: u8) -> u8 {
     if set { bit } else { 0 }
 }
 
+/// Whether a number is in [0, 1]; one that is not a number is not.
+fn is_share(share: f32) -> bool {
+    (0.0..=1.0).contains(&share)
+}
+
 /// Whether a lease has a first batch and a last one.
 fn is_batch_range(range: BatchRange) -> bool {
     range.count > 0 && range.first.0.checked_add(u64::from(range.count) - 1).is_some()
@@ -345,14 +360,15 @@ mod tests {
     fn push() -> impl Strategy<Value = Push> {
         let hash = prop::option::of(any::<[u8; 32]>());
         let payload = prop::collection::vec(any::<u8>(), 0..40);
-        (any::<[u64; 4]>(), -1e9_f32..1e9, any::<u32>(), any::<bool>(), hash, payload).prop_map(
-            |([session, seq, batch, step], loss, tokens, skipped, replica_hash, payload)| Push {
+        (any::<[u64; 4]>(), -1e9_f32..1e9, 0_f32..=1.0, any::<u32>(), any::<bool>(), hash, payload).prop_map(
+            |([session, seq, batch, step], loss, dropped, tokens, skipped, replica_hash, payload)| Push {
                 session: SessionId(session),
                 seq: Seq(seq.max(1)),
                 batch: BatchId(batch),
                 step: Step(step),
                 loss,
                 tokens,
+                dropped,
                 skipped,
                 replica_hash,
                 payload: if skipped { Vec::new() } else { payload },
@@ -425,9 +441,9 @@ mod tests {
             flags in 0_u8..8,
         ) {
             // Most random frames would fail at their first byte or their length.
-            let length_at = if kind == KIND_PUSH { 42 } else { 22 };
+            let length_at = if kind == KIND_PUSH { 46 } else { 22 };
             let header = match kind {
-                KIND_PUSH => 50 + 32 * usize::from(flags >> 1 & 1),
+                KIND_PUSH => 54 + 32 * usize::from(flags >> 1 & 1),
                 _ => 30 + 12 * usize::from(flags & 1) + 13 * usize::from(flags >> 1 & 1),
             };
             if frame.len() >= header {
@@ -467,6 +483,7 @@ mod tests {
             step: Step(0),
             loss: 1.0,
             tokens: 1,
+            dropped: 0.0,
             skipped: false,
             replica_hash: None,
             payload: vec![5],
@@ -482,7 +499,10 @@ mod tests {
         check(1, &[PUSH_SKIPPED], WireError::SkippedPayload(1));
         check(10, &[0], WireError::SeqZero);
         check(34, &f32::INFINITY.to_le_bytes(), WireError::Loss(f32::INFINITY));
-        check(42, &u64::MAX.to_le_bytes(), WireError::Length { announced: u64::MAX, present: 1 });
+        check(42, &1.5_f32.to_le_bytes(), WireError::Dropped(1.5));
+        check(42, &(-0.5_f32).to_le_bytes(), WireError::Dropped(-0.5));
+        check(42, &f32::INFINITY.to_le_bytes(), WireError::Dropped(f32::INFINITY));
+        check(46, &u64::MAX.to_le_bytes(), WireError::Length { announced: u64::MAX, present: 1 });
 
         let work = Work {
             batches: Some(BatchRange { first: BatchId(3), count: 2 }),

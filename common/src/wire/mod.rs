@@ -10,7 +10,7 @@ use crate::ids::{BatchId, Seq, SessionId, Step};
 
 /// The application protocol name negotiated by TLS. It changes with every incompatible change of any byte here or
 /// in the codec, so two versions that disagree fail at the handshake instead of misreading each other.
-pub const ALPN: &[u8] = b"sanderling/1";
+pub const ALPN: &[u8] = b"sanderling/2";
 
 /// A worker's half of an exchange: one sparse update, or the word that there is none.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +27,8 @@ pub struct Push {
     pub loss: f32,
     /// Tokens the batch predicted.
     pub tokens: u32,
+    /// Share of its tokens' choices of experts that were dropped because experts were full, mean over the layers.
+    pub dropped: f32,
     /// The gradient was not finite: nothing is applied, the batch counts as done, `payload` is empty.
     pub skipped: bool,
     /// The hash of the worker's model before this push ([`crate::init::parameters_hash`]), when it wants it checked.

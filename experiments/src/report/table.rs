@@ -49,6 +49,13 @@ pub fn closing_table(summary: &Summary) -> String {
             ),
         ),
     ]);
+    if summary.capacity_factor > 0.0 {
+        let share = summary.dropped_share * 100.0;
+        rows.push((
+            "dropped",
+            format!("{share:.2} % of the choices of experts, capacity factor {}", summary.capacity_factor),
+        ));
+    }
     if !summary.completed {
         rows.push(("stopped early", "the figures are those of the run up to here".to_owned()));
     }

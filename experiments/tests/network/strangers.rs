@@ -143,6 +143,7 @@ async fn a_peer_cannot_speak_for_another_session() {
         step: Step(0),
         loss: 1.0,
         tokens: 1,
+        dropped: 0.0,
         skipped: true,
         replica_hash: None,
         payload: Vec::new(),

@@ -122,7 +122,7 @@ impl Cluster {
         }
         member.core.view();
         let batch = member.core.next_batch().expect("there are batches enough");
-        member.core.handle_gradient(batch, gradient, 1.0, 1, 0).expect("nothing overflows");
+        member.core.handle_gradient(batch, gradient, 1.0, 0.0, 1, 0).expect("nothing overflows");
     }
 
     /// Sends the pending push, over the wire format, and returns the answer without handing it to the worker.

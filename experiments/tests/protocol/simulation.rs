@@ -62,6 +62,21 @@ fn staleness_is_that_of_workers_that_take_turns() {
 }
 
 #[test]
+fn tight_experts_drop_tokens_and_dropless_ones_none() {
+    let mut run = run(3);
+    (run.training.steps, run.training.eval_every) = (40, 40);
+    let dropless = simulate(&run, corpus(), &uneven()).unwrap();
+    assert_eq!(dropless.dropped, [0.0; 40]);
+
+    run.model.capacity_factor = 0.5;
+    let tight = simulate(&run, corpus(), &uneven()).unwrap();
+    // 4 experts · 0.5 of their share of the tokens, for 2 choices of each token: at least three quarters are dropped.
+    let share = tight.dropped.iter().copied().map(f64::from).sum::<f64>() / tight.dropped.len() as f64;
+    assert!((0.75..1.0).contains(&share), "{share}");
+    assert_ne!(tight.theta, dropless.theta);
+}
+
+#[test]
 fn the_same_seed_gives_the_same_bits() {
     assert_eq!(simulated(7, &uneven()), simulated(7, &uneven()));
     assert_ne!(simulated(7, &uneven()).theta, simulated(8, &uneven()).theta);

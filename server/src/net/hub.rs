@@ -311,6 +311,7 @@ impl Hub {
                 step: step.0,
                 loss: push.loss,
                 tokens: push.tokens,
+                dropped: push.dropped,
                 staleness,
                 skipped: push.skipped,
                 seconds: self.seconds(),

@@ -43,6 +43,8 @@ pub struct Evaluation {
     pub best_val_loss: f64,
     /// Mean training loss of the pushes since the line before; none when there was no push.
     pub train_loss: Option<f64>,
+    /// Mean share of the choices of experts that were dropped by the same pushes; none when there was no push.
+    pub dropped_share: Option<f64>,
     /// Bytes up to this step.
     #[serde(flatten)]
     pub traffic: Traffic,
@@ -91,6 +93,10 @@ pub struct Summary {
     /// Validation loss at the first evaluation at or after 1.536 M tokens (2 000 batches of 12 × 64, the length of
     /// nanoGPT's CPU example); none for shorter runs and for other texts than the bundled one.
     pub val_loss_at_1_54m: Option<f64>,
+    /// The capacity factor of the run; 0: nothing is dropped.
+    pub capacity_factor: f64,
+    /// Mean share of the choices of experts that were dropped by the applied updates' batches.
+    pub dropped_share: f64,
     /// Bytes of the whole run.
     #[serde(flatten)]
     pub traffic: Traffic,

@@ -247,8 +247,9 @@ impl WorkerCore {
 
     /// Takes in the gradient of the next batch, taken at the last [`view`](Self::view), and makes the push.
     ///
-    /// `staleness` is τ as well as it is known: the server's updates since [`view_step`](Self::view_step). A gradient
-    /// or a loss that is not finite changes nothing; it makes a push without an update.
+    /// `loss`, `dropped` (the share of the choices of experts that were dropped) and `tokens` are for the server's
+    /// books; `staleness` is τ as well as it is known: the server's updates since [`view_step`](Self::view_step). A
+    /// gradient or a loss that is not finite changes nothing; it makes a push without an update.
     ///
     /// # Errors
     /// [`Diverged`] if an accumulator overflowed.
@@ -261,6 +262,7 @@ impl WorkerCore {
         batch: BatchId,
         gradient: &[f32],
         loss: f32,
+        dropped: f32,
         tokens: u32,
         staleness: u32,
     ) -> Result<&Push, Diverged> {
@@ -293,6 +295,7 @@ impl WorkerCore {
             step: self.view_step,
             loss,
             tokens,
+            dropped,
             skipped: usable.is_none(),
             replica_hash: check.then(|| parameters_hash(&self.layout, &self.theta)),
             payload,

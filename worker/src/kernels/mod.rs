@@ -11,7 +11,7 @@
 //! one flat gradient vector.
 //!
 //! Shapes use: rows = batch · time tokens, d the width of the residual stream, f the width of a feed-forward
-//! network, E experts of which k serve each token, slots = rows · k.
+//! network, E experts of which k serve each token, slots = rows · k, less the choices that a router dropped.
 
 pub mod cpu;
 
@@ -136,7 +136,7 @@ pub enum Rotation {
 pub enum RowScale<'a, R, B: ?Sized> {
     /// Nothing.
     One,
-    /// The rows are the slots of a routing, each with its router weight.
+    /// The rows are the slots of a routing, each with its router weight: all that were given, less those dropped.
     Router(&'a R),
     /// One factor per row (rows).
     Gate(&'a B),
@@ -169,15 +169,19 @@ pub struct RouterShape {
     pub top_k: usize,
     /// How logits become weights.
     pub order: RouterOrder,
+    /// The most tokens that an expert takes, at least 1; none: as many as choose it.
+    pub capacity: Option<usize>,
 }
 
 /// What a router did to one batch, per expert.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RouterStatistics {
-    /// Token slots each expert got; they sum to rows · k.
+    /// Tokens that chose each expert, dropped or not; they sum to rows · k.
     pub expert_tokens: Vec<u64>,
     /// Sum over the tokens of the softmax over all experts.
     pub probability_sums: Vec<f64>,
+    /// Of all those choices, the ones that were dropped because their expert was full.
+    pub dropped: u64,
 }
 
 impl RouterStatistics {
@@ -194,11 +198,17 @@ impl RouterStatistics {
         self.expert_tokens.iter_mut().zip(&other.expert_tokens).for_each(|(sum, &tokens)| *sum += tokens);
         let sums = self.probability_sums.iter_mut().zip(&other.probability_sums);
         sums.for_each(|(sum, probability)| *sum += probability);
+        self.dropped += other.dropped;
+    }
+
+    /// The share of all choices that were dropped.
+    pub fn dropped_share(&self) -> f64 {
+        self.dropped as f64 / self.expert_tokens.iter().sum::<u64>().max(1) as f64
     }
 
     /// The load-balancing loss N·Σ f_i·p_i: 1 at perfect balance, N when one expert takes all.
     ///
-    /// f_i is the share of the token slots, p_i the mean router probability (Shazeer et al. 2017, Fedus et al. 2021).
+    /// f_i is the share of the choices, dropped ones included, p_i the mean router probability (Shazeer et al. 2017, Fedus et al. 2021).
     pub fn load_balance(&self) -> f64 {
         let slots = self.expert_tokens.iter().sum::<u64>() as f64;
         let rows = self.probability_sums.iter().sum::<f64>();
@@ -419,6 +429,10 @@ pub trait Kernels {
     fn sigmoid_backward(&mut self, len: usize, sigma: &Self::Buffer, gradient: &mut Self::Buffer);
 
     /// Chooses k experts for each token (ties to the lower index), weighs them, and sorts the slots by expert.
+    ///
+    /// An expert that more tokens choose than its capacity keeps those of the largest probability in the softmax over
+    /// all experts, ties to the lower token. A dropped choice has no slot and adds nothing to its token; the weights of
+    /// the token's other choices stay as they are.
     fn route(&mut self, shape: RouterShape, logits: &Self::Buffer, routing: &mut Self::Routing);
     /// The gradient of the router's logits, replacing `dlogits` (rows, experts).
     ///
@@ -441,7 +455,7 @@ pub trait Kernels {
     fn router_entropy(&mut self, routing: &Self::Routing) -> Result<f64, Self::Error>;
     /// sorted (slots, width): slot s gets the row of its token. Its adjoint is [`unpermute`](Self::unpermute).
     fn permute(&mut self, routing: &Self::Routing, width: usize, x: &Self::Buffer, sorted: &mut Self::Buffer);
-    /// out (rows, width): each token gets the sum of its k slots. Its adjoint is [`permute`](Self::permute).
+    /// out (rows, width): each token gets the sum of its slots, zero without any. Its adjoint is [`permute`](Self::permute).
     fn unpermute(
         &mut self,
         routing: &Self::Routing,

@@ -13,6 +13,7 @@ mod workspace;
 use std::error::Error;
 
 use ndarray::{ArrayView2, ArrayView3};
+use sanderling_common::capacity::Capacity;
 use sanderling_common::model_config::{FeedForward, ModelConfig, ModelConfigError};
 
 pub use self::cache::Cache;
@@ -32,6 +33,17 @@ pub struct StepLoss {
     /// Mean over the layers of the load-balancing loss, without its coefficient; 1 at perfect balance, 0 for a
     /// dense model.
     pub auxiliary: f64,
+    /// Mean over the layers of the share of choices that experts dropped because they were full; 0 for a dense model.
+    pub dropped: f64,
+}
+
+/// How training keeps experts from being overrun.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Balancing {
+    /// Coefficient of the mean over the layers of the load-balancing loss.
+    pub auxiliary: f32,
+    /// The limit on the tokens of an expert; none: nothing is dropped.
+    pub capacity: Option<Capacity>,
 }
 
 /// What an evaluation of one batch found, as sums that add up over batches.
@@ -189,7 +201,9 @@ impl<K: Kernels> Model<K> {
     }
 
     /// The loss of a batch of (batch, time) tokens, and in `grad`, which is overwritten, the gradient of
-    /// mean cross-entropy + `aux_coefficient` · mean over layers of the load-balancing loss.
+    /// mean cross-entropy + `balancing.auxiliary` · mean over layers of the load-balancing loss.
+    ///
+    /// Experts drop what `balancing.capacity` has no room for; this is the only pass in which they do.
     ///
     /// # Errors
     /// A [`ModelError`] for a batch that does not fit the model or a failing device; `grad` is then unspecified.
@@ -201,13 +215,21 @@ impl<K: Kernels> Model<K> {
         params: &K::Buffer,
         inputs: ArrayView2<'_, u32>,
         targets: ArrayView2<'_, u32>,
-        aux_coefficient: f32,
+        balancing: Balancing,
         grad: &mut K::Buffer,
     ) -> Result<StepLoss, ModelError> {
         let shape = self.prepare(inputs, Some(targets))?;
         let rows = shape.rows();
         self.prepare_gradients()?;
-        self.forward(shape, params);
+        let capacity = match self.config.feed_forward {
+            FeedForward::Dense => None,
+            FeedForward::Moe { experts, top_k, .. } => {
+                balancing.capacity.map(|capacity| capacity.limit(rows, experts, top_k))
+            }
+        };
+        let (mut pass, activations) = self.pass(shape);
+        pass.capacity = capacity;
+        pass.forward(params, activations);
         let (activations, gradients) = (present(&mut self.activations), present(&mut self.gradients));
         self.kernels.cross_entropy(
             (rows, self.config.vocab_size),
@@ -217,20 +239,21 @@ impl<K: Kernels> Model<K> {
             &mut activations.losses,
         );
         let loss = self.kernels.sum(&activations.losses, rows).map_err(ModelError::device)?;
-        let auxiliary = load_balance(&mut self.kernels, activations).map_err(ModelError::device)?;
+        let (auxiliary, dropped) = routers(&mut self.kernels, activations).map_err(ModelError::device)?;
         let mut pass = Pass {
             config: &self.config,
             plan: &self.plan,
             kernels: &mut self.kernels,
             rope: &self.rope,
             shape,
+            capacity,
         };
-        let per_layer = aux_coefficient / self.config.layers as f32;
+        let per_layer = balancing.auxiliary / self.config.layers as f32;
         pass.backward(params, activations, gradients, per_layer, grad);
-        Ok(StepLoss { cross_entropy: loss / rows as f64, auxiliary })
+        Ok(StepLoss { cross_entropy: loss / rows as f64, auxiliary, dropped })
     }
 
-    /// The logits (batch, time, vocab) of a batch.
+    /// The logits (batch, time, vocab) of a batch; no expert drops any token.
     ///
     /// # Errors
     /// As [`loss_and_grad`](Self::loss_and_grad).
@@ -316,7 +339,7 @@ impl<K: Kernels> Model<K> {
         Ok(view.expect("the losses were resized to their shape"))
     }
 
-    /// Loss and routing of a batch, forward only.
+    /// Loss and routing of a batch, forward only; no expert drops any token.
     ///
     /// # Errors
     /// As [`loss_and_grad`](Self::loss_and_grad).
@@ -367,8 +390,7 @@ impl<K: Kernels> Model<K> {
 
     /// Appends tokens to the sequence in a cache, and returns the logits (vocab) of what follows the last of them.
     ///
-    /// They are those of [`logits`](Self::logits) for the whole sequence, up to rounding; each token is computed once,
-    /// and no expert drops any.
+    /// They are those of [`logits`](Self::logits) for the whole sequence, up to rounding; each token is computed once.
     ///
     /// # Errors
     /// [`ModelError::CacheFull`] if there is not room for all of them, and as [`logits`](Self::logits); the cache then
@@ -478,24 +500,26 @@ impl<K: Kernels> Model<K> {
         pass.forward(params, activations);
     }
 
-    /// A pass over a prepared batch, and its memory.
+    /// A pass over a prepared batch that drops nothing, and its memory.
     fn pass(&mut self, shape: AttentionShape) -> (Pass<'_, K>, &mut Activations<K>) {
         let Self { config, plan, kernels, rope, activations, .. } = self;
-        (Pass { config, plan, kernels, rope, shape }, present(activations))
+        (Pass { config, plan, kernels, rope, shape, capacity: None }, present(activations))
     }
 }
 
-/// Mean over the layers of the load-balancing loss, 0 for a dense model.
-fn load_balance<K: Kernels>(kernels: &mut K, activations: &Activations<K>) -> Result<f64, K::Error> {
+/// Means over the layers of the load-balancing loss and of the share of dropped choices, 0 for a dense model.
+fn routers<K: Kernels>(kernels: &mut K, activations: &Activations<K>) -> Result<(f64, f64), K::Error> {
     let mut statistics = RouterStatistics::default();
-    let mut sum = 0.0;
+    let (mut load, mut dropped) = (0.0, 0.0);
     for layer in &activations.layers {
         if let Some(moe) = &layer.moe {
             kernels.router_statistics(&moe.routing, &mut statistics)?;
-            sum += statistics.load_balance();
+            load += statistics.load_balance();
+            dropped += statistics.dropped_share();
         }
     }
-    Ok(sum / activations.layers.len() as f64)
+    let layers = activations.layers.len() as f64;
+    Ok((load / layers, dropped / layers))
 }
 
 fn one_row(tokens: &[u32]) -> ArrayView2<'_, u32> {

@@ -17,6 +17,8 @@ pub(super) struct Pass<'a, K: Kernels> {
     /// Cosines and sines, see [`Kernels::rotary`].
     pub(super) rope: &'a K::Buffer,
     pub(super) shape: AttentionShape,
+    /// The most tokens that an expert takes.
+    pub(super) capacity: Option<usize>,
 }
 
 impl<K: Kernels> Pass<'_, K> {
@@ -153,6 +155,7 @@ impl<K: Kernels> Pass<'_, K> {
         (delta, expert_outputs): (&mut K::Storage, &mut K::Storage),
     ) {
         let (rows, d, f) = (self.rows(), self.config.hidden_size, self.config.intermediate_size);
+        let capacity = self.capacity;
         let LayerActivations { feed_forward_normed: normed, gate_up, hidden, moe, .. } = layer;
         let kernels = &mut *self.kernels;
         match (plan, moe) {
@@ -166,7 +169,7 @@ impl<K: Kernels> Pass<'_, K> {
                 Some(moe),
             ) => {
                 kernels.product(params, router, rows, normed, &mut moe.logits, Write::Replace);
-                let shape = RouterShape { rows, experts: router.outputs, top_k, order };
+                let shape = RouterShape { rows, experts: router.outputs, top_k, order, capacity };
                 kernels.route(shape, &moe.logits, &mut moe.routing);
                 kernels.permute(&moe.routing, d, normed, &mut moe.sorted);
                 kernels.expert_product(params, gate_up_weights, &moe.routing, &moe.sorted, gate_up);

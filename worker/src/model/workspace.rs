@@ -128,7 +128,7 @@ impl<K: Kernels> LayerActivations<K> {
         let moe = match config.feed_forward {
             FeedForward::Dense => None,
             FeedForward::Moe { experts, top_k, router: order } => {
-                let shape = RouterShape { rows, experts, top_k, order };
+                let shape = RouterShape { rows, experts, top_k, order, capacity: None };
                 Some(MoeActivations::new(config, kernels, shape)?)
             }
         };

@@ -336,9 +336,9 @@ impl Member {
             Some(newest) => u32::try_from(behind(newest)).unwrap_or(u32::MAX),
             None => core.last_staleness().saturating_add(u32::try_from(behind(Step(0))).unwrap_or(u32::MAX)),
         };
-        let loss = loss.cross_entropy as f32;
+        let (loss, dropped) = (loss.cross_entropy as f32, loss.dropped as f32);
         let tokens = u32::try_from(tokens).expect("the configuration bounds a batch");
-        let pushed = core.handle_gradient(batch, desk.engine.gradient(), loss, tokens, staleness);
+        let pushed = core.handle_gradient(batch, desk.engine.gradient(), loss, dropped, tokens, staleness);
         match pushed {
             Ok(_) => Ok(()),
             Err(diverged) => Err(Lost::Session(diverged.to_string())),

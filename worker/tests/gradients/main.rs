@@ -9,11 +9,12 @@
 mod reference;
 
 use ndarray::Array2;
+use sanderling_common::capacity::{Capacity, CapacityConvention};
 use sanderling_common::init::{Purpose, normal_pair, stream, uniform};
 use sanderling_common::layout::Layout;
 use sanderling_common::model_config::{FeedForward, ModelConfig, RouterOrder};
 use sanderling_worker::kernels::cpu::Cpu;
-use sanderling_worker::model::{Model, StepLoss};
+use sanderling_worker::model::{Balancing, Model, StepLoss};
 
 use reference::Reference;
 
@@ -77,14 +78,21 @@ struct Case {
     params: Vec<f32>,
     inputs: Vec<Vec<u32>>,
     targets: Vec<Vec<u32>>,
-    aux_coefficient: f32,
+    balancing: Balancing,
 }
 
 impl Case {
-    fn new(config: ModelConfig, aux_coefficient: f32) -> Self {
+    fn new(config: ModelConfig, auxiliary: f32) -> Self {
         let layout = config.layout().unwrap();
         let (inputs, targets) = (tokens(0, config.vocab_size), tokens(1, config.vocab_size));
-        Self { params: parameters(&layout), layout, inputs, targets, aux_coefficient, config }
+        let balancing = Balancing { auxiliary, capacity: None };
+        Self { params: parameters(&layout), layout, inputs, targets, balancing, config }
+    }
+
+    /// With experts that drop what is over this many times their share of the tokens.
+    fn with_capacity(mut self, factor: f64) -> Self {
+        self.balancing.capacity = Some(Capacity { factor, convention: CapacityConvention::Tokens });
+        self
     }
 
     fn gradient(&self, kernels: Cpu) -> (StepLoss, Vec<f32>) {
@@ -92,14 +100,15 @@ impl Case {
         let mut grad = vec![f32::NAN; self.layout.len()];
         let (inputs, targets) = (array(&self.inputs), array(&self.targets));
         let loss = model
-            .loss_and_grad(&self.params, inputs.view(), targets.view(), self.aux_coefficient, &mut grad)
+            .loss_and_grad(&self.params, inputs.view(), targets.view(), self.balancing, &mut grad)
             .unwrap();
         (loss, grad)
     }
 
     fn reference<'a>(&'a self, params: &'a [f64]) -> Reference<'a> {
-        let aux_coefficient = f64::from(self.aux_coefficient);
-        Reference { config: &self.config, layout: &self.layout, params, aux_coefficient }
+        let aux_coefficient = f64::from(self.balancing.auxiliary);
+        let factor = self.balancing.capacity.map(|capacity| capacity.factor);
+        Reference { config: &self.config, layout: &self.layout, params, aux_coefficient, factor }
     }
 
     /// The derivative of the objective along `direction`, which is zero outside one tensor.
@@ -118,6 +127,8 @@ impl Case {
         let losses = self.reference(&exact).losses(&self.inputs, &self.targets);
         assert!((loss.cross_entropy - losses.cross_entropy).abs() < 1e-5, "{name}: {loss:?}, {losses:?}");
         assert!((loss.auxiliary - losses.auxiliary).abs() < 1e-5, "{name}: {loss:?}, {losses:?}");
+        assert!((loss.dropped - losses.dropped).abs() < 1e-12, "{name}: {loss:?}, {losses:?}");
+        assert_eq!(loss.dropped > 0.0, self.balancing.capacity.is_some(), "{name}: {loss:?}");
         let mut rng = stream(7, Purpose::Parameters, 1);
         let mut worst = (0.0, String::new());
         for tensor in self.layout.tensors() {
@@ -178,6 +189,25 @@ fn biases_and_a_shared_expert() {
 fn load_balancing_loss() {
     Case::new(mixture(RouterOrder::TopkThenSoftmax), 10.0).check_both("topk-then-softmax, auxiliary");
     Case::new(mixture(RouterOrder::SoftmaxThenTopk), 10.0).check_both("softmax-then-topk, auxiliary");
+}
+
+/// Some tokens lose one expert, some all of them.
+#[test]
+fn dropped_tokens() {
+    for router in [RouterOrder::TopkThenSoftmax, RouterOrder::SoftmaxThenTopk] {
+        Case::new(mixture(router), 0.1).with_capacity(2.0).check_both(&format!("{router:?}, capacity 2"));
+        Case::new(mixture(router), 10.0).with_capacity(0.3).check_both(&format!("{router:?}, capacity 0.3"));
+        let case = Case::new(with_shared_expert(router), 0.0).with_capacity(0.0);
+        case.check_both(&format!("{router:?}, shared expert, one token per expert"));
+    }
+}
+
+/// A capacity that no expert reaches changes no bit.
+#[test]
+fn room_enough_drops_nothing() {
+    let config = mixture(RouterOrder::TopkThenSoftmax);
+    let case = Case::new(config.clone(), 0.1).with_capacity(5.0);
+    assert_eq!(case.gradient(Cpu::new()), Case::new(config, 0.1).gradient(Cpu::new()));
 }
 
 /// Vector and scalar code differ by rounding alone, in every element.

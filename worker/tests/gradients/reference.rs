@@ -8,13 +8,22 @@ pub(crate) struct Reference<'a> {
     pub(crate) layout: &'a Layout,
     pub(crate) params: &'a [f64],
     pub(crate) aux_coefficient: f64,
+    /// An expert takes at most ⌊tokens / experts · factor⌋ tokens, at least 1.
+    pub(crate) factor: Option<f64>,
 }
 
-/// Mean cross-entropy, and the mean over the layers of N·Σ f·p.
+/// Mean cross-entropy, and the means over the layers of N·Σ f·p and of the share of dropped choices.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Losses {
     pub(crate) cross_entropy: f64,
     pub(crate) auxiliary: f64,
+    pub(crate) dropped: f64,
+}
+
+/// Where a token goes: experts with their weights, and the softmax over all experts.
+struct Routed {
+    chosen: Vec<(usize, f64)>,
+    probabilities: Vec<f64>,
 }
 
 type Rows = Vec<Vec<f64>>;
@@ -54,10 +63,12 @@ impl Reference<'_> {
         let embedding = self.tensor("model.embed_tokens.weight");
         let embed = |&token: &u32| embedding[token as usize * d..][..d].to_vec();
         let mut sequences: Vec<Rows> = inputs.iter().map(|ids| ids.iter().map(embed).collect()).collect();
-        let mut auxiliary = 0.0;
+        let (mut auxiliary, mut dropped) = (0.0, 0.0);
         for layer in 0..self.config.layers {
             sequences.iter_mut().for_each(|rows| self.attention(layer, rows));
-            auxiliary += self.feed_forward(layer, &mut sequences) / self.config.layers as f64;
+            let (load, lost) = self.feed_forward(layer, &mut sequences);
+            auxiliary += load / self.config.layers as f64;
+            dropped += lost / self.config.layers as f64;
         }
         let head = if self.config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
         let mut sum = 0.0;
@@ -67,7 +78,7 @@ impl Reference<'_> {
             assert_eq!(logits.len(), vocab);
             sum -= softmax(&logits)[target as usize].ln();
         }
-        Losses { cross_entropy: sum / targets.iter().flatten().count() as f64, auxiliary }
+        Losses { cross_entropy: sum / targets.iter().flatten().count() as f64, auxiliary, dropped }
     }
 
     fn attention(&self, layer: usize, rows: &mut Rows) {
@@ -123,8 +134,46 @@ impl Reference<'_> {
         }
     }
 
-    /// Adds the feed-forward network's output and returns its load-balancing loss.
-    fn feed_forward(&self, layer: usize, sequences: &mut [Rows]) -> f64 {
+    /// Chooses and weighs the experts of one normed token.
+    fn route(&self, layer: usize, x: &[f64]) -> Routed {
+        let FeedForward::Moe { experts, top_k, router } = self.config.feed_forward else {
+            panic!("a dense model routes nothing")
+        };
+        let logits = self.linear(&format!("model.layers.{layer}.block_sparse_moe.gate.weight"), x);
+        let probabilities = softmax(&logits);
+        let mut order: Vec<usize> = (0..experts).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+        order.truncate(top_k);
+        let weights: Vec<f64> = match router {
+            RouterOrder::TopkThenSoftmax => {
+                softmax(&order.iter().map(|&expert| logits[expert]).collect::<Vec<_>>())
+            }
+            RouterOrder::SoftmaxThenTopk => order.iter().map(|&expert| probabilities[expert]).collect(),
+        };
+        Routed { chosen: order.into_iter().zip(weights).collect(), probabilities }
+    }
+
+    /// Takes from every expert the tokens that it has no room for, and returns how many.
+    fn drop_tokens(&self, experts: usize, routed: &mut [Routed]) -> f64 {
+        let Some(factor) = self.factor else { return 0.0 };
+        let limit = ((routed.len() as f64 / experts as f64 * factor) as usize).max(1);
+        let mut dropped = 0;
+        for expert in 0..experts {
+            let chose = |routed: &Routed| routed.chosen.iter().any(|&(chosen, _)| chosen == expert);
+            let mut tokens: Vec<usize> = (0..routed.len()).filter(|&token| chose(&routed[token])).collect();
+            // A stable sort: ties stay in the order of the tokens.
+            let p = |token: usize| routed[token].probabilities[expert];
+            tokens.sort_by(|&a, &b| p(b).total_cmp(&p(a)));
+            for token in tokens.drain(limit.min(tokens.len())..) {
+                routed[token].chosen.retain(|&(chosen, _)| chosen != expert);
+                dropped += 1;
+            }
+        }
+        f64::from(dropped)
+    }
+
+    /// Adds the feed-forward network's output and returns its load-balancing loss and share of dropped choices.
+    fn feed_forward(&self, layer: usize, sequences: &mut [Rows]) -> (f64, f64) {
         let at = |name: &str| format!("model.layers.{layer}.{name}.weight");
         let swiglu = |x: &[f64], gate: &str, up: &str, down: &str| {
             let (gate, up) = (self.linear(gate, x), self.linear(up, x));
@@ -132,45 +181,39 @@ impl Reference<'_> {
                 gate.iter().zip(&up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect();
             self.linear(down, &hidden)
         };
-        let config = self.config;
-        let FeedForward::Moe { experts, top_k, router } = config.feed_forward else {
-            for row in sequences.iter_mut().flatten() {
-                let x = self.norm(&at("post_attention_layernorm"), row);
-                let out = swiglu(&x, &at("mlp.gate_proj"), &at("mlp.up_proj"), &at("mlp.down_proj"));
+        let normed = |row: &Vec<f64>| self.norm(&at("post_attention_layernorm"), row);
+        let inputs: Rows = sequences.iter().flatten().map(normed).collect();
+        let tokens = sequences.iter_mut().flatten().zip(&inputs);
+        let FeedForward::Moe { experts, top_k, .. } = self.config.feed_forward else {
+            for (row, x) in tokens {
+                let out = swiglu(x, &at("mlp.gate_proj"), &at("mlp.up_proj"), &at("mlp.down_proj"));
                 row.iter_mut().zip(out).for_each(|(x, out)| *x += out);
             }
-            return 0.0;
+            return (0.0, 0.0);
         };
-        let (mut counts, mut probabilities, mut tokens) = (vec![0.0; experts], vec![0.0; experts], 0.0);
-        for row in sequences.iter_mut().flatten() {
-            let x = self.norm(&at("post_attention_layernorm"), row);
-            let logits = self.linear(&at("block_sparse_moe.gate"), &x);
-            let all = softmax(&logits);
-            let mut order: Vec<usize> = (0..experts).collect();
-            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
-            let chosen = &order[..top_k];
-            let weights = match router {
-                RouterOrder::TopkThenSoftmax => {
-                    softmax(&chosen.iter().map(|&expert| logits[expert]).collect::<Vec<_>>())
-                }
-                RouterOrder::SoftmaxThenTopk => chosen.iter().map(|&expert| all[expert]).collect(),
-            };
-            for (&expert, weight) in chosen.iter().zip(weights) {
+        let mut routed: Vec<Routed> = inputs.iter().map(|x| self.route(layer, x)).collect();
+        let (mut counts, mut probabilities) = (vec![0.0; experts], vec![0.0; experts]);
+        for routed in &routed {
+            routed.chosen.iter().for_each(|&(expert, _)| counts[expert] += 1.0);
+            probabilities.iter_mut().zip(&routed.probabilities).for_each(|(sum, p)| *sum += p);
+        }
+        let slots = (inputs.len() * top_k) as f64;
+        let dropped = self.drop_tokens(experts, &mut routed) / slots;
+        for ((row, x), routed) in tokens.zip(&routed) {
+            for &(expert, weight) in &routed.chosen {
                 let name = |part: &str| at(&format!("block_sparse_moe.experts.{expert}.{part}"));
-                let out = swiglu(&x, &name("w1"), &name("w3"), &name("w2"));
+                let out = swiglu(x, &name("w1"), &name("w3"), &name("w2"));
                 row.iter_mut().zip(out).for_each(|(x, out)| *x += weight * out);
-                counts[expert] += 1.0;
             }
-            if config.shared_expert.is_some() {
+            if self.config.shared_expert.is_some() {
                 let name = |part: &str| at(&format!("block_sparse_moe.shared_expert.{part}"));
-                let out = swiglu(&x, &name("gate_proj"), &name("up_proj"), &name("down_proj"));
-                let logit = self.linear(&at("block_sparse_moe.shared_expert_gate"), &x)[0];
+                let out = swiglu(x, &name("gate_proj"), &name("up_proj"), &name("down_proj"));
+                let logit = self.linear(&at("block_sparse_moe.shared_expert_gate"), x)[0];
                 row.iter_mut().zip(out).for_each(|(x, out)| *x += out / (1.0 + (-logit).exp()));
             }
-            probabilities.iter_mut().zip(all).for_each(|(sum, p)| *sum += p);
-            tokens += 1.0;
         }
         let shares = counts.iter().zip(&probabilities);
-        experts as f64 * shares.map(|(count, p)| count / (tokens * top_k as f64) * (p / tokens)).sum::<f64>()
+        let dot: f64 = shares.map(|(count, p)| count / slots * (p / inputs.len() as f64)).sum();
+        (experts as f64 * dot, dropped)
     }
 }

@@ -294,10 +294,10 @@ impl Kernels for Cpu {
         gate_up: &[f32],
         out: &mut [f32],
     ) {
-        let weights = match scale {
-            RowScale::One => None,
-            RowScale::Router(routing) => Some(&routing.weights[..rows]),
-            RowScale::Gate(gate) => Some(&gate[..rows]),
+        let (rows, weights) = match scale {
+            RowScale::One => (rows, None),
+            RowScale::Router(routing) => (routing.slots(), Some(&routing.weights[..routing.slots()])),
+            RowScale::Gate(gate) => (rows, Some(&gate[..rows])),
         };
         let (gate_up, out) = (&gate_up[..rows * 2 * width], &mut out[..rows * width]);
         self.arch.dispatch(swiglu::Forward { width, weights, gate_up, out });
@@ -311,12 +311,13 @@ impl Kernels for Cpu {
         dout: &[f32],
         gate_up: &mut [f32],
     ) {
-        let weights = match scale {
-            RowScaleGradient::One => None,
+        let (rows, weights) = match scale {
+            RowScaleGradient::One => (rows, None),
             RowScaleGradient::Router(routing) => {
-                Some((&routing.weights[..rows], &mut routing.weight_gradients[..rows]))
+                let slots = routing.slots();
+                (slots, Some((&routing.weights[..slots], &mut routing.weight_gradients[..slots])))
             }
-            RowScaleGradient::Gate { gate, gradient } => Some((&gate[..rows], &mut gradient[..rows])),
+            RowScaleGradient::Gate { gate, gradient } => (rows, Some((&gate[..rows], &mut gradient[..rows]))),
         };
         let (dout, gate_up) = (&dout[..rows * width], &mut gate_up[..rows * 2 * width]);
         self.arch.dispatch(swiglu::Backward { width, weights, dout, gate_up });
@@ -360,8 +361,12 @@ impl Kernels for Cpu {
     fn unpermute(&mut self, routing: &Routing, width: usize, sorted: &[f32], out: &mut [f32]) {
         let choices = routing.slots_of_choices().chunks_exact(routing.shape.top_k);
         for (row, slots) in out.chunks_exact_mut(width).zip(choices) {
-            let mut slots = slots.iter().map(|&slot| &sorted[slot as usize * width..][..width]);
-            row.copy_from_slice(slots.next().expect("every token has at least one expert"));
+            let kept = slots.iter().map(|&slot| slot as usize).filter(|&slot| slot < routing.slots());
+            let mut slots = kept.map(|slot| &sorted[slot * width..][..width]);
+            match slots.next() {
+                Some(slot) => row.copy_from_slice(slot),
+                None => row.fill(0.0),
+            }
             for slot in slots {
                 row.iter_mut().zip(slot).for_each(|(sum, value)| *sum += value);
             }
