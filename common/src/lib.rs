@@ -11,6 +11,7 @@ pub mod ids;
 pub mod init;
 pub mod join;
 pub mod layout;
+pub mod mapped;
 pub mod method;
 pub mod model_config;
 pub mod report;
