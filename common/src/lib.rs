@@ -4,6 +4,7 @@
 //! wire format, the run configuration, the corpus and the checkpoint format. There is no network, no clock and no
 //! global randomness in here; `server` and `worker` depend on this crate and never on each other.
 
+pub mod beside;
 pub mod checkpoint;
 pub mod config;
 pub mod corpus;
@@ -17,4 +18,5 @@ pub mod model_config;
 pub mod report;
 pub mod schedule;
 pub mod sparse;
+pub mod tokens;
 pub mod wire;
