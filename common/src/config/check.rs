@@ -69,7 +69,7 @@ pub enum ConfigError {
 }
 
 /// The most parameters a run may have: the flat vector, two optimiser states and a replica per worker must fit.
-const PARAMETERS_MAX: usize = 4_000_000_000;
+pub(super) const PARAMETERS_MAX: usize = 4_000_000_000;
 
 pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     let (training, exchange, server) = (&config.training, &config.exchange, &config.server);
@@ -145,7 +145,7 @@ fn check_model(config: &RunConfig) -> Result<(), ConfigError> {
     ] {
         require(value <= most, key, value, "smaller (nothing that large can be trained here)")?;
     }
-    // Any vocabulary serves for checking the rest; the corpus bounds its own.
+    // Any vocabulary serves for checking the rest; that of the corpus is checked when it is known.
     let parameters = config.model_config(crate::corpus::VOCABULARY_MAX).layout()?.len();
     require(parameters <= PARAMETERS_MAX, "parameters", parameters, "at most 4 000 000 000")?;
     Ok(())

@@ -16,11 +16,16 @@ pub struct PlotError {
 /// A series: its name, its colour and its points.
 type Series<'a> = (&'a str, RGBColor, Vec<(f64, f64)>);
 
-/// Draws training and validation loss over millions of training tokens.
+/// Draws training and validation loss, in nats per `unit` of the text, over millions of training tokens.
 ///
 /// # Errors
 /// A [`PlotError`] if the file cannot be written.
-pub fn plot_losses(path: &Path, title: &str, evaluations: &[Evaluation]) -> Result<(), PlotError> {
+pub fn plot_losses(
+    path: &Path,
+    title: &str,
+    unit: &str,
+    evaluations: &[Evaluation],
+) -> Result<(), PlotError> {
     let million = |tokens: u64| tokens as f64 / 1e6;
     let validation = evaluations.iter().map(|e| (million(e.tokens), e.val_loss)).collect();
     // A training loss is the mean over a stretch of the run; it belongs in the stretch's middle.
@@ -32,11 +37,16 @@ pub fn plot_losses(path: &Path, title: &str, evaluations: &[Evaluation]) -> Resu
         ("training, mean between evaluations", RGBColor(150, 160, 170), training),
         ("validation", RGBColor(0, 110, 160), validation),
     ];
-    draw(path, title, &series)
+    draw(path, title, unit, &series)
         .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
 }
 
-fn draw(path: &Path, title: &str, series: &[Series<'_>]) -> Result<(), Box<dyn std::error::Error>> {
+fn draw(
+    path: &Path,
+    title: &str,
+    unit: &str,
+    series: &[Series<'_>],
+) -> Result<(), Box<dyn std::error::Error>> {
     let points = || series.iter().flat_map(|(_, _, points)| points);
     let right = points().map(|p| p.0).fold(0.0, f64::max).max(1e-6) * 1.02;
     let bottom = points().map(|p| p.1).fold(f64::INFINITY, f64::min);
@@ -55,7 +65,7 @@ fn draw(path: &Path, title: &str, series: &[Series<'_>]) -> Result<(), Box<dyn s
     chart
         .configure_mesh()
         .x_desc("training tokens, millions")
-        .y_desc("cross-entropy, nats per character")
+        .y_desc(format!("cross-entropy, nats per {unit}"))
         .label_style(("sans-serif", 16))
         .axis_desc_style(("sans-serif", 17))
         .light_line_style(TRANSPARENT)

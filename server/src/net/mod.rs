@@ -48,7 +48,7 @@ pub enum ServerError {
     /// No certificate.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The text cannot be trained on.
+    /// The text or token file cannot be trained on.
     #[error("cannot train on {text}: {source}")]
     Corpus {
         /// The run's text.

@@ -103,7 +103,7 @@ impl RunFolder {
         write(&self.path.join("summary.json"), &json)
     }
 
-    /// Writes the model, its configuration and its tokenizer to `checkpoint/`.
+    /// Writes the model, its configuration and its tokenizer, if the corpus has one, to `checkpoint/`.
     ///
     /// # Errors
     /// A [`ResultsError`].
@@ -114,17 +114,23 @@ impl RunFolder {
         corpus: &Corpus,
     ) -> Result<PathBuf, ResultsError> {
         let path = self.path.join("checkpoint");
-        let json = |value| serde_json::to_vec_pretty(&value).expect("JSON values can be written");
-        let tokenizer = json(corpus.vocabulary().tokenizer_json());
+        let tokenizer = corpus.vocabulary().tokenizer_json();
         // Without it, AutoTokenizer of transformers 4 takes every Llama-like model to have Llama's special tokens.
-        let tokenizer_config = json(serde_json::json!({
+        let tokenizer_config = serde_json::json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": model.context,
             "clean_up_tokenization_spaces": false,
-        }));
-        let extra: [(&str, &[u8]); 2] =
-            [("tokenizer.json", &tokenizer), ("tokenizer_config.json", &tokenizer_config)];
+        });
+        let tokenizer_config =
+            serde_json::to_vec_pretty(&tokenizer_config).expect("JSON values can be written");
+        let extra: Vec<(&str, &[u8])> = match &tokenizer {
+            Some(tokenizer) => {
+                vec![("tokenizer.json", tokenizer), ("tokenizer_config.json", &tokenizer_config)]
+            }
+            // A token file without a tokenizer: its maker knows what the tokens stand for.
+            None => Vec::new(),
+        };
         checkpoint::save(&path, model, parameters, &extra)?;
         Ok(path)
     }

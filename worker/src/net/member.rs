@@ -26,7 +26,7 @@ const IN_FLIGHT_WAIT: Duration = Duration::from_millis(20);
 /// How often a worker says what it does.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 
-/// The text, kept across sessions: a worker that starts anew does not fetch it again.
+/// The text or token file, kept across sessions: a worker that starts anew does not fetch it again.
 #[derive(Default)]
 pub(super) struct Shelf {
     corpus: Option<Arc<Corpus>>,
@@ -34,7 +34,7 @@ pub(super) struct Shelf {
 }
 
 impl Shelf {
-    /// The text of this hash: the one at hand, the bundled one, or the server's.
+    /// The corpus of this hash: the one at hand, the bundled text, or what the server has, be it text or tokens.
     async fn text(&mut self, link: &Link, sha256: [u8; 32]) -> Result<Arc<Corpus>, Lost> {
         if let Some(corpus) = self.corpus.as_ref().filter(|corpus| corpus.sha256() == sha256) {
             return Ok(corpus.clone());
@@ -44,7 +44,7 @@ impl Shelf {
             bundled
         } else {
             let bytes = link.fetch(&mut self.download, BulkObject::Text, TEXT_BYTES_MAX).await?;
-            Corpus::from_bytes(&bytes).map_err(WorkerError::Corpus)?
+            Corpus::from_bytes(bytes).map_err(WorkerError::Corpus)?
         };
         if corpus.sha256() != sha256 {
             return Err(Lost::ForNow("the server sent another text than it had announced".to_owned()));
@@ -97,7 +97,7 @@ impl Member {
     pub(super) async fn prepare(link: &Link, welcome: &Welcome, shelf: &mut Shelf) -> Result<Self, Lost> {
         welcome.run.validate().map_err(WorkerError::Config)?;
         let corpus = shelf.text(link, welcome.text_sha256).await?;
-        corpus.check_context(welcome.run.model.context).map_err(WorkerError::Corpus)?;
+        welcome.run.check_corpus(&corpus).map_err(WorkerError::Corpus)?;
         let engine = Engine::new(&welcome.run, corpus).map_err(WorkerError::Compute)?;
         let layout = engine.layout().clone();
         Ok(Self {
