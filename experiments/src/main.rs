@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use sanderling::commands::train;
+use sanderling::commands::{UsageError, tokenize, train};
 use sanderling_common::config::cli::{RunOptionsError, with_defaults};
 use sanderling_common::report::one_sentence;
 use tracing::level_filters::LevelFilter;
@@ -24,6 +24,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Train(Box<train::Arguments>),
+    Tokenize(Box<tokenize::Arguments>),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         .init();
     let result = match arguments.command {
         Command::Train(arguments) => train::train(*arguments),
+        Command::Tokenize(arguments) => tokenize::tokenize(*arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -51,7 +53,8 @@ fn main() -> ExitCode {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
-            ExitCode::from(if error.is::<RunOptionsError>() { 2 } else { 1 })
+            let usage = error.is::<RunOptionsError>() || error.is::<UsageError>();
+            ExitCode::from(if usage { 2 } else { 1 })
         }
     }
 }
