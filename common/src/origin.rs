@@ -2,11 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{Checkpoint, CheckpointError, SpecialTokens, TOKENIZER_FILE};
+#[cfg(feature = "tokenizers")]
+use crate::checkpoint::TOKENIZER_FILE;
+use crate::checkpoint::{Checkpoint, CheckpointError, SpecialTokens};
 use crate::config::{ConfigError, RunConfig};
+use crate::corpus::CorpusError;
+#[cfg(feature = "tokenizers")]
+use crate::corpus::{Corpus, Vocabulary};
 use crate::init::{initial_parameters, parameters_hash};
 use crate::join::hex;
 use crate::model_config::{ModelConfig, ModelConfigError};
+#[cfg(feature = "tokenizers")]
+use crate::tokenizer::Tokenizer;
 use crate::upcycle::{Recipe, UpcycleError, Upcycled};
 
 /// Why a run cannot start from what it names.
@@ -26,6 +33,24 @@ pub enum OriginError {
     /// The model cannot be built.
     #[error(transparent)]
     Model(#[from] ModelConfigError),
+    /// The data cannot be trained on.
+    #[error("cannot train on {text}: {source}")]
+    Corpus {
+        /// The run's text.
+        text: String,
+        /// What is wrong with it.
+        source: CorpusError,
+    },
+    /// A text, and nothing that says which tokens the model knows.
+    #[error(
+        "{path} does not exist, so the text {text} cannot be tokenised; give a token file made for this model"
+    )]
+    NoTokenizer {
+        /// Where it would be.
+        path: PathBuf,
+        /// The run's text.
+        text: String,
+    },
     /// The model does not fit the run.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -143,14 +168,6 @@ impl Origin {
         }
     }
 
-    /// The checkpoint's `tokenizer.json`, if it has one.
-    ///
-    /// # Errors
-    /// A [`CheckpointError`] if it cannot be read.
-    pub fn tokenizer(&self) -> Result<Option<Vec<u8>>, CheckpointError> {
-        self.checkpoint().map_or(Ok(None), |checkpoint| checkpoint.read_file(TOKENIZER_FILE))
-    }
-
     /// What goes with the text side of the model into a checkpoint that is made of it.
     ///
     /// # Errors
@@ -160,6 +177,31 @@ impl Origin {
             None => Ok((SpecialTokens::default(), Vec::new())),
             Some(checkpoint) => Ok((checkpoint.special_tokens().clone(), checkpoint.carried_files()?)),
         }
+    }
+
+    /// The run's data. A text is tokenised with the checkpoint's tokenizer, if the run starts from one, and by characters
+    /// otherwise.
+    ///
+    /// # Errors
+    /// [`OriginError::Corpus`], or [`OriginError::NoTokenizer`].
+    #[cfg(feature = "tokenizers")]
+    pub fn corpus(&self, run: &RunConfig) -> Result<Corpus, OriginError> {
+        let text = || run.data.text.clone();
+        let failed = |source| OriginError::Corpus { text: text(), source };
+        let corpus = run.corpus().map_err(failed)?;
+        let (Some(checkpoint), Vocabulary::Characters(_)) = (self.checkpoint(), corpus.vocabulary()) else {
+            return Ok(corpus);
+        };
+        let path = checkpoint.directory().join(TOKENIZER_FILE);
+        let Some(json) = checkpoint.read_file(TOKENIZER_FILE)? else {
+            return Err(OriginError::NoTokenizer { path, text: text() });
+        };
+        let tokenizer = Tokenizer::from_json(&json, &path.display().to_string());
+        let tokenizer = tokenizer.map_err(CorpusError::from).map_err(failed)?;
+        let vocab_size = checkpoint.config().vocab_size;
+        let corpus = Corpus::with_tokenizer(corpus.bytes(), &tokenizer, vocab_size).map_err(failed)?;
+        run.check_corpus(&corpus).map_err(failed)?;
+        Ok(corpus)
     }
 
     /// The model that the run begins with, for data with `tokens` distinct tokens.

@@ -5,6 +5,7 @@
 pub mod adamw;
 pub mod card;
 pub mod commands;
+pub mod evaluation;
 pub mod generate;
 pub mod report;
 pub mod reproduce;

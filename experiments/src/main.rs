@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use sanderling::commands::{export, inspect, train, upcycle};
+use sanderling::commands::{UsageError, eval, export, generate, inspect, tokenize, train, upcycle};
 use sanderling::reproduce;
 use sanderling_common::config::cli::{RunOptionsError, with_defaults};
 use sanderling_common::report::one_sentence;
@@ -26,8 +26,11 @@ struct Arguments {
 enum Command {
     Train(Box<train::Arguments>),
     Upcycle(upcycle::Arguments),
+    Eval(eval::Arguments),
+    Generate(generate::Arguments),
     Inspect(inspect::Arguments),
     Export(export::Arguments),
+    Tokenize(Box<tokenize::Arguments>),
     /// Run a published result again, at a scale that fits a desk: table, plots, verdict
     #[command(subcommand)]
     Reproduce(Reproduction),
@@ -57,8 +60,11 @@ fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Train(arguments) => train::train(*arguments),
         Command::Upcycle(arguments) => upcycle::upcycle(&arguments),
+        Command::Eval(arguments) => eval::eval(&arguments),
+        Command::Generate(arguments) => generate::generate(&arguments),
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         Command::Export(arguments) => export::export(&arguments),
+        Command::Tokenize(arguments) => tokenize::tokenize(*arguments),
         Command::Reproduce(Reproduction::Upcycling(arguments)) => reproduce::upcycling(&arguments),
     };
     match result {
@@ -67,7 +73,8 @@ fn main() -> ExitCode {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
-            ExitCode::from(error.downcast_ref().map_or(1, RunOptionsError::exit_code))
+            let other = if error.is::<UsageError>() { 2 } else { 1 };
+            ExitCode::from(error.downcast_ref().map_or(other, RunOptionsError::exit_code))
         }
     }
 }

@@ -6,13 +6,22 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use sanderling_common::checkpoint;
+use sanderling_common::corpus::{Characters, SHAKESPEARE};
+use sanderling_common::tokenizer::Tokenizer;
+use sanderling_common::tokens::TokenFile;
+
 fn sanderling(folder: &Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_sanderling")).args(arguments).current_dir(folder).output().unwrap()
 }
 
 /// Runs `train` and expects it to fail with this code and a single line that contains `words`.
 fn fails(folder: &Path, arguments: &[&str], code: i32, words: &str) {
-    let output = sanderling(folder, &[&["train"], arguments].concat());
+    command_fails(folder, &[&["train"], arguments].concat(), code, words);
+}
+
+fn command_fails(folder: &Path, arguments: &[&str], code: i32, words: &str) {
+    let output = sanderling(folder, arguments);
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
     let first = said.lines().next().unwrap();
@@ -135,4 +144,169 @@ fn a_run_leaves_its_results_and_can_be_repeated_from_its_file() {
     let again = sanderling(folder.path(), &["train", "--config", "runs/small/run.toml"]);
     assert_eq!(again.status.code(), Some(0));
     assert!(folder.path().join("runs/small-2/summary.json").exists(), "results are never overwritten");
+}
+
+/// Names of what lies in a folder.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap();
+    let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn printed(output: &Output) -> String {
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+#[test]
+fn texts_become_tokens_that_can_be_trained_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = &SHAKESPEARE[..60_000];
+    fs::write(folder.path().join("plays.txt"), text).unwrap();
+    let run = |arguments: &[&str]| printed(&sanderling(folder.path(), arguments));
+    let line = run(&[
+        "tokenize",
+        "plays.txt",
+        "--train-vocab",
+        "400",
+        "--out",
+        "plays.tok",
+        "--save-tokenizer",
+        "tokenizer.json",
+        "--json",
+    ]);
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(
+        (&line["vocabulary_size"], &line["documents"], &line["text_bytes"]),
+        (&400.into(), &1.into(), &60_000.into())
+    );
+    assert_eq!(names(folder.path()), ["plays.tok", "plays.txt", "tokenizer.json"]);
+
+    let file = TokenFile::open(&folder.path().join("plays.tok")).unwrap();
+    let saved = Tokenizer::load(&folder.path().join("tokenizer.json")).unwrap();
+    assert_eq!((file.vocabulary_size(), file.tokenizer_json().unwrap()), (400, saved.json()));
+    let tokens: Vec<u32> = file.tokens().iter().collect();
+    assert_eq!(
+        (line["tokens"].as_u64(), saved.decode(&tokens).unwrap().as_str()),
+        (Some(tokens.len() as u64), text)
+    );
+
+    // The same text as documents with the same tokenizer: the same tokens but for the cuts and separators.
+    let documents: String = text
+        .split_inclusive("\n\n")
+        .map(|part| format!("{}\n", serde_json::json!({ "content": part, "id": 1 })))
+        .collect();
+    fs::write(folder.path().join("plays.jsonl"), &documents).unwrap();
+    let closing = run(&[
+        "tokenize",
+        "plays.jsonl",
+        "--field",
+        "content",
+        "--tokenizer",
+        "tokenizer.json",
+        "--out",
+        "lines.tok",
+    ]);
+    assert!(closing.starts_with("lines.tok: ") && closing.contains("vocabulary of 400"), "{closing}");
+    let lines = TokenFile::open(&folder.path().join("lines.tok")).unwrap();
+    let lines: Vec<u32> = lines.tokens().iter().collect();
+    let parts: Vec<String> =
+        lines.split(|&token| token == 0).map(|part| saved.decode(part).unwrap()).collect();
+    assert_eq!(parts, text.split_inclusive("\n\n").collect::<Vec<_>>());
+
+    let trained = run(&[
+        "train",
+        "--text",
+        "plays.tok",
+        "--steps",
+        "6",
+        "--eval-every",
+        "6",
+        "--workers",
+        "2",
+        "--batch-size",
+        "2",
+        "--hidden-size",
+        "32",
+        "--layers",
+        "1",
+        "--context",
+        "32",
+        "--name",
+        "subwords",
+    ]);
+    assert!(trained.contains("test loss") && !trained.contains("1.54 M"), "{trained}");
+    let results = folder.path().join("runs/subwords");
+    assert_eq!(fs::read(results.join("checkpoint/tokenizer.json")).unwrap(), saved.json());
+    let (config, _) = checkpoint::load(&results.join("checkpoint")).unwrap();
+    assert_eq!(config.vocab_size, 400);
+    assert!(fs::read_to_string(results.join("loss.svg")).unwrap().contains("nats per token"));
+    assert!(!fs::read_to_string(results.join("sample.txt")).unwrap().is_empty());
+}
+
+#[test]
+fn what_cannot_be_tokenized_is_named_and_nothing_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, bytes: &[u8]| fs::write(folder.path().join(name), bytes).unwrap();
+    write("good.txt", &SHAKESPEARE.as_bytes()[..5000]);
+    write("latin1.txt", &[0xe9; 50]);
+    write("empty.txt", b"");
+    write("bad.jsonl", b"{\"text\": \"a\"}\n{\"txt\": \"b\"}\n");
+    write("two.jsonl", b"{\"text\": \"ab\"}\n{\"text\": \"b\"}\n");
+    write("data.csv", b"a,b");
+    write("broken.json", b"{\"model\": 3}");
+    let characters = Characters::of("ab").tokenizer_json();
+    write("characters.json", characters.to_string().as_bytes());
+    let before = names(folder.path());
+    let fails = |inputs: &[&str], code, words| {
+        command_fails(folder.path(), &[&["tokenize"], inputs].concat(), code, words);
+        assert_eq!(names(folder.path()), before, "{inputs:?} left something");
+    };
+    let bpe = ["--train-vocab", "300", "--out", "x.tok"];
+    let with_bpe = |inputs: &[&'static str]| [inputs, &bpe[..]].concat();
+    fails(&with_bpe(&["absent.txt"]), 1, "absent.txt");
+    fails(&with_bpe(&["latin1.txt"]), 1, "latin1.txt: it is not valid UTF-8");
+    fails(&with_bpe(&["good.txt", "latin1.txt"]), 1, "latin1.txt");
+    fails(&with_bpe(&["empty.txt"]), 1, "no text in empty.txt");
+    fails(&with_bpe(&["bad.jsonl"]), 1, "bad.jsonl, line 2: it has no text in a field \"text\"");
+    fails(&with_bpe(&["data.csv"]), 1, "data.csv");
+    fails(&["good.txt", "--tokenizer", "broken.json", "--out", "x.tok"], 1, "broken.json");
+    fails(&["good.txt", "--tokenizer", "absent.json", "--out", "x.tok"], 1, "absent.json");
+    fails(&["two.jsonl", "--tokenizer", "characters.json", "--out", "x.tok"], 1, "--separator");
+    fails(&["two.jsonl", "--tokenizer", "characters.json", "--separator", "q", "--out", "x.tok"], 1, "\"q\"");
+    fails(&["good.txt", "--train-vocab", "300", "--out", "absent/x.tok"], 1, "absent/x.tok");
+    fails(&["good.txt", "--train-vocab", "300", "--out", "."], 1, "cannot write .");
+    fails(
+        &["good.txt", "--train-vocab", "300", "--out", "x.tok", "--save-tokenizer", "absent/t"],
+        1,
+        "absent/t",
+    );
+    fails(&["good.txt", "--train-vocab", "300", "--out", "good.txt"], 2, "good.txt is to be read");
+    fails(&["good.txt", "--train-vocab", "100", "--out", "x.tok"], 2, "257");
+    fails(&["good.txt", "--out", "x.tok"], 2, "--train-vocab");
+    fails(&with_bpe(&["good.txt", "--tokenizer", "characters.json"]), 2, "cannot be used with");
+
+    write("cut.tok", b"\x89SNDTOK\n\x01\0\x02\0");
+    self::fails(folder.path(), &["--text", "cut.tok"], 1, "cut.tok");
+}
+
+/// A full disk, as a limit on the size of files: what was begun is taken away, and what was there stays.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_nothing_half_written() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("plays.txt"), &SHAKESPEARE[..60_000]).unwrap();
+    fs::write(folder.path().join("x.tok"), "old").unwrap();
+    let script = "trap '' XFSZ; ulimit -f 4; exec \"$0\" tokenize plays.txt --train-vocab 300 --out x.tok";
+    let limited = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_sanderling")])
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8(limited.stderr).unwrap();
+    assert_eq!(limited.status.code(), Some(1), "{said}");
+    assert!(said.starts_with("error: cannot write x.tok: ") && said.lines().count() == 1, "{said}");
+    assert_eq!(names(folder.path()), ["plays.txt", "x.tok"]);
+    assert_eq!(fs::read_to_string(folder.path().join("x.tok")).unwrap(), "old");
 }

@@ -42,7 +42,7 @@ impl Engine {
     /// The tokens of a batch.
     pub fn batch(&self, id: BatchId) -> Batch {
         let sequences = self.run.data.batch_size as usize;
-        training_batch(self.corpus.training(), self.run.run.seed, id, sequences, self.run.model.context)
+        training_batch(&self.corpus.training(), self.run.run.seed, id, sequences, self.run.model.context)
     }
 
     /// Takes the gradient of a batch at `parameters`; [`gradient`](Self::gradient) holds it afterwards.
@@ -72,7 +72,7 @@ impl Engine {
         let text = self.corpus.held_out(job.split);
         let sequences = self.run.data.batch_size as usize;
         let mut sums = EvalSums::default();
-        for batch in evaluation_batches(text, sequences, self.run.model.context) {
+        for batch in evaluation_batches(&text, sequences, self.run.model.context) {
             sums.merge(&self.model.evaluate(parameters, batch.inputs.view(), batch.targets.view())?);
         }
         let share = |layer: &crate::model::RouterSums| {

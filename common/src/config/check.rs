@@ -69,7 +69,7 @@ pub enum ConfigError {
 }
 
 /// The most parameters a run may have: the flat vector, two optimiser states and a replica per worker must fit.
-const PARAMETERS_MAX: usize = 4_000_000_000;
+pub(super) const PARAMETERS_MAX: usize = 4_000_000_000;
 
 pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     let (training, exchange, server) = (&config.training, &config.exchange, &config.server);
@@ -160,7 +160,7 @@ fn check_model(config: &RunConfig) -> Result<(), ConfigError> {
         // What the checkpoint makes of it is checked when that is read.
         return Ok(());
     }
-    // Any vocabulary serves for checking the rest; the corpus bounds its own.
+    // Any vocabulary serves for checking the rest; that of the corpus is checked when it is known.
     check_parameters(&config.model_config(crate::corpus::VOCABULARY_MAX))
 }
 

@@ -16,6 +16,7 @@ use std::path::Path;
 
 pub use adopt::AdoptError;
 pub use check::ConfigError;
+use check::PARAMETERS_MAX;
 pub use file::parse;
 use settings::settings;
 
@@ -46,7 +47,8 @@ settings! {
 settings! {
     /// What is trained on.
     DataSettings / DataPart ["Data"] from (_defaults: ()) {
-        /// A UTF-8 text file, or "shakespeare" for the bundled text; 90 % train, 5 % validation, 5 % test
+        /// A UTF-8 text file, a token file (see `sanderling tokenize`), or "shakespeare" for the bundled text; 90 %
+        /// train, 5 % validation, 5 % test
         text: String = BUNDLED_TEXT.to_owned();
         /// Sequences per batch
         batch_size: u32 = 4;
@@ -309,7 +311,7 @@ impl RunConfig {
         format!("{text}-{}-{}w", self.training.method, self.run.workers)
     }
 
-    /// Reads the text that the run names and checks that its splits are long enough.
+    /// Reads the text or token file that the run names and [checks](Self::check_corpus) it.
     ///
     /// # Errors
     /// A [`CorpusError`] that names the file or says what is wrong with it.
@@ -318,13 +320,18 @@ impl RunConfig {
             BUNDLED_TEXT => Corpus::bundled(),
             path => Corpus::read(Path::new(path))?,
         };
-        corpus.check_context(self.model.context)?;
+        self.check_corpus(&corpus)?;
         Ok(corpus)
     }
 
     /// Whether it starts from a mixture that is made of a dense checkpoint.
     pub fn upcycles(&self) -> bool {
         !self.upcycle.dense.is_empty()
+    }
+
+    /// Whether a checkpoint decides its model's shape.
+    pub fn starts_from_checkpoint(&self) -> bool {
+        self.upcycles() || !self.model.init.is_empty()
     }
 
     /// The recipe of a run that [`upcycles`](Self::upcycles).
@@ -336,6 +343,26 @@ impl RunConfig {
             router: self.model.router,
             scaling: self.upcycle.scaling,
             seed: self.run.seed,
+        }
+    }
+
+    /// Checks that the splits of a corpus are long enough for the run, and that its vocabulary does not make the model
+    /// larger than any run may be. The model of a checkpoint is checked with that.
+    ///
+    /// # Errors
+    /// [`CorpusError::TooShort`] or [`CorpusError::ModelTooLarge`].
+    pub fn check_corpus(&self, corpus: &Corpus) -> Result<(), CorpusError> {
+        corpus.check_context(self.model.context)?;
+        if self.starts_from_checkpoint() {
+            return Ok(());
+        }
+        let vocabulary = corpus.vocabulary().len();
+        // A configuration without a layout is for whoever builds the model to report.
+        match self.model_config(vocabulary).layout().map(|layout| layout.len()) {
+            Ok(parameters) if parameters > PARAMETERS_MAX => {
+                Err(CorpusError::ModelTooLarge { vocabulary, parameters, most: PARAMETERS_MAX })
+            }
+            _ => Ok(()),
         }
     }
 

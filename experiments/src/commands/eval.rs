@@ -7,6 +7,7 @@ use anyhow::{Context, ensure};
 use sanderling_common::checkpoint::{Checkpoint, TOKENIZER_FILE};
 use sanderling_common::config::BUNDLED_TEXT;
 use sanderling_common::corpus::SHAKESPEARE;
+use sanderling_common::mapped::MappedFile;
 use sanderling_common::tokenizer::Tokenizer;
 use sanderling_common::tokens::{TokenFile, Tokens};
 use serde_json::json;
@@ -101,11 +102,18 @@ fn tokenizer(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<T
     Ok(tokenizer)
 }
 
+fn is_token_file(path: &Path) -> anyhow::Result<bool> {
+    let unreadable = || format!("cannot read {}", path.display());
+    let is_file = std::fs::metadata(path).with_context(unreadable)?.is_file();
+    ensure!(is_file, "{} is not a file", path.display());
+    Ok(TokenFile::is_one(&MappedFile::open(path).with_context(unreadable)?))
+}
+
 /// The tokens of the data, and the bytes of text they stand for where that is known.
 fn tokens(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<(Tokens, Option<u64>)> {
     let path = &arguments.data;
     let vocab_size = checkpoint.config().vocab_size;
-    if path != Path::new(BUNDLED_TEXT) && TokenFile::is_at(path)? {
+    if path != Path::new(BUNDLED_TEXT) && is_token_file(path)? {
         let file = TokenFile::open(path)?;
         let (found, path) = (file.vocabulary_size(), path.display());
         ensure!(found <= vocab_size, "{path} has a vocabulary of {found}, the model one of {vocab_size}");
@@ -116,9 +124,14 @@ fn tokens(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<(Tok
         _ => {
             let unreadable = || format!("cannot read the text {}", path.display());
             let bytes = std::fs::metadata(path).with_context(unreadable)?.len();
-            ensure!(bytes <= TEXT_BYTES_MAX, "the text {} has {bytes} bytes; at most {TEXT_BYTES_MAX} are read", path.display());
+            ensure!(
+                bytes <= TEXT_BYTES_MAX,
+                "the text {} has {bytes} bytes; at most {TEXT_BYTES_MAX} are read",
+                path.display()
+            );
             let bytes = std::fs::read(path).with_context(unreadable)?;
-            String::from_utf8(bytes).with_context(|| format!("the text {} is not valid UTF-8", path.display()))?
+            String::from_utf8(bytes)
+                .with_context(|| format!("the text {} is not valid UTF-8", path.display()))?
         }
     };
     let tokens = tokenizer(arguments, checkpoint)?.encode(&text)?;
@@ -130,10 +143,19 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
     let length = arguments.window.unwrap_or(config.context.min(WINDOW_DEFAULT));
     let stride = arguments.stride.unwrap_or(length);
     ensure!(length >= 1, "--window must be at least 1");
-    ensure!(length <= config.context, "--window {length} is longer than the model's context of {}", config.context);
+    ensure!(
+        length <= config.context,
+        "--window {length} is longer than the model's context of {}",
+        config.context
+    );
     ensure!(stride >= 1 && stride <= length, "--stride {stride} must lie between 1 and the window, {length}");
     let (tokens, text_bytes) = tokens(arguments, checkpoint)?;
-    ensure!(tokens.len() >= 2, "{} has {} tokens; at least 2 are needed", arguments.data.display(), tokens.len());
+    ensure!(
+        tokens.len() >= 2,
+        "{} has {} tokens; at least 2 are needed",
+        arguments.data.display(),
+        tokens.len()
+    );
     let parameters = checkpoint.load()?;
     let windows = Windows { length, stride, batch: arguments.batch_size.into() };
     let scoring = Scoring { config, parameters: &parameters, threads: threads(arguments) };
@@ -201,7 +223,8 @@ fn multiple_choice(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Re
         .collect::<Result<_, _>>()?;
     let tokenizer = tokenizer(arguments, checkpoint)?;
     let parameters = checkpoint.load()?;
-    let scoring = Scoring { config: checkpoint.config(), parameters: &parameters, threads: threads(arguments) };
+    let scoring =
+        Scoring { config: checkpoint.config(), parameters: &parameters, threads: threads(arguments) };
     let total: usize = files.iter().map(|(_, questions)| questions.len()).sum();
     let started = Instant::now();
     let mut work = Work::begin("asking", total as u64, Unit::Count("questions"))?;

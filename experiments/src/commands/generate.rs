@@ -57,7 +57,10 @@ pub struct Arguments {
 /// Whatever keeps the text from being made, in a sentence.
 pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
     let Arguments { temperature, top_p, .. } = *arguments;
-    ensure!(temperature >= 0.0 && temperature.is_finite(), "--temperature {temperature} must be zero or a positive number");
+    ensure!(
+        temperature >= 0.0 && temperature.is_finite(),
+        "--temperature {temperature} must be zero or a positive number"
+    );
     ensure!(top_p > 0.0 && top_p <= 1.0, "--top-p {top_p} must lie in (0, 1]");
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let config = checkpoint.config();

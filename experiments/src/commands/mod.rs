@@ -1,7 +1,10 @@
 //! One module per command.
 
+pub mod eval;
 pub mod export;
+pub mod generate;
 pub mod inspect;
+pub mod tokenize;
 pub mod train;
 pub mod upcycle;
 
@@ -39,3 +42,8 @@ pub(crate) fn say(text: &str) -> anyhow::Result<()> {
         written => written.context("cannot print the result"),
     }
 }
+
+/// The command line asks for what makes no sense; the program ends with code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub(crate) String);

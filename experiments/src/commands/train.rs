@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use sanderling_common::config::cli::RunOptions;
+use sanderling_common::corpus::{Characters, Corpus, Vocabulary};
 use sanderling_common::join::JoinString;
+use sanderling_common::tokenizer::Tokenizer;
 use sanderling_server::net::{Outcome, Server, ServerError};
 use sanderling_server::progress::ProgressView;
 use sanderling_transport::stop_on_interrupt;
@@ -21,6 +23,9 @@ use crate::report::{closing_table, plot_losses};
 /// Characters of generated text shown at the end.
 const SAMPLE_CHARACTERS: usize = 400;
 
+/// Tokens of it, where a token is more than a character.
+const SAMPLE_TOKENS: usize = 150;
+
 /// What the sample goes on from.
 const SAMPLE_PROMPT: &str = "\n";
 
@@ -29,13 +34,14 @@ const SAMPLE_TEMPERATURE: f32 = 0.8;
 
 /// Train on real text: one server and several workers on this machine, over QUIC
 ///
-/// Trains a mixture-of-experts decoder at character level on Shakespeare, or on a text of yours, and writes the curve,
-/// a plot, a summary and a Hugging Face checkpoint to runs/NAME/. Ctrl-C ends the run early, with its checkpoint.
+/// Trains a mixture-of-experts decoder at character level on Shakespeare or on a text of yours, or on a token file
+/// that `sanderling tokenize` made, and writes the curve, a plot, a summary and a Hugging Face checkpoint to runs/NAME/. Ctrl-C ends the run early, with its checkpoint.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   sanderling train                                   # about two minutes on two cores
   sanderling train --text novel.txt --steps 10000
+  sanderling train --text novel.tok                  # subwords: see sanderling tokenize --help
   sanderling train --workers 32
   sanderling train --method dgs --momentum 0.7       # the published algorithm
   sanderling train --config runs/NAME/run.toml --seed 2")]
@@ -63,10 +69,11 @@ async fn serve_with_workers(server: Server) -> anyhow::Result<Outcome> {
     let run = server.run().clone();
     let mut view = ProgressView::new(run.training.steps);
     view.say(&format!(
-        "{}: {} on {} characters, {} workers, seed {}; results go to {}",
+        "{}: {} on {} {}s, {} workers, seed {}; results go to {}",
         run.run.name,
         run.training.method,
-        server.corpus().bytes().len(),
+        server.corpus().len(),
+        server.corpus().vocabulary().unit(),
         run.run.workers,
         run.run.seed,
         server.folder().display()
@@ -122,7 +129,8 @@ fn start_workers(
 /// Table, sample, plot.
 fn report(outcome: &Outcome) -> anyhow::Result<()> {
     let plot = outcome.folder.join("loss.svg");
-    plot_losses(&plot, &outcome.summary.name, &outcome.evaluations)?;
+    let unit = outcome.corpus.vocabulary().unit();
+    plot_losses(&plot, &outcome.summary.name, unit, &outcome.evaluations)?;
     let sample = sample(outcome)?;
     std::fs::write(outcome.folder.join("sample.txt"), format!("{}\n", sample.trim_end()))
         .with_context(|| format!("cannot write to {}", outcome.folder.display()))?;
@@ -144,11 +152,56 @@ fn report(outcome: &Outcome) -> anyhow::Result<()> {
 }
 
 fn sample(outcome: &Outcome) -> anyhow::Result<String> {
-    let vocabulary = outcome.corpus.vocabulary();
+    let text = SampleText::of(&outcome.corpus);
     let mut generator = Generator::new(&outcome.model, &outcome.parameters)?;
-    let prompt: Vec<u32> = SAMPLE_PROMPT.chars().filter_map(|c| vocabulary.token(c)).collect();
-    let prompt = if prompt.is_empty() { vec![0] } else { prompt };
+    let prompt = Some(text.encode(SAMPLE_PROMPT)?).filter(|prompt| !prompt.is_empty()).unwrap_or(vec![0]);
+    let count = match text {
+        SampleText::Characters(_) => SAMPLE_CHARACTERS,
+        SampleText::Subwords(_) | SampleText::Numbers => SAMPLE_TOKENS,
+    };
     let options = Sampling { temperature: SAMPLE_TEMPERATURE, top_p: 1.0, seed: outcome.summary.seed };
-    let tokens = generator.generate(&prompt, &options, SAMPLE_CHARACTERS)?;
-    Ok(tokens.into_iter().filter_map(|token| vocabulary.character(token)).collect())
+    text.decode(&generator.generate(&prompt, &options, count)?)
+}
+
+/// Text to tokens and back, as the corpus does it.
+enum SampleText<'a> {
+    Characters(&'a Characters),
+    Subwords(Box<Tokenizer>),
+    /// Without a tokenizer there are only the tokens.
+    Numbers,
+}
+
+impl<'a> SampleText<'a> {
+    fn of(corpus: &'a Corpus) -> Self {
+        let file = match corpus.vocabulary() {
+            Vocabulary::Characters(characters) => return Self::Characters(characters),
+            Vocabulary::Tokens(file) => file,
+        };
+        match file.tokenizer_json().map(|json| Tokenizer::from_json(json, "the token file's tokenizer")) {
+            Some(Ok(tokenizer)) => Self::Subwords(Box::new(tokenizer)),
+            Some(Err(error)) => {
+                warn!("the sample is in token numbers: {error}");
+                Self::Numbers
+            }
+            None => Self::Numbers,
+        }
+    }
+
+    fn encode(&self, text: &str) -> anyhow::Result<Vec<u32>> {
+        Ok(match self {
+            Self::Characters(characters) => text.chars().filter_map(|c| characters.token(c)).collect(),
+            Self::Subwords(tokenizer) => tokenizer.encode(text)?,
+            Self::Numbers => Vec::new(),
+        })
+    }
+
+    fn decode(&self, tokens: &[u32]) -> anyhow::Result<String> {
+        Ok(match self {
+            Self::Characters(characters) => {
+                tokens.iter().filter_map(|&token| characters.character(token)).collect()
+            }
+            Self::Subwords(tokenizer) => tokenizer.decode(tokens)?,
+            Self::Numbers => tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(" "),
+        })
+    }
 }

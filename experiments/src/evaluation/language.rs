@@ -65,7 +65,9 @@ impl Windows {
         let mut batches: Vec<Vec<Window>> = Vec::new();
         for window in windows {
             match batches.last_mut() {
-                Some(batch) if batch.len() < self.batch && batch[0].length == window.length => batch.push(window),
+                Some(batch) if batch.len() < self.batch && batch[0].length == window.length => {
+                    batch.push(window)
+                }
                 _ => batches.push(vec![window]),
             }
         }
@@ -96,7 +98,8 @@ pub fn language_loss(
         |model, parameters, batch| {
             let shape = (batch.len(), batch[0].length);
             let inputs = Array2::from_shape_fn(shape, |(row, column)| tokens.get(batch[row].start + column));
-            let targets = Array2::from_shape_fn(shape, |(row, column)| tokens.get(batch[row].start + column + 1));
+            let targets =
+                Array2::from_shape_fn(shape, |(row, column)| tokens.get(batch[row].start + column + 1));
             let losses = model.token_losses(parameters, inputs.view(), targets.view())?;
             let counted = losses.outer_iter().zip(batch).flat_map(|(row, window)| {
                 row.iter().skip(window.known).map(|&loss| f64::from(loss)).collect::<Vec<_>>()
@@ -120,9 +123,15 @@ mod tests {
 
     #[test]
     fn every_token_but_the_first_counts_once() {
-        for (tokens, length, stride, batch) in
-            [(1003, 16, 16, 3), (1003, 16, 4, 3), (17, 16, 16, 1), (5, 16, 8, 2), (33, 16, 15, 4), (1, 4, 4, 1), (0, 4, 2, 1)]
-        {
+        for (tokens, length, stride, batch) in [
+            (1003, 16, 16, 3),
+            (1003, 16, 4, 3),
+            (17, 16, 16, 1),
+            (5, 16, 8, 2),
+            (33, 16, 15, 4),
+            (1, 4, 4, 1),
+            (0, 4, 2, 1),
+        ] {
             let windows = Windows { length, stride, batch };
             let mut reached = 0;
             for batch in windows.batches(tokens) {

@@ -40,7 +40,9 @@ pub enum QuestionError {
         source: csv::Error,
     },
     /// A line with another number of fields.
-    #[error("{path}, line {line}: {found} fields instead of 6 (question, four choices, letter of the answer)")]
+    #[error(
+        "{path}, line {line}: {found} fields instead of 6 (question, four choices, letter of the answer)"
+    )]
     Fields {
         /// The file.
         path: PathBuf,
@@ -136,8 +138,10 @@ pub fn read_questions(path: &Path) -> Result<Vec<Question>, QuestionError> {
 impl Question {
     /// The usual prompt, without examples; the answer follows as a space and a letter.
     fn prompt(&self, subject: &str) -> String {
-        let mut prompt =
-            format!("The following are multiple choice questions (with answers) about {subject}.\n\n{}\n", self.question);
+        let mut prompt = format!(
+            "The following are multiple choice questions (with answers) about {subject}.\n\n{}\n",
+            self.question
+        );
         for (letter, choice) in LETTERS.iter().zip(&self.choices) {
             prompt.push_str(&format!("{letter}. {choice}\n"));
         }
@@ -228,7 +232,9 @@ fn log_likelihoods(
     parameters: &[f32],
     batch: &[(Asked, usize)],
 ) -> Result<Vec<[f64; CHOICES]>, sanderling_worker::model::ModelError> {
-    let single = batch.iter().all(|(one, _)| one.endings.iter().all(|ending| ending.len() == 1) && !one.shared.is_empty());
+    let single = batch
+        .iter()
+        .all(|(one, _)| one.endings.iter().all(|ending| ending.len() == 1) && !one.shared.is_empty());
     if single {
         return last_token_likelihoods(model, parameters, batch);
     }
@@ -308,7 +314,10 @@ mod tests {
     fn bad_files_are_named_with_the_line() {
         let check = |text: &str, parts: &[&str]| {
             let error = read(text).unwrap_err().to_string();
-            assert!(error.contains("astronomy_test.csv") && parts.iter().all(|part| error.contains(part)), "{error}");
+            assert!(
+                error.contains("astronomy_test.csv") && parts.iter().all(|part| error.contains(part)),
+                "{error}"
+            );
         };
         check("", &["no questions"]);
         check("q,a,b,c,d,A\nq,a,b,c,A\n", &["line 2", "5 fields"]);

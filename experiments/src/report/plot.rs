@@ -63,11 +63,16 @@ pub fn plot_curves(
         .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
 }
 
-/// Draws training and validation loss over millions of training tokens.
+/// Draws training and validation loss, in nats per `unit` of the text, over millions of training tokens.
 ///
 /// # Errors
 /// A [`PlotError`] if the file cannot be written.
-pub fn plot_losses(path: &Path, title: &str, evaluations: &[Evaluation]) -> Result<(), PlotError> {
+pub fn plot_losses(
+    path: &Path,
+    title: &str,
+    unit: &str,
+    evaluations: &[Evaluation],
+) -> Result<(), PlotError> {
     let million = |tokens: u64| tokens as f64 / 1e6;
     let validation = evaluations.iter().map(|e| (million(e.tokens), e.val_loss)).collect();
     // A training loss is the mean over a stretch of the run; it belongs in the stretch's middle.
@@ -79,7 +84,8 @@ pub fn plot_losses(path: &Path, title: &str, evaluations: &[Evaluation]) -> Resu
         ("training, mean between evaluations", RGBColor(150, 160, 170), training),
         ("validation", RGBColor(0, 110, 160), validation),
     ];
-    let axes = Axes { x: "training tokens, millions", y: "cross-entropy, nats per character" };
+    let y = format!("cross-entropy, nats per {unit}");
+    let axes = Axes { x: "training tokens, millions", y: &y };
     draw(path, title, axes, &series)
         .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
 }

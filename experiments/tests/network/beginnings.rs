@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use sanderling_common::checkpoint::{self, Checkpoint};
+use sanderling_common::checkpoint::{self, Checkpoint, TOKENIZER_FILE};
+use sanderling_common::corpus::{Characters, SHAKESPEARE};
 use sanderling_common::init::initial_parameters;
 use sanderling_common::model_config::{FeedForward, ModelConfig, RouterOrder};
 use sanderling_common::upcycle::{Recipe, Scaling, Upcycled};
@@ -11,7 +12,7 @@ use sanderling_worker::net::WorkerOptions;
 
 use crate::support::{Scene, Serving, options, worker, worker_with};
 
-/// A dense model for the scene's text, of which the characters are a part of this vocabulary.
+/// A dense model for the scene's text, with a vocabulary that is padded, as many are.
 fn dense(directory: &Path) -> ModelConfig {
     let config = ModelConfig {
         vocab_size: 80,
@@ -30,8 +31,14 @@ fn dense(directory: &Path) -> ModelConfig {
         tie_word_embeddings: false,
         context: 64,
     };
-    checkpoint::save(directory, &config, &initial_parameters(&config, 5).unwrap(), &[]).unwrap();
+    let parameters = initial_parameters(&config, 5).unwrap();
+    let tokenizer = tokenizer(SHAKESPEARE);
+    checkpoint::save(directory, &config, &parameters, &[(TOKENIZER_FILE, &tokenizer)]).unwrap();
     config
+}
+
+fn tokenizer(text: &str) -> Vec<u8> {
+    serde_json::to_vec(&Characters::of(text).tokenizer_json()).unwrap()
 }
 
 /// The scene without the shape that its run states.
@@ -115,7 +122,7 @@ async fn online_and_offline_upcycling_agree() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_dense_model_and_a_text_with_other_tokens_are_refused() {
+async fn another_dense_model_and_tokens_that_the_model_does_not_know_are_refused() {
     let (scene_of_other, _) = scene(1, |dense| {
         upcycled(1)(dense).replace("granularity = 1\n", "granularity = 1\ndense_sha256 = 'abcd'\n")
     });
@@ -123,8 +130,12 @@ async fn another_dense_model_and_a_text_with_other_tokens_are_refused() {
     assert!(matches!(refused, ServerError::Origin(_)) && refused.to_string().contains("abcd"), "{refused}");
 
     let (scene, _) = scene(1, |dense| format!("[model]\ninit = '{}'", dense.display()));
+    let file = scene.path("dense").join(TOKENIZER_FILE);
     let characters: String = (0..200).map(|i| char::from_u32(0x400 + i).unwrap()).collect();
-    std::fs::write(scene.path("text.txt"), characters.repeat(100)).unwrap();
-    let refused = Server::start(scene.resolved(), None).err().expect("there are too many characters");
-    assert!(refused.to_string().contains("200") && refused.to_string().contains("80"), "{refused}");
+    std::fs::write(&file, tokenizer(&characters)).unwrap();
+    let refused = Server::start(scene.resolved(), None).err().expect("there are too many tokens").to_string();
+    assert!([TOKENIZER_FILE, "200", "80"].iter().all(|part| refused.contains(part)), "{refused}");
+    std::fs::remove_file(&file).unwrap();
+    let refused = Server::start(scene.resolved(), None).err().expect("there is no tokenizer").to_string();
+    assert!(refused.contains(TOKENIZER_FILE) && refused.contains("token file"), "{refused}");
 }

@@ -3,6 +3,8 @@
 use std::fs;
 
 use sanderling_common::checkpoint;
+use sanderling_common::corpus::{Corpus, SHAKESPEARE};
+use sanderling_common::tokenizer::{Tokenizer, pieces};
 use sanderling_server::results::Evaluation;
 
 use crate::support::{Scene, Serving, worker};
@@ -85,5 +87,26 @@ async fn a_run_that_is_stopped_leaves_a_checkpoint_and_workers_go_home() {
     assert!(scene.results().join("summary.json").exists());
     for worker in workers {
         worker.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_train_on_a_token_file_that_only_the_server_has() {
+    let text = &SHAKESPEARE[..60_000];
+    let tokenizer = Tokenizer::train(pieces(text, 1 << 12).map(str::to_owned), 320).unwrap();
+    // The vocabulary of the model is padded, and tells a token file from a text.
+    let corpus = Corpus::with_tokenizer(text.as_bytes(), &tokenizer, 333).unwrap();
+    let scene = Scene::new(30).with_text("plays.tok", corpus.bytes());
+    let serving = Serving::start(&scene);
+    let workers: Vec<_> = (0..2).map(|_| worker(&serving.join)).collect();
+    let outcome = serving.outcome().await;
+    assert_eq!((outcome.summary.steps, outcome.summary.completed), (30, true));
+    assert_eq!(outcome.model.vocab_size, 333);
+    assert!(outcome.summary.val_loss.unwrap() < 333f64.ln() + 0.2, "{:?}", outcome.summary.val_loss);
+    assert_eq!(outcome.corpus.sha256(), corpus.sha256());
+    assert_eq!(fs::read(outcome.checkpoint.join("tokenizer.json")).unwrap(), tokenizer.json());
+    for worker in workers {
+        let report = worker.await.unwrap().unwrap();
+        assert_eq!((report.sessions, report.reconnects), (1, 0));
     }
 }

@@ -49,6 +49,13 @@ impl Scene {
         self
     }
 
+    /// On another text or token file.
+    pub(crate) fn with_text(self, name: &str, bytes: &[u8]) -> Self {
+        let path = self.folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        self.with(&format!("[data]\ntext = '{}'", path.display()))
+    }
+
     pub(crate) fn server(&self) -> Server {
         Server::start(self.resolved(), None).unwrap()
     }

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use quinn::SendStream;
+use sanderling_common::corpus::Corpus;
 use sanderling_common::ids::SessionId;
 use sanderling_common::wire::control::{BulkHeader, BulkObject, BulkRequest};
 use sanderling_transport::{MessageError, send};
@@ -22,7 +23,7 @@ impl Blob {
     pub(crate) fn of_parameters(parameters: &[f32]) -> Self {
         let mut bytes = Vec::with_capacity(parameters.len() * 4);
         parameters.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
-        Self::of_bytes(bytes.into())
+        Self { sha256: Sha256::digest(&bytes).into(), bytes: bytes.into() }
     }
 
     /// What a session begins with.
@@ -35,6 +36,11 @@ impl Blob {
 
     pub(crate) fn of_bytes(bytes: Bytes) -> Self {
         Self { sha256: Sha256::digest(&bytes).into(), bytes }
+    }
+
+    /// The text or token file as it is; one that is mapped is not copied.
+    pub(crate) fn of_corpus(corpus: &Corpus) -> Self {
+        Self { bytes: Bytes::from_owner(corpus.bytes().clone()), sha256: corpus.sha256() }
     }
 
     /// The parameters again.

@@ -125,7 +125,7 @@ impl Hub {
             recorder: Mutex::new(recorder),
             attached: DashMap::new(),
             bases: DashMap::new(),
-            text: Blob::of_bytes(Bytes::copy_from_slice(corpus.bytes())),
+            text: Blob::of_corpus(&corpus),
             snapshots: Mutex::default(),
             curve,
             closed_bytes_up: AtomicU64::new(0),

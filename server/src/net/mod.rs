@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use quinn::{Endpoint, VarInt};
 use sanderling_common::config::RunConfig;
-use sanderling_common::corpus::{Corpus, CorpusError};
+use sanderling_common::corpus::Corpus;
 use sanderling_common::ids::Step;
 use sanderling_common::join::{JoinString, Token, hex};
 use sanderling_common::model_config::{ModelConfig, ModelConfigError};
@@ -48,18 +48,10 @@ pub enum ServerError {
     /// No certificate.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The text cannot be trained on.
-    #[error("cannot train on {text}: {source}")]
-    Corpus {
-        /// The run's text.
-        text: String,
-        /// What is wrong with it.
-        source: CorpusError,
-    },
     /// The model cannot be built.
     #[error(transparent)]
     Model(#[from] ModelConfigError),
-    /// The checkpoint that the run starts from cannot be used.
+    /// What the run starts from, or trains on, cannot be used.
     #[error(transparent)]
     Origin(#[from] OriginError),
     /// Results cannot be written.
@@ -121,8 +113,7 @@ impl Server {
     pub fn start(mut run: RunConfig, token: Option<Token>) -> Result<Self, ServerError> {
         let started = Instant::now();
         let origin = Origin::open(&run)?;
-        let corpus = run.corpus();
-        let corpus = corpus.map_err(|source| ServerError::Corpus { text: run.data.text.clone(), source })?;
+        let corpus = origin.corpus(&run)?;
         let beginning = origin.begin(&run, corpus.vocabulary().len())?;
         if let Some(dense) = &beginning.dense {
             run.upcycle.dense_sha256 = hex(&dense.sha256);

@@ -129,18 +129,20 @@ impl RunFolder {
     }
 }
 
-/// The tokenizer of a text, for a model that had none.
-fn tokenizer_files(model: &ModelConfig, corpus: &Corpus) -> [(String, Vec<u8>); 2] {
-    let json = |value| serde_json::to_vec_pretty(&value).expect("JSON values can be written");
+/// The tokenizer of the corpus, for a model that had none.
+fn tokenizer_files(model: &ModelConfig, corpus: &Corpus) -> Vec<(String, Vec<u8>)> {
+    // Of a token file without a tokenizer its maker knows what the tokens stand for.
+    let Some(tokenizer) = corpus.vocabulary().tokenizer_json() else { return Vec::new() };
     // Without it, AutoTokenizer of transformers 4 takes every Llama-like model to have Llama's special tokens.
-    let tokenizer_config = json(serde_json::json!({
+    let tokenizer_config = serde_json::json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": model.context,
         "clean_up_tokenization_spaces": false,
-    }));
-    [
-        (TOKENIZER_FILE.to_owned(), json(corpus.vocabulary().tokenizer_json())),
+    });
+    let tokenizer_config = serde_json::to_vec_pretty(&tokenizer_config).expect("JSON values can be written");
+    vec![
+        (TOKENIZER_FILE.to_owned(), tokenizer.into_owned()),
         ("tokenizer_config.json".to_owned(), tokenizer_config),
     ]
 }

@@ -3,6 +3,7 @@
 use ndarray::Array2;
 use sanderling_common::ids::BatchId;
 use sanderling_common::init::{Purpose, stream, uniform};
+use sanderling_common::tokens::Tokens;
 
 /// Input and target tokens, each of shape (sequences, time); the target of a token is the one after it.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,8 +20,8 @@ impl Batch {
         self.targets.len()
     }
 
-    fn from_windows(text: &[u32], starts: &[usize], time: usize) -> Self {
-        let at = |row: usize, column: usize| text[starts[row] + column];
+    fn from_windows(text: &Tokens, starts: &[usize], time: usize) -> Self {
+        let at = |row: usize, column: usize| text.get(starts[row] + column);
         let shape = (starts.len(), time);
         Self {
             inputs: Array2::from_shape_fn(shape, |(row, column)| at(row, column)),
@@ -35,7 +36,7 @@ impl Batch {
 ///
 /// # Panics
 /// If the text has no window of `time` + 1 tokens.
-pub fn training_batch(text: &[u32], seed: u64, id: BatchId, sequences: usize, time: usize) -> Batch {
+pub fn training_batch(text: &Tokens, seed: u64, id: BatchId, sequences: usize, time: usize) -> Batch {
     assert!(text.len() > time, "a text of {} tokens has no window of {} tokens", text.len(), time + 1);
     let mut rng = stream(seed, Purpose::Batch, id.0);
     let places = (text.len() - time) as f64;
@@ -46,7 +47,7 @@ pub fn training_batch(text: &[u32], seed: u64, id: BatchId, sequences: usize, ti
 /// The whole of `text` in non-overlapping windows of `time` tokens, `sequences` at a time.
 ///
 /// Every token but the first is predicted exactly once: what is left over at the end comes as one shorter window.
-pub fn evaluation_batches(text: &[u32], sequences: usize, time: usize) -> impl Iterator<Item = Batch> {
+pub fn evaluation_batches(text: &Tokens, sequences: usize, time: usize) -> impl Iterator<Item = Batch> {
     let predicted = text.len().saturating_sub(1);
     let whole: Vec<usize> = (0..predicted / time).map(|window| window * time).collect();
     let rest = predicted % time;
@@ -59,8 +60,8 @@ pub fn evaluation_batches(text: &[u32], sequences: usize, time: usize) -> impl I
 mod tests {
     use super::*;
 
-    fn text() -> Vec<u32> {
-        (0..1003).collect()
+    fn text() -> Tokens {
+        Tokens::collect(0..1003, 1003)
     }
 
     #[test]
@@ -88,7 +89,7 @@ mod tests {
     #[test]
     fn evaluation_predicts_every_token_once() {
         for len in [17, 33, 100, 1003] {
-            let text: Vec<u32> = (0..len).collect();
+            let text = Tokens::collect(0..len, 1003);
             let mut seen: Vec<u32> =
                 evaluation_batches(&text, 3, 16).flat_map(|batch| batch.targets.into_iter()).collect();
             seen.sort_unstable();

@@ -45,7 +45,7 @@ pub(super) struct Shelf {
 }
 
 impl Shelf {
-    /// The text of this hash: the one at hand, the bundled one, or the server's.
+    /// The corpus of this hash: the one at hand, the bundled text, or what the server has, be it text or tokens.
     async fn text(&mut self, link: &Link, sha256: [u8; 32]) -> Result<Arc<Corpus>, Lost> {
         if let Some(corpus) = self.corpus.as_ref().filter(|corpus| corpus.sha256() == sha256) {
             return Ok(corpus.clone());
@@ -55,7 +55,7 @@ impl Shelf {
             bundled
         } else {
             let bytes = link.fetch(&mut self.download, BulkObject::Text, TEXT_BYTES_MAX).await?;
-            Corpus::from_bytes(&bytes).map_err(WorkerError::Corpus)?
+            Corpus::from_bytes(bytes).map_err(WorkerError::Corpus)?
         };
         if corpus.sha256() != sha256 {
             return Err(Lost::ForNow("the server sent another text than it had announced".to_owned()));
@@ -186,7 +186,7 @@ impl Member {
         welcome.run.validate().map_err(WorkerError::Config)?;
         welcome.run.validate_model(&welcome.model).map_err(WorkerError::Config)?;
         let corpus = shelf.text(link, welcome.text_sha256).await?;
-        corpus.check_context(welcome.run.model.context).map_err(WorkerError::Corpus)?;
+        welcome.run.check_corpus(&corpus).map_err(WorkerError::Corpus)?;
         let engine =
             Engine::new(&welcome.run, welcome.model.clone(), corpus).map_err(WorkerError::Compute)?;
         let layout = engine.layout().clone();

@@ -1,0 +1,104 @@
+//! Files that are there whole or not at all: written beside their place, synced, then renamed.
+
+use std::fs::{self, File};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// A file that takes its place only when it is complete; dropped before that, it leaves nothing behind.
+#[derive(Debug)]
+pub struct Beside {
+    file: File,
+    temporary: PathBuf,
+    path: PathBuf,
+    placed: bool,
+}
+
+impl Beside {
+    /// Starts a file that is to be at `path`, under the name `path.partial`. What is at `path` stays until
+    /// [`place`](Self::place).
+    ///
+    /// # Errors
+    /// What the system says of a place that cannot be written to.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        if path.is_dir() {
+            return Err(io::ErrorKind::IsADirectory.into());
+        }
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(".partial");
+        let temporary = PathBuf::from(temporary);
+        Ok(Self { file: File::create(&temporary)?, temporary, path: path.to_owned(), placed: false })
+    }
+
+    /// Where it is to be.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Syncs the file and puts it in its place.
+    ///
+    /// # Errors
+    /// What the system says; nothing is left of the file then, and what was in its place is still there.
+    pub fn place(mut self) -> io::Result<()> {
+        self.file.sync_all()?;
+        fs::rename(&self.temporary, &self.path)?;
+        self.placed = true;
+        Ok(())
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        if !self.placed {
+            // Whatever went wrong is reported already; a left-over file is only untidy.
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+impl Write for Beside {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Seek for Beside {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_there_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let names = || {
+            let mut names: Vec<_> =
+                fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        let path = folder.path().join("file");
+        let mut file = Beside::create(&path).unwrap();
+        file.write_all(b"half").unwrap();
+        assert_eq!(names(), ["file.partial"]);
+        drop(file);
+        assert!(names().is_empty());
+
+        for text in ["first", "second"] {
+            let mut file = Beside::create(&path).unwrap();
+            file.write_all(text.as_bytes()).unwrap();
+            file.place().unwrap();
+            assert_eq!((names(), fs::read_to_string(&path).unwrap()), (vec!["file".into()], text.to_owned()));
+        }
+        assert!(Beside::create(folder.path()).is_err());
+        assert!(Beside::create(&folder.path().join("absent/file")).is_err());
+        assert_eq!(names(), ["file"]);
+    }
+}
