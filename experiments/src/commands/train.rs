@@ -18,6 +18,9 @@ use tracing::warn;
 use crate::generate::Generator;
 use crate::report::{closing_table, plot_losses};
 
+/// The plot's name in the run's folder.
+const PLOT_FILE: &str = "loss.svg";
+
 /// Characters of generated text shown at the end.
 const SAMPLE_CHARACTERS: usize = 400;
 
@@ -51,15 +54,19 @@ pub struct Arguments {
 /// Whatever keeps the run from its end, in a sentence.
 pub fn train(arguments: Arguments) -> anyhow::Result<()> {
     let run = arguments.run.resolve()?;
+    // It lives until the report is made: it is what listens for signals.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let outcome = runtime.context("cannot start the runtime")?.block_on(async {
+    let runtime = runtime.context("cannot start the runtime")?;
+    let outcome = runtime.block_on(async {
+        let stop =
+            stop_on_interrupt(|| warn!("stopping early; Ctrl-C again to stop at once, without a checkpoint"));
         let server = Server::start(run, None)?;
-        serve_with_workers(server).await
+        serve_with_workers(server, stop).await
     })?;
     report(&outcome)
 }
 
-async fn serve_with_workers(server: Server) -> anyhow::Result<Outcome> {
+async fn serve_with_workers(server: Server, stop: watch::Receiver<bool>) -> anyhow::Result<Outcome> {
     let run = server.run().clone();
     let mut view = ProgressView::new(run.training.steps);
     view.say(&format!(
@@ -74,8 +81,6 @@ async fn serve_with_workers(server: Server) -> anyhow::Result<Outcome> {
     let (stop_workers, workers_stop) = watch::channel(false);
     let mut workers = start_workers(server.join(), run.run.workers, &workers_stop);
     let outcome = {
-        let stop =
-            stop_on_interrupt(|| warn!("stopping early; Ctrl-C again to stop at once, without a checkpoint"));
         let serving = server.serve(stop, |progress| view.update(progress));
         serve_beside(serving, &mut workers).await
     };
@@ -119,28 +124,28 @@ fn start_workers(
     workers
 }
 
-/// Table, sample, plot.
+/// Table, sample, plot, in this order: what is known already does not wait for what takes longer or may fail.
 fn report(outcome: &Outcome) -> anyhow::Result<()> {
-    let plot = outcome.folder.join("loss.svg");
-    plot_losses(&plot, &outcome.summary.name, &outcome.evaluations)?;
-    let sample = sample(outcome)?;
-    std::fs::write(outcome.folder.join("sample.txt"), format!("{}\n", sample.trim_end()))
-        .with_context(|| format!("cannot write to {}", outcome.folder.display()))?;
     let file = |name: &str| Path::new(&outcome.folder).join(name).display().to_string();
-    let mut out = std::io::stdout().lock();
-    let printed = write!(
-        out,
-        "\nA sample of the best model:\n{}\n\n{}\n  plot        {}\n  curve       {}\n  summary     {}\n  checkpoint  {}\n",
-        sample.trim_end(),
+    print(&format!(
+        "\n{}\n  plot        {}\n  curve       {}\n  summary     {}\n  checkpoint  {}\n",
         closing_table(&outcome.summary),
-        plot.display(),
+        file(PLOT_FILE),
         file("metrics.jsonl"),
         file("summary.json"),
         outcome.checkpoint.display(),
-    );
-    // A closed pipe on the other side is no reason to fail a finished run.
-    drop(printed);
+    ));
+    let sample = sample(outcome)?;
+    print(&format!("\nA sample of the best model:\n{}\n", sample.trim_end()));
+    std::fs::write(outcome.folder.join("sample.txt"), format!("{}\n", sample.trim_end()))
+        .with_context(|| format!("cannot write to {}", outcome.folder.display()))?;
+    plot_losses(&outcome.folder.join(PLOT_FILE), &outcome.summary.name, &outcome.evaluations)?;
     Ok(())
+}
+
+fn print(text: &str) {
+    // A closed pipe on the other side is no reason to fail a finished run.
+    let _ = std::io::stdout().lock().write_all(text.as_bytes());
 }
 
 fn sample(outcome: &Outcome) -> anyhow::Result<String> {
