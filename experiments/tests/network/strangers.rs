@@ -10,7 +10,7 @@ use sanderling_common::wire::Push;
 use sanderling_common::wire::control::{
     BulkHeader, BulkObject, BulkRequest, Greeting, Hello, Ready, Request, Start, StreamKind, Welcome,
 };
-use sanderling_transport::{client_endpoint, receive, send};
+use sanderling_transport::{CloseCode, client_endpoint, receive, send};
 use sanderling_worker::net::{WorkerError, WorkerOptions, work};
 use tokio::sync::watch;
 
@@ -64,11 +64,44 @@ async fn one_worker_too_many_waits_for_a_place() {
     serving.outcome().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn getting_ready_may_take_longer_than_the_lease_and_giving_up_on_it_frees_the_place() {
+    let scene = Scene::new(5).with("[run]\nworkers = 1\n[server]\nsessions_max = 1\nlease_ms = 1000");
+    let serving = Serving::start(&scene);
+    let (mut slow, welcome) = Peer::welcomed(&serving.join).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    slow.begin(&welcome).await;
+    // Its session began, so it goes on for a while; then there is room for one that never begins.
+    drop(slow);
+    let stalled = loop {
+        let (endpoint, connection) = Peer::connect(&serving.join).await;
+        if let Ok(stalled) = Peer::hello(endpoint, connection, &serving.join).await {
+            break stalled;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    drop(stalled);
+    let report = worker(&serving.join).await.unwrap().unwrap();
+    assert_eq!(report.exchanges, 5);
+    assert_eq!(serving.outcome().await.summary.steps, 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_says_no_hello_is_hung_up_on() {
+    let scene = Scene::new(5).with("[server]\nlease_ms = 1000");
+    let serving = Serving::start(&scene);
+    let (_endpoint, connection) = Peer::connect(&serving.join).await;
+    let closed = tokio::time::timeout(PATIENCE, connection.closed()).await.expect("the server hangs up");
+    assert_eq!(CloseCode::of(&closed), Some(CloseCode::TooSlow), "{closed}");
+    worker(&serving.join).await.unwrap().unwrap();
+    serving.outcome().await;
+}
+
 /// A connection on which anything can be said.
 struct Peer {
     connection: Connection,
     // Both keep the connection open.
-    _control: (SendStream, RecvStream),
+    control: (SendStream, RecvStream),
     _endpoint: Endpoint,
 }
 
@@ -80,18 +113,42 @@ impl Peer {
         (endpoint, connection)
     }
 
-    /// Says hello properly.
-    async fn admitted(join: &JoinString) -> (Self, Welcome) {
-        let (endpoint, connection) = Self::connect(join).await;
+    /// Says hello properly, and does not get ready. Returns how it was greeted instead, if it was not welcome.
+    async fn hello(
+        endpoint: Endpoint,
+        connection: Connection,
+        join: &JoinString,
+    ) -> Result<(Self, Welcome), Greeting> {
         let (mut up, mut down) = connection.open_bi().await.unwrap();
         up.write_all(&[StreamKind::Control as u8]).await.unwrap();
         let token = join.token.reveal().to_owned();
         send(&mut up, &Hello { token, resume: None, software: "a test".to_owned() }).await.unwrap();
-        let Greeting::Welcome(welcome) = receive(&mut down).await.unwrap() else { panic!("not admitted") };
-        send(&mut up, &Ready { layout_hash: welcome.layout_hash, initial_sha256: None }).await.unwrap();
-        let start: Start = receive(&mut down).await.unwrap();
+        match receive(&mut down).await.unwrap() {
+            Greeting::Welcome(welcome) => {
+                Ok((Self { connection, control: (up, down), _endpoint: endpoint }, *welcome))
+            }
+            greeting => Err(greeting),
+        }
+    }
+
+    async fn welcomed(join: &JoinString) -> (Self, Welcome) {
+        let (endpoint, connection) = Self::connect(join).await;
+        let welcomed = Self::hello(endpoint, connection, join).await;
+        welcomed.unwrap_or_else(|greeting| panic!("not admitted: {greeting:?}"))
+    }
+
+    /// Gets ready too.
+    async fn admitted(join: &JoinString) -> (Self, Welcome) {
+        let (mut peer, welcome) = Self::welcomed(join).await;
+        peer.begin(&welcome).await;
+        (peer, welcome)
+    }
+
+    async fn begin(&mut self, welcome: &Welcome) {
+        let (up, down) = &mut self.control;
+        send(up, &Ready { layout_hash: welcome.layout_hash, initial_sha256: None }).await.unwrap();
+        let start: Start = receive(down).await.unwrap();
         assert!(matches!(start, Start::Fetch { .. }));
-        (Self { connection, _control: (up, down), _endpoint: endpoint }, *welcome)
     }
 
     /// Opens a stream of a kind and sends bytes on it; returns what comes back, if anything does.

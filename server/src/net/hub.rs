@@ -25,7 +25,8 @@ use sanderling_common::origin::Beginning;
 use sanderling_common::wire::control::{EvaluationReport, Initial, OnlineUpcycling, dense_bytes};
 use sanderling_common::wire::frame::frame_bytes_max;
 use sanderling_common::wire::{Push, Refusal, Work};
-use sanderling_transport::{CloseCode, secure_random};
+use sanderling_transport::CloseCode;
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
 
@@ -51,8 +52,6 @@ pub(super) enum OpenError {
 
 /// A session that begins.
 pub(super) struct Opened {
-    /// Its name.
-    pub(super) session: SessionId,
     /// The number people know the worker by.
     pub(super) worker: WorkerId,
     /// The step of its base model.
@@ -214,9 +213,13 @@ impl Hub {
 
 /// Sessions and connections.
 impl Hub {
-    /// A session for a new worker, under a name that nobody can guess.
-    pub(super) async fn open(&self, connection: &Connection) -> Result<Opened, OpenError> {
-        let session = SessionId(random_u64());
+    /// A session for a new worker, under a name that nobody can guess. Whoever calls this must [`detach`](Self::detach)
+    /// it, also when the future is dropped.
+    pub(super) async fn open(
+        &self,
+        session: SessionId,
+        connection: &Connection,
+    ) -> Result<Opened, OpenError> {
         let (opened, base) = self.pipeline.open(session).await?;
         // Copying and hashing a large model takes a while.
         let base = tokio::task::spawn_blocking(move || Blob::of_base(base)).await;
@@ -246,13 +249,21 @@ impl Hub {
     pub(super) fn detach(self: &Arc<Self>, session: SessionId, connection: &Connection, for_good: bool) {
         let id = connection.stable_id();
         let removed = self.attached.remove_if(&session, |_, attached| attached.connection.stable_id() == id);
-        let Some((_, attached)) = removed else { return };
+        let Some((_, attached)) = removed else {
+            // It goes on over another connection, or opening it was broken off.
+            if for_good && !self.attached.contains_key(&session) {
+                self.close(session);
+            }
+            return;
+        };
         self.count_closed(connection);
         if for_good {
             return self.close(session);
         }
         let (hub, worker) = (self.clone(), attached.worker);
-        tokio::spawn(async move {
+        // Where the runtime ends, so does the hub.
+        let Ok(runtime) = Handle::try_current() else { return };
+        runtime.spawn(async move {
             // The connection itself lasted half the lease without a sign of life.
             tokio::time::sleep(hub.lease() / 2).await;
             if !hub.attached.contains_key(&session) && hub.pipeline.worker(session).is_some() {
@@ -428,8 +439,4 @@ impl Hub {
         self.closed_bytes_up.fetch_add(stats.udp_rx.bytes, Ordering::Relaxed);
         self.closed_bytes_down.fetch_add(stats.udp_tx.bytes, Ordering::Relaxed);
     }
-}
-
-fn random_u64() -> u64 {
-    u64::from_le_bytes(secure_random())
 }

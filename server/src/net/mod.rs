@@ -18,7 +18,7 @@ use sanderling_common::join::{JoinString, Token, hex};
 use sanderling_common::model_config::{ModelConfig, ModelConfigError};
 use sanderling_common::origin::{Origin, OriginError};
 use sanderling_transport::{Certificate, CloseCode, EndpointError, TlsError, secure_random, server_endpoint};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tracing::info;
@@ -29,6 +29,10 @@ use hub::{Hub, NOTICE_EVERY};
 
 /// How often progress is shown.
 const SHOW_EVERY: Duration = Duration::from_millis(150);
+
+/// Peers that have not shown the token yet, at a time; further ones are refused. Each costs the server a handshake and
+/// what a connection buffers.
+const STRANGERS_MAX: usize = 1024;
 
 /// Workers that were told that the run is over may take this long to say goodbye.
 const GOODBYES_WAIT: Duration = Duration::from_secs(3);
@@ -237,8 +241,13 @@ impl Server {
 }
 
 async fn accept(hub: Arc<Hub>, endpoint: Endpoint) {
+    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
     while let Some(incoming) = endpoint.accept().await {
-        tokio::spawn(connection::serve(hub.clone(), incoming));
+        match strangers.clone().try_acquire_owned() {
+            Ok(stranger) => drop(tokio::spawn(connection::serve(hub.clone(), incoming, stranger))),
+            // A worker that is refused so tries again.
+            Err(_) => incoming.refuse(),
+        }
     }
 }
 

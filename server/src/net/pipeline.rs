@@ -99,7 +99,7 @@ impl Pipeline {
         let (worker, step) =
             opened.map_err(|SessionsFull { sessions_max }| OpenError::Full { sessions_max })?;
         let base = Base::join(outputs(pending).await.into_iter().flatten());
-        Ok((Opened { session, worker, step }, base))
+        Ok((Opened { worker, step }, base))
     }
 
     /// Ends a session.
