@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use sanderling_common::config::cli::RunOptions;
 use sanderling_common::join::JoinString;
-use sanderling_server::net::{Outcome, Server, ServerError};
+use sanderling_server::net::{Outcome, Server};
 use sanderling_server::progress::ProgressView;
 use sanderling_transport::stop_on_interrupt;
 use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport, work};
@@ -81,8 +81,9 @@ async fn serve_with_workers(server: Server, stop: watch::Receiver<bool>) -> anyh
     let (stop_workers, workers_stop) = watch::channel(false);
     let mut workers = start_workers(server.join(), run.run.workers, &workers_stop);
     let outcome = {
+        let over = server.over();
         let serving = server.serve(stop, |progress| view.update(progress));
-        serve_beside(serving, &mut workers).await
+        serve_beside(serving, over, &mut workers).await
     };
     view.finish();
     stop_workers.send_replace(true);
@@ -90,21 +91,33 @@ async fn serve_with_workers(server: Server, stop: watch::Receiver<bool>) -> anyh
     outcome
 }
 
-/// The outcome of `serving`, or the first failure of a worker: in one process a worker that is lost stays lost.
-async fn serve_beside(
-    serving: impl Future<Output = Result<Outcome, ServerError>>,
+/// The outcome of `serving`, or the first failure of a worker before the run is `over`: in one process a worker that is
+/// lost stays lost. What happens to workers afterwards takes nothing from a run that is done.
+async fn serve_beside<O, E: Into<anyhow::Error>>(
+    serving: impl Future<Output = Result<O, E>>,
+    over: impl Future<Output = ()>,
     workers: &mut JoinSet<Result<WorkerReport, WorkerError>>,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<O> {
     tokio::pin!(serving);
-    loop {
-        tokio::select! {
-            outcome = &mut serving => return Ok(outcome?),
-            Some(ended) = workers.join_next() => {
-                let ended = ended.context("a worker ended with a panic")?;
-                ended.context("a worker cannot go on")?;
-            }
+    tokio::select! {
+        biased;
+        outcome = &mut serving => return outcome.map_err(Into::into),
+        () = over => {}
+        failure = first_failure(workers) => return Err(failure),
+    }
+    serving.await.map_err(Into::into)
+}
+
+/// Waits until a worker fails.
+async fn first_failure(workers: &mut JoinSet<Result<WorkerReport, WorkerError>>) -> anyhow::Error {
+    while let Some(ended) = workers.join_next().await {
+        match ended {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return anyhow::Error::new(error).context("a worker cannot go on"),
+            Err(error) => return anyhow::Error::new(error).context("a worker ended with a panic"),
         }
     }
+    std::future::pending().await
 }
 
 /// Workers that share this process and its cores; they know the server by its join string alone.
@@ -155,4 +168,41 @@ fn sample(outcome: &Outcome) -> anyhow::Result<String> {
     let prompt = if prompt.is_empty() { vec![0] } else { prompt };
     let tokens = generator.generate(&prompt, SAMPLE_CHARACTERS, SAMPLE_TEMPERATURE, outcome.summary.seed)?;
     Ok(tokens.into_iter().filter_map(|token| vocabulary.character(token)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn failed() -> Result<WorkerReport, WorkerError> {
+        Err(WorkerError::WrongToken)
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_fails_ends_a_run_that_goes_on() {
+        let mut workers = JoinSet::new();
+        workers.spawn(async { Ok(WorkerReport::default()) });
+        workers.spawn(async { failed() });
+        let serving = std::future::pending::<Result<(), WorkerError>>();
+        let error = serve_beside(serving, std::future::pending(), &mut workers).await.unwrap_err();
+        assert!(error.downcast_ref::<WorkerError>().is_some(), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_fails_takes_nothing_from_a_finished_run() {
+        let mut workers = JoinSet::new();
+        workers.spawn(async { failed() });
+        let serving = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            Ok::<_, WorkerError>(7)
+        };
+        assert_eq!(serve_beside(serving, async {}, &mut workers).await.unwrap(), 7);
+        assert_eq!(workers.len(), 1, "nobody asked the worker");
+
+        // All at once.
+        let served = std::future::ready(Ok::<_, WorkerError>(8));
+        assert_eq!(serve_beside(served, async {}, &mut workers).await.unwrap(), 8);
+    }
 }

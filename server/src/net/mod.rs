@@ -177,6 +177,13 @@ impl Server {
         self.folder.path()
     }
 
+    /// Waits until every batch and every evaluation is done, or the run was given up; the results may still have to be
+    /// written then.
+    pub fn over(&self) -> impl Future<Output = ()> + 'static {
+        let hub = self.hub.clone();
+        async move { hub.finished().await }
+    }
+
     /// Serves until the run is over, or until `stop` becomes true and what was applied by then is evaluated. `show` is
     /// called several times a second.
     ///

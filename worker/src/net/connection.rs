@@ -1,6 +1,7 @@
 //! One connection to the server: hello, then exchanges, requests and bulk transfers.
 
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -26,6 +27,9 @@ const CONNECT_WAIT: Duration = Duration::from_secs(10);
 
 /// A goodbye is waited for this long.
 const GOODBYE_WAIT: Duration = Duration::from_millis(500);
+
+/// The QUIC error codes that stand for TLS alerts (RFC 9001, section 4.8).
+const TLS_ALERTS: RangeInclusive<u64> = 0x100..=0x1ff;
 
 /// An established connection on which the hello has been said.
 pub(super) struct Link {
@@ -165,13 +169,18 @@ async fn resolve(join: &JoinString) -> Result<SocketAddr, Lost> {
     first.ok_or_else(|| Lost::ForNow(format!("the host {} cannot be found", join.host)))
 }
 
-/// A server with another certificate or protocol will be no other on the next try.
+/// A server with another certificate or protocol will be no other on the next try. Anything else may be: one that
+/// refuses a connection, for example, is full of strangers or about to go.
 fn connect_error(error: &quinn::ConnectionError) -> Lost {
-    match error {
-        quinn::ConnectionError::TransportError(_) | quinn::ConnectionError::ConnectionClosed(_) => {
-            WorkerError::Handshake(describe(error)).into()
-        }
-        _ => Lost::ForNow(describe(error)),
+    let code = match error {
+        quinn::ConnectionError::TransportError(error) => u64::from(error.code),
+        quinn::ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
+        _ => return Lost::ForNow(describe(error)),
+    };
+    if TLS_ALERTS.contains(&code) {
+        WorkerError::Handshake(describe(error)).into()
+    } else {
+        Lost::ForNow(describe(error))
     }
 }
 
@@ -196,5 +205,33 @@ impl From<MessageError> for Lost {
             _ => return Self::ForNow(error.to_string()),
         };
         lost.clone().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quinn::{ConnectionError, TransportErrorCode};
+
+    use super::*;
+
+    #[test]
+    fn only_tls_errors_are_final() {
+        let error = |code: TransportErrorCode| {
+            ConnectionError::TransportError(quinn::TransportError {
+                code,
+                frame: None,
+                reason: String::new(),
+                crypto: None,
+            })
+        };
+        for alert in [42, 48, 120] {
+            let lost = connect_error(&error(TransportErrorCode::crypto(alert)));
+            assert!(matches!(lost, Lost::ForGood(_)), "{alert}: {lost:?}");
+        }
+        let refused = error(TransportErrorCode::CONNECTION_REFUSED);
+        for passing in [refused, ConnectionError::TimedOut, ConnectionError::Reset] {
+            let lost = connect_error(&passing);
+            assert!(matches!(lost, Lost::ForNow(_)), "{passing}: {lost:?}");
+        }
     }
 }
