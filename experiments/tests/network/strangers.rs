@@ -1,16 +1,20 @@
 //! Workers that do not belong, and peers that do not keep to the protocol.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use sanderling_common::ids::{BatchId, Seq, SessionId, Step};
 use sanderling_common::join::JoinString;
-use sanderling_common::wire::Push;
 use sanderling_common::wire::control::{
-    BulkHeader, BulkObject, BulkRequest, Greeting, Hello, Ready, Request, Start, StreamKind, Welcome,
+    BulkHeader, BulkObject, BulkRequest, Greeting, Hello, Ready, Request, Response, Start, StreamKind,
+    Welcome,
 };
+use sanderling_common::wire::frame::Reply;
+use sanderling_common::wire::{Push, Refusal};
 use sanderling_transport::{CloseCode, client_endpoint, receive, send};
+use sanderling_worker::core::{WorkerCore, WorkerSettings};
 use sanderling_worker::net::{WorkerError, WorkerOptions, work};
 use tokio::sync::watch;
 
@@ -233,4 +237,40 @@ async fn a_peer_cannot_speak_for_another_session() {
 
 fn encoded(message: &impl serde::Serialize) -> Vec<u8> {
     sanderling_common::wire::control::encode(message)
+}
+
+/// Pushes made from another model than the server's replica are applied once each, and noted; their sessions end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_from_the_wrong_model_is_refused_and_costs_the_run_nothing() {
+    let scene = Scene::new(6).with("[exchange]\nreplica_check_every = 1\n[training]\neval_every = 1");
+    let serving = Serving::start(&scene);
+    for step in 0..2 {
+        let (peer, welcome) = Peer::admitted(&serving.join).await;
+        let request = encoded(&Request::Work(welcome.session));
+        let response = peer.say(StreamKind::Request as u8, &request).await.expect("work is handed out");
+        let Response::Work(work) = decode_message(&response) else { panic!("the session exists") };
+
+        let layout = Arc::new(welcome.model.layout().unwrap());
+        let settings = WorkerSettings::from(&welcome.run);
+        let wrong = vec![0.0; layout.len()];
+        let mut core = WorkerCore::new(layout.clone(), &settings, welcome.session, wrong, Step(step));
+        core.add_work(&work).unwrap();
+        let batch = core.next_batch().expect("batches are left");
+        core.view();
+        core.handle_gradient(batch, &vec![1e-3; layout.len()], 4.0, 64, 0).unwrap();
+        let mut frame = Vec::new();
+        core.pending().expect("a push was made").encode(&mut frame);
+        let reply = peer.say(StreamKind::Exchange as u8, &frame).await.expect("pushes are answered");
+        assert_eq!(Reply::decode(&reply).unwrap(), Reply::Refused(Refusal::ReplicaMismatch));
+    }
+    worker(&serving.join).await.unwrap().unwrap();
+    let outcome = serving.outcome().await;
+    let summary = &outcome.summary;
+    assert_eq!((summary.steps, summary.tokens, summary.completed), (6, 6 * 64, true));
+    assert_eq!(outcome.evaluations.iter().map(|line| line.steps).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
+}
+
+/// A control message as it comes over a stream, after its length.
+fn decode_message<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> T {
+    sanderling_common::wire::control::decode(&bytes[4..]).unwrap()
 }

@@ -309,11 +309,12 @@ impl Hub {
 
 /// Exchanges, evaluations and what they leave behind.
 impl Hub {
-    /// Applies a push and returns the reply frame.
+    /// Applies a push and returns the reply frame. One that is refused may have made a step all the same, when its
+    /// worker turns out to have another model than it should, or has left meanwhile.
     pub(super) async fn push(&self, push: Push) -> Result<Bytes, Refusal> {
         let pushed = self.pipeline.push(&push).await?;
         let Some(News { step, staleness, applied, snapshot }) = pushed.news else {
-            return Ok(pushed.reply);
+            return pushed.reply;
         };
         self.bases.remove(&push.session);
         // A push that came after an early end is neither applied nor skipped.
@@ -333,7 +334,7 @@ impl Hub {
         if self.is_finished() {
             self.changed.notify_waiters();
         }
-        Ok(pushed.reply)
+        pushed.reply
     }
 }
 
