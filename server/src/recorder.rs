@@ -181,9 +181,10 @@ impl Recorder {
         self.evaluations.get(&step.0)
     }
 
-    /// The evaluation with the lowest validation loss, the earliest of equals.
+    /// The evaluation with the lowest validation loss, the earliest of equals. A model that diverged is not the best.
     fn best(&self) -> Option<&Evaluation> {
-        self.evaluations.values().min_by(|a, b| a.val_loss.total_cmp(&b.val_loss))
+        let finite = self.evaluations.values().filter(|line| line.val_loss.is_finite());
+        finite.min_by(|a, b| a.val_loss.total_cmp(&b.val_loss))
     }
 
     /// The curve, in order of step.
@@ -292,6 +293,18 @@ mod tests {
         let summary = recorder.summary(9.0, 100, 200);
         assert_eq!((summary.best_step, summary.best_val_loss, summary.test_loss), (8, Some(1.5), Some(1.6)));
         assert_eq!((summary.val_loss, summary.tokens, summary.completed), (Some(1.5), 80, false));
+    }
+
+    #[test]
+    fn a_model_that_diverged_is_never_the_best() {
+        let mut recorder = Recorder::new(RunConfig::default(), 1000, 500);
+        for (step, loss) in [(1, -f64::NAN), (2, 3.0), (3, f64::NAN), (4, f64::NEG_INFINITY)] {
+            recorder.snapshot_taken(step, 0, 0);
+            recorder.pushed(push(step, 1.0));
+            recorder.evaluated(&report(step, Split::Validation, loss));
+        }
+        let summary = recorder.summary(1.0, 0, 0);
+        assert_eq!((summary.best_step, summary.best_val_loss), (2, Some(3.0)));
     }
 
     #[test]

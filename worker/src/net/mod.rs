@@ -21,6 +21,7 @@ use sanderling_transport::EndpointError;
 use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
+use crate::core::Diverged;
 use connection::{Link, Reception};
 use member::{Member, Shelf};
 
@@ -29,6 +30,10 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 
 /// The longest wait between two tries.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
+
+/// Sessions in a row that diverge before their first exchange is answered, after which a worker gives up: the model of
+/// the run is what diverged then, not what this worker had accumulated.
+const DIVERGED_SESSIONS_MAX: u32 = 3;
 
 /// A worker gives up after this long without a server by default.
 pub const GIVE_UP_AFTER: Duration = Duration::from_secs(600);
@@ -114,6 +119,9 @@ pub enum WorkerError {
         /// The last reason.
         reason: String,
     },
+    /// Whatever this worker computes is too large.
+    #[error("the training diverged; lower learning_rate ({0})")]
+    Diverged(Diverged),
     /// The run cannot be computed.
     #[error("the gradient cannot be computed: {0}")]
     Compute(#[from] crate::model::ModelError),
@@ -128,6 +136,8 @@ enum Lost {
     ForNow(String),
     /// The session is void: another try begins a new one.
     Session(String),
+    /// As [`Session`](Self::Session), for a reason that another session may have as well.
+    Diverged(Diverged),
     /// No other try will do.
     ForGood(Box<WorkerError>),
 }
@@ -153,9 +163,13 @@ pub async fn work(
     let mut shelf = Shelf::default();
     let mut backoff = BACKOFF_FIRST;
     let mut last_contact = Instant::now();
+    let mut diverged_sessions = 0;
     loop {
         let exchanges_before = report.exchanges;
         let outcome = connected(join, options, (&mut member, &mut shelf), &mut report, &stop).await;
+        if report.exchanges > exchanges_before {
+            (backoff, last_contact, diverged_sessions) = (BACKOFF_FIRST, Instant::now(), 0);
+        }
         let reason = match outcome {
             Ok(()) => {
                 report.stopped = *stop.borrow();
@@ -168,10 +182,15 @@ pub async fn work(
                 member = None;
                 reason
             }
+            Err(Lost::Diverged(diverged)) => {
+                member = None;
+                diverged_sessions += 1;
+                if diverged_sessions >= DIVERGED_SESSIONS_MAX {
+                    return Err(WorkerError::Diverged(diverged));
+                }
+                diverged.to_string()
+            }
         };
-        if report.exchanges > exchanges_before {
-            (backoff, last_contact) = (BACKOFF_FIRST, Instant::now());
-        }
         let waited = last_contact.elapsed();
         if waited >= options.give_up_after {
             return Err(WorkerError::GaveUp { seconds: waited.as_secs(), address: join.to_string(), reason });
@@ -231,7 +250,7 @@ async fn connected(
         Ok(()) => member.exchange_until_stopped(&link, options, report, stop).await,
         Err(lost) => Err(lost),
     };
-    if matches!(outcome, Ok(()) | Err(Lost::Finished | Lost::Session(_))) {
+    if matches!(outcome, Ok(()) | Err(Lost::Finished | Lost::Session(_) | Lost::Diverged(_))) {
         // Whatever the session holds goes back at once instead of when its lease runs out.
         link.goodbye().await;
     }
