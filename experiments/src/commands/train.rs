@@ -79,7 +79,7 @@ async fn serve_with_workers(server: Server, stop: watch::Receiver<bool>) -> anyh
         server.folder().display()
     ));
     let (stop_workers, workers_stop) = watch::channel(false);
-    let mut workers = start_workers(server.join(), run.run.workers, &workers_stop);
+    let mut workers = start_workers(server.local_join(), run.run.workers, &workers_stop);
     let outcome = {
         let over = server.over();
         let serving = server.serve(stop, |progress| view.update(progress));

@@ -98,6 +98,7 @@ pub struct Server {
     hub: Arc<Hub>,
     endpoint: Endpoint,
     join: JoinString,
+    local_join: JoinString,
     folder: RunFolder,
     model: ModelConfig,
     origin: Origin,
@@ -141,11 +142,15 @@ impl Server {
             Some(token) => token,
             None => hex(&secure_random::<16>()).parse().expect("32 hexadecimal digits are a token"),
         };
-        let join = JoinString {
-            host: advertised_host(&run, bound),
+        let local_join = JoinString {
+            host: reachable_host(bound),
             port: bound.port(),
             pin: certificate.pin(),
             token: token.clone(),
+        };
+        let join = match run.server.advertise.as_str() {
+            "" => local_join.clone(),
+            host => JoinString { host: host.to_owned(), ..local_join.clone() },
         };
         let folder = RunFolder::create(&mut run)?;
         let model = beginning.model.clone();
@@ -154,12 +159,17 @@ impl Server {
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(hub.clone(), endpoint.clone()));
         tasks.spawn(announce_steps(hub.clone()));
-        Ok(Self { hub, endpoint, join, folder, model, origin, curve, started, _tasks: tasks })
+        Ok(Self { hub, endpoint, join, local_join, folder, model, origin, curve, started, _tasks: tasks })
     }
 
     /// What workers need to join.
     pub fn join(&self) -> &JoinString {
         &self.join
+    }
+
+    /// What workers on this machine need: the address listened on, whatever is advertised to others.
+    pub fn local_join(&self) -> &JoinString {
+        &self.local_join
     }
 
     /// The run as it is served, under the name its folder has.
@@ -289,13 +299,11 @@ fn listen_address(text: &str) -> Result<SocketAddr, ServerError> {
     found.ok_or_else(|| ServerError::Listen(text.to_owned()))
 }
 
-/// The host of the join string: what the run says, or the address listened on; this machine by its loopback address
-/// where that is every address.
-fn advertised_host(run: &RunConfig, bound: SocketAddr) -> String {
-    match (run.server.advertise.as_str(), bound) {
-        ("", SocketAddr::V4(bound)) if bound.ip().is_unspecified() => "127.0.0.1".to_owned(),
-        ("", SocketAddr::V6(bound)) if bound.ip().is_unspecified() => "::1".to_owned(),
-        ("", bound) => bound.ip().to_string(),
-        (host, _) => host.to_owned(),
+/// The address listened on; this machine's loopback address where that is every address.
+fn reachable_host(bound: SocketAddr) -> String {
+    match bound {
+        SocketAddr::V4(bound) if bound.ip().is_unspecified() => "127.0.0.1".to_owned(),
+        SocketAddr::V6(bound) if bound.ip().is_unspecified() => "::1".to_owned(),
+        bound => bound.ip().to_string(),
     }
 }
