@@ -394,6 +394,19 @@ impl RunConfig {
         }
     }
 
+    /// Makes the paths of what the run reads absolute, so that the resolved file means the same from any folder.
+    pub fn make_paths_absolute(&mut self) {
+        let paths = [&mut self.data.text, &mut self.model.init, &mut self.upcycle.dense];
+        for path in paths.into_iter().filter(|path| !path.is_empty() && *path != BUNDLED_TEXT) {
+            // A folder whose name is no text stays as it was written.
+            if let Some(absolute) =
+                std::path::absolute(&*path).ok().and_then(|path| path.to_str().map(str::to_owned))
+            {
+                *path = absolute;
+            }
+        }
+    }
+
     /// The run as a TOML file that resolves to the same run.
     pub fn to_toml(&self) -> String {
         toml::to_string(self).expect("every setting has a TOML form")
@@ -428,6 +441,21 @@ mod tests {
         assert_eq!(run("[model]\nexperts = 1").unwrap().model.top_k, 1);
         assert_eq!(run("[model]\nexperts = 16").unwrap().model.top_k, TOP_K);
         assert!(run("[model]\nexperts = 1\ntop_k = 2").is_err());
+    }
+
+    #[test]
+    fn the_resolved_file_names_what_it_reads_from_anywhere() {
+        let mut run = parse("[data]\ntext = \"a/b.txt\"").unwrap().resolve().unwrap();
+        run.make_paths_absolute();
+        assert!(
+            Path::new(&run.data.text).is_absolute() && run.data.text.ends_with("b.txt"),
+            "{}",
+            run.data.text
+        );
+        assert_eq!((run.model.init.as_str(), run.upcycle.dense.as_str()), ("", ""));
+        let mut run = RunConfig::default();
+        run.make_paths_absolute();
+        assert_eq!(run, RunConfig::default());
     }
 
     #[test]
