@@ -140,7 +140,12 @@ impl Corpus {
     /// A [`CorpusError`] that names the file or says what is wrong with its content.
     pub fn read(path: &Path) -> Result<Self, CorpusError> {
         let unreadable = |source| CorpusError::Unreadable { path: path.to_owned(), source };
-        let bytes = std::fs::metadata(path).map_err(unreadable)?.len();
+        let metadata = std::fs::metadata(path).map_err(unreadable)?;
+        if !metadata.is_file() {
+            // Devices and pipes may never end, and say nothing of their size.
+            return Err(unreadable(std::io::Error::other("it is not a regular file")));
+        }
+        let bytes = metadata.len();
         if bytes > TEXT_BYTES_MAX {
             return Err(CorpusError::TooLarge { path: path.to_owned(), bytes });
         }
@@ -251,6 +256,9 @@ mod tests {
         assert!(error.to_string().contains("byte 3"), "{error}");
         let error = Corpus::from_bytes(b"").unwrap().check_context(8).unwrap_err();
         assert!(error.to_string().contains("too short"), "{error}");
+        let folder = std::env::temp_dir();
+        let error = Corpus::read(&folder).unwrap_err();
+        assert!(error.to_string().contains("not a regular file"), "{error}");
         let error = Corpus::read(Path::new("/no/such/file")).unwrap_err();
         assert!(error.to_string().contains("/no/such/file"), "{error}");
     }
