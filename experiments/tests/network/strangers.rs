@@ -101,6 +101,19 @@ async fn a_peer_that_says_no_hello_is_hung_up_on() {
     serving.outcome().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_gives_up_on_a_silent_server_when_it_said_it_would() {
+    // It takes whatever comes and says nothing.
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let scene = Scene::new(5);
+    let mut join = Serving::start(&scene).join;
+    join.port = silent.local_addr().unwrap().port();
+    let options = WorkerOptions { give_up_after: Duration::from_secs(1), ..options() };
+    let error = join_with(&join, options).await;
+    // One wait for the first packets alone takes ten seconds where nothing bounds it.
+    assert!(matches!(error, WorkerError::GaveUp { seconds: ..8, .. }), "{error}");
+}
+
 /// A connection on which anything can be said.
 struct Peer {
     connection: Connection,

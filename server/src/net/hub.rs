@@ -25,7 +25,7 @@ use sanderling_common::origin::Beginning;
 use sanderling_common::wire::control::{EvaluationReport, Initial, OnlineUpcycling, dense_bytes};
 use sanderling_common::wire::frame::frame_bytes_max;
 use sanderling_common::wire::{Push, Refusal, Work};
-use sanderling_transport::CloseCode;
+use sanderling_transport::{CloseCode, IDLE_MAX};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
@@ -40,6 +40,11 @@ use crate::results::{Evaluation, Summary};
 /// A worker is told of new steps at most this often; between two notices its estimate of its staleness lags by the
 /// updates that fall between them.
 pub(super) const NOTICE_EVERY: Duration = Duration::from_millis(10);
+
+/// A connection that is silent for this part of the lease is lost; the rest of it passes before its session is.
+pub(super) fn idle(run: &RunConfig) -> Duration {
+    Duration::from_millis(run.server.lease_ms / 2).min(IDLE_MAX)
+}
 
 /// No session can be opened.
 pub(super) enum OpenError {
@@ -264,8 +269,8 @@ impl Hub {
         // Where the runtime ends, so does the hub.
         let Ok(runtime) = Handle::try_current() else { return };
         runtime.spawn(async move {
-            // The connection itself lasted half the lease without a sign of life.
-            tokio::time::sleep(hub.lease() / 2).await;
+            // The connection itself lasted the first part of the lease without a sign of life.
+            tokio::time::sleep(hub.lease() - idle(&hub.run)).await;
             if !hub.attached.contains_key(&session) && hub.pipeline.worker(session).is_some() {
                 info!("{worker} did not come back within its lease; its batches go to others");
                 hub.close(session);
@@ -439,5 +444,19 @@ impl Hub {
         let stats = connection.stats();
         self.closed_bytes_up.fetch_add(stats.udp_rx.bytes, Ordering::Relaxed);
         self.closed_bytes_down.fetch_add(stats.udp_tx.bytes, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lease_is_what_a_connection_and_its_session_last_together() {
+        let mut run = RunConfig::default();
+        for (lease_ms, idle_ms) in [(1000, 500), (120_000, 60_000), (86_400_000, 60_000)] {
+            run.server.lease_ms = lease_ms;
+            assert_eq!(idle(&run), Duration::from_millis(idle_ms));
+        }
     }
 }

@@ -25,7 +25,7 @@ use tracing::info;
 
 use crate::progress::Progress;
 use crate::results::{Evaluation, ResultsError, RunFolder, Summary};
-use hub::{Hub, NOTICE_EVERY};
+use hub::{Hub, NOTICE_EVERY, idle};
 
 /// How often progress is shown.
 const SHOW_EVERY: Duration = Duration::from_millis(150);
@@ -134,9 +134,7 @@ impl Server {
         }
         let address = listen_address(&run.server.listen)?;
         let certificate = Certificate::generate()?;
-        // Half the lease passes before a silent connection is lost, the other half before its session is.
-        let idle = Duration::from_millis(run.server.lease_ms / 2);
-        let endpoint = server_endpoint(address, &certificate, idle)?;
+        let endpoint = server_endpoint(address, &certificate, idle(&run))?;
         let bound = endpoint.local_addr()?;
         let token = match token {
             Some(token) => token,

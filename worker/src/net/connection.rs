@@ -14,15 +14,14 @@ use sanderling_common::wire::control::{
     Goodbye, Greeting, Hello, Ready, Request, Response, Start, StreamKind, Welcome,
 };
 use sanderling_common::wire::frame::Reply;
-use sanderling_transport::{CloseCode, MessageError, client_endpoint, describe, receive, receive_rest, send};
+use sanderling_transport::{
+    CloseCode, IDLE_MAX, MessageError, client_endpoint, describe, receive, receive_rest, send,
+};
 
 use super::bulk::{BulkError, Download};
 use super::{Lost, WorkerError};
 
-/// The worker notices a silent server after this long; the server's lease may end a connection earlier.
-const IDLE: Duration = Duration::from_secs(60);
-
-/// A server that does not answer the first packets is tried again after this long.
+/// A server that does not answer the first packets is tried again after this long, or given up on when less is left.
 const CONNECT_WAIT: Duration = Duration::from_secs(10);
 
 /// A goodbye is waited for this long.
@@ -50,14 +49,18 @@ pub(super) enum Reception {
 }
 
 impl Link {
-    /// Connects and says hello.
-    pub(super) async fn open(join: &JoinString, resume: Option<SessionId>) -> Result<Reception, Lost> {
+    /// Connects and says hello; waits at most `patience` for the server to answer the first packets.
+    pub(super) async fn open(
+        join: &JoinString,
+        resume: Option<SessionId>,
+        patience: Duration,
+    ) -> Result<Reception, Lost> {
         let address = resolve(join).await?;
-        let endpoint = client_endpoint(address, join.pin, IDLE).map_err(WorkerError::Endpoint)?;
+        let endpoint = client_endpoint(address, join.pin, IDLE_MAX).map_err(WorkerError::Endpoint)?;
         let connecting = endpoint
             .connect(address, "sanderling")
             .map_err(|error| Lost::ForNow(format!("cannot connect to {}: {error}", join)))?;
-        let connection = match tokio::time::timeout(CONNECT_WAIT, connecting).await {
+        let connection = match tokio::time::timeout(CONNECT_WAIT.min(patience), connecting).await {
             Ok(Ok(connection)) => connection,
             Ok(Err(error)) => return Err(connect_error(&error)),
             Err(_) => return Err(Lost::ForNow("the server does not answer".to_owned())),
