@@ -27,7 +27,7 @@ use sanderling_common::wire::frame::frame_bytes_max;
 use sanderling_common::wire::{Push, Refusal, Work};
 use sanderling_transport::{CloseCode, IDLE_MAX};
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use super::bulk::Blob;
@@ -88,8 +88,6 @@ pub(crate) struct Hub {
     text: Blob,
     /// The models that are to be evaluated, and the best.
     snapshots: Mutex<BTreeMap<Step, Blob>>,
-    /// New lines of the curve, for whoever writes them down; bounded by the number of evaluations of the run.
-    curve: mpsc::UnboundedSender<Evaluation>,
     closed_bytes_up: AtomicU64,
     closed_bytes_down: AtomicU64,
     /// Woken when there may be work for those who wait, or the run is over.
@@ -102,7 +100,6 @@ impl Hub {
         corpus: Corpus,
         token: Token,
         beginning: &Beginning,
-        curve: mpsc::UnboundedSender<Evaluation>,
     ) -> Result<Self, ModelConfigError> {
         let (model, initial) = (beginning.model.clone(), &beginning.parameters);
         let layout = Arc::new(model.layout()?);
@@ -131,7 +128,6 @@ impl Hub {
             bases: DashMap::new(),
             text: Blob::of_bytes(Bytes::copy_from_slice(corpus.bytes())),
             snapshots: Mutex::default(),
-            curve,
             closed_bytes_up: AtomicU64::new(0),
             closed_bytes_down: AtomicU64::new(0),
             changed: Notify::new(),
@@ -196,6 +192,7 @@ impl Hub {
     /// Hands out no more batches; what has been applied is still evaluated, if there is anybody to do it.
     pub(crate) async fn stop_training(&self) {
         if let Some(snapshot) = self.pipeline.stop().await {
+            self.note(&snapshot);
             self.keep(&snapshot);
         }
         self.changed.notify_waiters();
@@ -322,6 +319,9 @@ impl Hub {
             return pushed.reply;
         };
         self.bases.remove(&push.session);
+        if let Some(snapshot) = &snapshot {
+            self.note(snapshot);
+        }
         // A push that came after an early end is neither applied nor skipped.
         if applied || push.skipped {
             self.recorder().pushed(PushRecord {
@@ -364,21 +364,26 @@ impl Hub {
         if !report.loss.is_finite() {
             warn!("the loss at {} is not finite: the model has diverged", report.job.step);
         }
-        if self.pipeline.report(report) == Evaluated::Ignored {
-            return;
-        }
-        if let Some(line) = self.recorder().evaluated(report).cloned() {
-            // Nobody listens any more when the run is being concluded.
-            let _ = self.curve.send(line);
+        {
+            // Whoever sees that the run is finished, and then looks into the books, finds its last result there.
+            let mut recorder = self.recorder();
+            if self.pipeline.report(report) == Evaluated::Ignored {
+                return;
+            }
+            recorder.evaluated(report);
         }
         self.snapshots().retain(|&step, _| self.pipeline.needs_snapshot(step));
         self.changed.notify_waiters();
     }
 
-    /// Keeps the model of a step that is to be evaluated.
-    fn keep(&self, snapshot: &Snapshot) {
+    /// Puts into the books that a step is to be evaluated.
+    fn note(&self, snapshot: &Snapshot) {
         let (up, down) = self.bytes();
         self.recorder().snapshot_taken(snapshot.step.0, up, down);
+    }
+
+    /// Keeps the model of a step that is to be evaluated.
+    fn keep(&self, snapshot: &Snapshot) {
         self.snapshots().insert(snapshot.step, Blob::of_parameters(&snapshot.parameters));
         self.pipeline.snapshot_ready(snapshot.step);
         self.changed.notify_waiters();
@@ -424,7 +429,12 @@ impl Hub {
         self.recorder().summary(seconds, up, down)
     }
 
-    /// The curve.
+    /// The lines of the curve after the first `known`, as they came.
+    pub(crate) fn lines(&self, known: usize) -> Vec<Evaluation> {
+        self.recorder().lines(known)
+    }
+
+    /// The curve, in order of step.
     pub(crate) fn evaluations(&self) -> Vec<Evaluation> {
         self.recorder().evaluations()
     }

@@ -18,7 +18,7 @@ use sanderling_common::join::{JoinString, Token, hex};
 use sanderling_common::model_config::{ModelConfig, ModelConfigError};
 use sanderling_common::origin::{Origin, OriginError};
 use sanderling_transport::{Certificate, CloseCode, EndpointError, TlsError, secure_random, server_endpoint};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tracing::info;
@@ -102,7 +102,8 @@ pub struct Server {
     folder: RunFolder,
     model: ModelConfig,
     origin: Origin,
-    curve: mpsc::UnboundedReceiver<Evaluation>,
+    /// Lines of the curve that are written.
+    lines_written: usize,
     started: Instant,
     /// Accepting and announcing; they end with the server.
     _tasks: JoinSet<()>,
@@ -152,12 +153,22 @@ impl Server {
         };
         let folder = RunFolder::create(&mut run)?;
         let model = beginning.model.clone();
-        let (sender, curve) = mpsc::unbounded_channel();
-        let hub = Arc::new(Hub::new(run, corpus, token, &beginning, sender)?);
+        let hub = Arc::new(Hub::new(run, corpus, token, &beginning)?);
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(hub.clone(), endpoint.clone()));
         tasks.spawn(announce_steps(hub.clone()));
-        Ok(Self { hub, endpoint, join, local_join, folder, model, origin, curve, started, _tasks: tasks })
+        Ok(Self {
+            hub,
+            endpoint,
+            join,
+            local_join,
+            folder,
+            model,
+            origin,
+            lines_written: 0,
+            started,
+            _tasks: tasks,
+        })
     }
 
     /// What workers need to join.
@@ -210,19 +221,28 @@ impl Server {
         tokio::pin!(finished);
         loop {
             tokio::select! {
-                Some(evaluation) = self.curve.recv() => self.folder.append(&evaluation)?,
-                _ = ticks.tick() => show(&hub.progress()),
+                _ = ticks.tick() => {
+                    self.write_lines()?;
+                    show(&hub.progress());
+                }
                 () = &mut finished => break,
             }
         }
         stopping.abort();
-        while let Ok(evaluation) = self.curve.try_recv() {
-            self.folder.append(&evaluation)?;
-        }
+        self.write_lines()?;
         show(&hub.progress());
         let outcome = self.conclude().await?;
         self.say_goodbye().await;
         Ok(outcome)
+    }
+
+    /// Writes the lines of the curve that are new.
+    fn write_lines(&mut self) -> Result<(), ServerError> {
+        for line in self.hub.lines(self.lines_written) {
+            self.folder.append(&line)?;
+            self.lines_written += 1;
+        }
+        Ok(())
     }
 
     /// Writes the checkpoint and the summary.
