@@ -13,6 +13,12 @@ use tracing::level_filters::LevelFilter;
 /// Train mixture-of-experts language models asynchronously, with tens of times fewer bytes
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true, arg_required_else_help = true)]
+#[command(after_help = "\
+Examples:
+  sanderling train                                   # about two minutes on two cores
+  sanderling train --text novel.txt --method dgs
+  sanderling inspect runs/NAME/checkpoint
+  sanderling COMMAND --help                          # what a command does, its options and examples")]
 struct Arguments {
     /// What to do.
     #[command(subcommand)]

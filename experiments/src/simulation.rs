@@ -73,7 +73,7 @@ pub enum SimulationError {
     #[error(transparent)]
     Sessions(#[from] SessionsFull),
     /// The training diverged.
-    #[error(transparent)]
+    #[error("the training diverged: {0}")]
     Diverged(#[from] Diverged),
     /// The server refused a push.
     #[error("a push was refused: {0}")]

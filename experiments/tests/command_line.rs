@@ -16,23 +16,24 @@ fn sanderling(folder: &Path, arguments: &[&str]) -> Output {
 }
 
 /// Runs `train` and expects it to fail with this code and a single line that contains `words`.
-fn fails(folder: &Path, arguments: &[&str], code: i32, words: &str) {
-    command_fails(folder, &[&["train"], arguments].concat(), code, words);
+fn fails(folder: &Path, arguments: &[&str], code: i32, words: &str) -> String {
+    command_fails(folder, &[&["train"], arguments].concat(), code, words)
 }
 
-fn command_fails(folder: &Path, arguments: &[&str], code: i32, words: &str) {
+fn command_fails(folder: &Path, arguments: &[&str], code: i32, words: &str) -> String {
     let output = sanderling(folder, arguments);
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
     let first = said.lines().next().unwrap();
     assert!(first.starts_with("error: ") && said.contains(words), "{arguments:?}: {said}");
     assert!(!said.contains("panicked") && !said.contains("backtrace"), "{said}");
+    said
 }
 
 #[test]
 fn bad_settings_are_named_with_what_is_allowed() {
     let folder = tempfile::tempdir().unwrap();
-    let fails = |arguments, words| fails(folder.path(), arguments, 2, words);
+    let fails = |arguments, words| drop(fails(folder.path(), arguments, 2, words));
     fails(&["--workers", "0"], "workers = 0");
     fails(&["--keep", "0"], "keep = 0");
     fails(&["--keep", "1.5"], "(0, 1]");
@@ -41,6 +42,12 @@ fn bad_settings_are_named_with_what_is_allowed() {
     fails(&["--hidden-size", "36", "--heads", "12"], "even head size");
     fails(&["--method", "msgd"], "one worker");
     fails(&["--name", "a/b"], "plain file name");
+    fails(&["--name", "a\tb"], "control characters");
+    fails(&["--workers", "300"], "sessions_max = 256");
+    fails(&["--learning-rate", "-1"], "learning_rate = -1");
+    fails(&["--seed", "18446744073709551615"], "seed = 18446744073709551615");
+    fails(&["--text", ""], "text = \"\"");
+    fails(&["--advertise", "a/b?c"], "advertise = \"a/b?c\"");
     fails(&["--stepz", "3"], "--steps");
     fails(&["--config", "absent.toml"], "absent.toml");
 }
@@ -53,10 +60,11 @@ fn bad_run_files_are_named_with_the_place() {
         ("[training]\nstep = 5", "did you mean steps"),
         ("[trainin]\nsteps = 5", "did you mean [training]"),
         ("[training\n", "line 1"),
-        ("[training]\nsteps = 'x'", "line 2"),
+        ("[training]\nsteps = 'x'", "line 2, column 9"),
     ] {
         fs::write(&file, text).unwrap();
-        fails(folder.path(), &["--config", "run.toml"], 2, words);
+        let said = fails(folder.path(), &["--config", "run.toml"], 2, words);
+        assert_eq!(said.lines().count(), 1, "{said}");
     }
 }
 
@@ -66,10 +74,13 @@ fn bad_texts_and_places_are_named() {
     fs::write(folder.path().join("empty.txt"), "").unwrap();
     fs::write(folder.path().join("latin1.txt"), [0xe9; 5000]).unwrap();
     fs::write(folder.path().join("file"), "").unwrap();
-    let fails = |arguments, words| fails(folder.path(), arguments, 1, words);
+    let fails = |arguments, words| drop(fails(folder.path(), arguments, 1, words));
     fails(&["--text", "absent.txt"], "absent.txt");
     fails(&["--text", "empty.txt"], "empty.txt");
     fails(&["--text", "latin1.txt"], "latin1.txt");
+    fails(&["--text", "."], "not a regular file");
+    #[cfg(unix)]
+    fails(&["--text", "/dev/zero"], "not a regular file");
     fails(&["--listen", "nowhere"], "nowhere");
     fails(&["--runs-dir", "file/runs"], "file/runs");
     let taken = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -98,6 +109,9 @@ fn a_run_leaves_its_results_and_can_be_repeated_from_its_file() {
         "32",
         "--name",
         "small",
+        // Workers of this process need no name service.
+        "--advertise",
+        "nowhere.invalid",
     ];
     let output = sanderling(folder.path(), &[&["train"], &small[..]].concat());
     let table = String::from_utf8(output.stdout).unwrap();

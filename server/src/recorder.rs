@@ -69,7 +69,7 @@ impl Stretch {
     }
 }
 
-/// What was known when a step was applied whose evaluation is still out.
+/// What was known when a step was applied that is evaluated.
 #[derive(Clone, Copy, Debug)]
 struct Mark {
     since_last: Stretch,
@@ -81,6 +81,9 @@ struct Mark {
 }
 
 /// The books of one run.
+///
+/// Pushes are answered, and so noted, in any order. They are added up in the order of their steps: one that comes before
+/// its predecessor waits for it, so that a mark covers the pushes up to its step and no other.
 #[derive(Debug)]
 pub struct Recorder {
     run: RunConfig,
@@ -94,8 +97,16 @@ pub struct Recorder {
     first_push: Option<f64>,
     last_push: f64,
     recent: VecDeque<PushRecord>,
+    /// Applied pushes by step whose predecessors have not been noted; at most as many as are under way.
+    early: BTreeMap<u64, PushRecord>,
+    /// Bytes up and down by step, of snapshots whose step is not added up yet.
+    due: BTreeMap<u64, (u64, u64)>,
     marks: BTreeMap<u64, Mark>,
+    /// Results by step that came before their mark.
+    unmarked: BTreeMap<u64, EvaluationReport>,
     evaluations: BTreeMap<u64, Evaluation>,
+    /// The steps of `evaluations`, in the order in which they came.
+    arrivals: Vec<u64>,
     test_loss: Option<(u64, f64)>,
 }
 
@@ -120,8 +131,12 @@ impl Recorder {
             first_push: None,
             last_push: 0.0,
             recent: VecDeque::new(),
+            early: BTreeMap::new(),
+            due: BTreeMap::new(),
             marks: BTreeMap::new(),
+            unmarked: BTreeMap::new(),
             evaluations: BTreeMap::new(),
+            arrivals: Vec::new(),
             test_loss: None,
         }
     }
@@ -131,15 +146,24 @@ impl Recorder {
         self.sessions += 1;
     }
 
-    /// A push was answered.
+    /// A push was handled. What is to be evaluated of its step must have been noted before, by
+    /// [`snapshot_taken`](Self::snapshot_taken).
     pub fn pushed(&mut self, push: PushRecord) {
-        self.first_push.get_or_insert(push.seconds);
-        self.last_push = push.seconds;
+        self.first_push = Some(self.first_push.map_or(push.seconds, |first| first.min(push.seconds)));
+        self.last_push = self.last_push.max(push.seconds);
         if push.skipped {
             self.skipped += 1;
             return;
         }
-        self.steps = self.steps.max(push.step);
+        self.early.insert(push.step, push);
+        while let Some(next) = self.early.remove(&(self.steps + 1)) {
+            self.add(next);
+        }
+    }
+
+    /// Adds up the push of the next step.
+    fn add(&mut self, push: PushRecord) {
+        self.steps = push.step;
         self.tokens += u64::from(push.tokens);
         self.whole.add(&push);
         self.since_mark.add(&push);
@@ -147,29 +171,48 @@ impl Recorder {
         if self.recent.len() > RECENT_PUSHES {
             self.recent.pop_front();
         }
+        if let Some((up, down)) = self.due.remove(&self.steps) {
+            self.mark(push.seconds, up, down);
+        }
     }
 
-    /// A snapshot was taken at `step` for evaluation: notes what the curve will say of this step.
+    /// A snapshot was taken at `step` for evaluation: the curve will say what is known when the pushes up to it are added
+    /// up, and what had been sent by now.
     pub fn snapshot_taken(&mut self, step: u64, bytes_up: u64, bytes_down: u64) {
+        if step == self.steps {
+            self.mark(self.last_push, bytes_up, bytes_down);
+        } else {
+            self.due.insert(step, (bytes_up, bytes_down));
+        }
+    }
+
+    /// Notes what is known of the step reached.
+    fn mark(&mut self, seconds: f64, bytes_up: u64, bytes_down: u64) {
         let mark = Mark {
             since_last: std::mem::take(&mut self.since_mark),
             whole: self.whole,
             tokens: self.tokens,
-            traffic: self.traffic(step, bytes_up, bytes_down),
-            seconds: self.last_push,
-            training_seconds: self.training_seconds(),
+            traffic: self.traffic(self.steps, bytes_up, bytes_down),
+            seconds,
+            training_seconds: self.first_push.map_or(0.0, |first| seconds - first),
         };
-        self.marks.insert(step, mark);
+        self.marks.insert(self.steps, mark);
+        if let Some(report) = self.unmarked.remove(&self.steps) {
+            self.evaluated(&report);
+        }
     }
 
-    /// An evaluation came back. Returns the new line of the curve, if it is one of the validation split.
-    pub fn evaluated(&mut self, report: &EvaluationReport) -> Option<&Evaluation> {
+    /// An evaluation came back.
+    pub fn evaluated(&mut self, report: &EvaluationReport) {
         let EvaluationJob { step, split, .. } = report.job;
         if split == Split::Test {
             self.test_loss = Some((step.0, report.loss));
-            return None;
+            return;
         }
-        let mark = self.marks.remove(&step.0)?;
+        let Some(mark) = self.marks.remove(&step.0) else {
+            self.unmarked.insert(step.0, report.clone());
+            return;
+        };
         let best = self.best().map_or(report.loss, |best| best.val_loss.min(report.loss));
         let line = Evaluation {
             subject: self.subject.clone(),
@@ -187,13 +230,20 @@ impl Recorder {
             expert_share: report.expert_share.clone(),
             router_entropy: report.router_entropy.clone(),
         };
+        self.arrivals.push(step.0);
         self.evaluations.insert(step.0, line);
-        self.evaluations.get(&step.0)
     }
 
-    /// The evaluation with the lowest validation loss, the earliest of equals.
+    /// The lines of the curve after the first `known`, in the order in which the evaluations came back.
+    pub fn lines(&self, known: usize) -> Vec<Evaluation> {
+        let new = self.arrivals.iter().skip(known);
+        new.map(|step| self.evaluations[step].clone()).collect()
+    }
+
+    /// The evaluation with the lowest validation loss, the earliest of equals. A model that diverged is not the best.
     fn best(&self) -> Option<&Evaluation> {
-        self.evaluations.values().min_by(|a, b| a.val_loss.total_cmp(&b.val_loss))
+        let finite = self.evaluations.values().filter(|line| line.val_loss.is_finite());
+        finite.min_by(|a, b| a.val_loss.total_cmp(&b.val_loss))
     }
 
     /// The curve, in order of step.
@@ -300,8 +350,11 @@ mod tests {
         (5..=8).for_each(|step| recorder.pushed(push(step, step as f64)));
         recorder.snapshot_taken(8, 90, 99);
         // Results may come back out of order.
-        recorder.evaluated(&report(8, Split::Validation, 1.5)).unwrap();
-        let line = recorder.evaluated(&report(4, Split::Validation, 2.0)).unwrap();
+        recorder.evaluated(&report(8, Split::Validation, 1.5));
+        recorder.evaluated(&report(4, Split::Validation, 2.0));
+        assert_eq!(recorder.lines(0).iter().map(|line| line.steps).collect::<Vec<_>>(), [8, 4]);
+        let lines = recorder.lines(1);
+        let [line] = &lines[..] else { panic!("{lines:?}") };
         assert_eq!((line.steps, line.tokens, line.train_loss), (4, 40, Some(2.5)));
         assert_eq!(line.dropped_share, Some(2.5 / 16.0));
         assert_eq!((line.traffic.bytes_up, line.traffic.dense_bytes_up), (40, 16_000));
@@ -314,6 +367,55 @@ mod tests {
         assert_eq!((summary.best_step, summary.best_val_loss, summary.test_loss), (8, Some(1.5), Some(1.6)));
         assert_eq!((summary.dropped_share, summary.capacity_factor), (4.5 / 16.0, 0.0));
         assert_eq!((summary.val_loss, summary.tokens, summary.completed), (Some(1.5), 80, false));
+    }
+
+    #[test]
+    fn the_curve_does_not_depend_on_the_order_in_which_pushes_are_noted() {
+        let curve = |order: [u64; 6], evaluate_first: bool| {
+            let mut recorder = Recorder::new(RunConfig::default(), 1000, 500);
+            for step in order {
+                if step.is_multiple_of(2) {
+                    recorder.snapshot_taken(step, step * 10, step * 20);
+                    if evaluate_first {
+                        recorder.evaluated(&report(step, Split::Validation, step as f64));
+                    }
+                }
+                recorder.pushed(push(step, step as f64));
+            }
+            if !evaluate_first {
+                [2, 4, 6]
+                    .iter()
+                    .for_each(|&step| recorder.evaluated(&report(step, Split::Validation, step as f64)));
+            }
+            let summary = recorder.summary(9.0, 60, 120);
+            assert_eq!((summary.steps, summary.tokens), (6, 60));
+            recorder.evaluations()
+        };
+        let in_order = curve([1, 2, 3, 4, 5, 6], false);
+        assert_eq!(in_order.iter().map(|line| line.tokens).collect::<Vec<_>>(), [20, 40, 60]);
+        assert_eq!(in_order.iter().map(|line| line.train_loss.unwrap()).collect::<Vec<_>>(), [1.5, 3.5, 5.5]);
+        for order in [[1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 6, 5], [3, 4, 2, 6, 5, 1], [1, 6, 5, 4, 3, 2]] {
+            for evaluate_first in [false, true] {
+                let lines = curve(order, evaluate_first);
+                let known = |line: &Evaluation| {
+                    let Evaluation { steps, tokens, train_loss, staleness_max, traffic, .. } = line;
+                    (*steps, *tokens, *train_loss, *staleness_max, *traffic)
+                };
+                assert!(lines.iter().map(known).eq(in_order.iter().map(known)), "{order:?}: {lines:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_model_that_diverged_is_never_the_best() {
+        let mut recorder = Recorder::new(RunConfig::default(), 1000, 500);
+        for (step, loss) in [(1, -f64::NAN), (2, 3.0), (3, f64::NAN), (4, f64::NEG_INFINITY)] {
+            recorder.snapshot_taken(step, 0, 0);
+            recorder.pushed(push(step, 1.0));
+            recorder.evaluated(&report(step, Split::Validation, loss));
+        }
+        let summary = recorder.summary(1.0, 0, 0);
+        assert_eq!((summary.best_step, summary.best_val_loss), (2, Some(3.0)));
     }
 
     #[test]

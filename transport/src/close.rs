@@ -18,6 +18,8 @@ pub enum CloseCode {
     Replaced = 4,
     /// The server stops before the run is over.
     ServerStopping = 5,
+    /// The hello took too long; another try may be faster.
+    TooSlow = 6,
 }
 
 impl CloseCode {
@@ -36,6 +38,7 @@ impl CloseCode {
             Self::NotAdmitted,
             Self::Replaced,
             Self::ServerStopping,
+            Self::TooSlow,
         ]
         .into_iter()
         .find(|code| VarInt::from_u32(*code as u32) == close.error_code)

@@ -26,6 +26,9 @@ const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 /// A worker sends something at least this often, whatever it computes; the server's lease is at least twice that.
 const KEEP_ALIVE: Duration = Duration::from_millis(400);
 
+/// A silent connection is lost after this long at the latest, however long the server's lease is.
+pub const IDLE_MAX: Duration = Duration::from_secs(60);
+
 /// Why an endpoint cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
@@ -42,7 +45,7 @@ pub enum EndpointError {
     Tls(#[from] TlsError),
 }
 
-/// An endpoint that accepts workers. A connection that is silent for `idle` is lost.
+/// An endpoint that accepts workers. A connection that is silent for `idle`, at most [`IDLE_MAX`], is lost.
 ///
 /// # Errors
 /// An [`EndpointError`].
@@ -59,7 +62,8 @@ pub fn server_endpoint(
     open(address, Some(config))
 }
 
-/// An endpoint that connects to the server with this certificate pin.
+/// An endpoint that connects to the server with this certificate pin. A connection that is silent for `idle`, at most
+/// [`IDLE_MAX`], is lost; it may be lost earlier, by what the server says.
 ///
 /// # Errors
 /// An [`EndpointError`].
@@ -79,6 +83,7 @@ pub fn client_endpoint(server: SocketAddr, pin: [u8; 32], idle: Duration) -> Res
 }
 
 fn transport(idle: Duration) -> TransportConfig {
+    let idle = idle.min(IDLE_MAX);
     let mut transport = TransportConfig::default();
     let idle_ms = u32::try_from(idle.as_millis()).unwrap_or(u32::MAX);
     transport.max_idle_timeout(Some(VarInt::from_u32(idle_ms).into()));

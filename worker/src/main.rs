@@ -35,8 +35,9 @@ struct Arguments {
     /// A file that holds the join string; waited for if it does not exist yet
     #[arg(long, value_name = "FILE")]
     join_file: Option<PathBuf>,
-    /// Give up after this many seconds without a server
+    /// Give up after this many seconds without a server that takes this worker in
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    #[arg(value_parser = clap::value_parser!(u64).range(..=GIVE_UP_AFTER_S_MAX))]
     give_up_after_s: u64,
     /// The dense checkpoint of a run that upcycles one, if it is on this machine; otherwise the server sends it
     #[arg(long, value_name = "DIR")]
@@ -48,6 +49,9 @@ struct Arguments {
     #[arg(short, long, conflicts_with = "verbose")]
     quiet: bool,
 }
+
+/// The longest patience, in seconds: as good as for ever, and no clock overflows.
+const GIVE_UP_AFTER_S_MAX: u64 = 1_000_000_000;
 
 /// How often a join file is looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(250);

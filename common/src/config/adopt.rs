@@ -96,9 +96,10 @@ impl RunPartial {
 
     fn recipe(&self) -> Recipe {
         let defaults = ModelPart::default().resolve(());
+        let experts = self.model.experts.unwrap_or(defaults.experts);
         Recipe {
-            experts: self.model.experts.unwrap_or(defaults.experts),
-            top_k: self.model.top_k.unwrap_or(defaults.top_k),
+            experts,
+            top_k: self.model.top_k.unwrap_or(defaults.top_k.min(experts)),
             granularity: self.upcycle.granularity.unwrap_or(1),
             router: self.model.router.unwrap_or(defaults.router),
             scaling: self.upcycle.scaling.unwrap_or_default(),

@@ -1,5 +1,7 @@
 //! What a setting may be.
 
+use std::net::Ipv6Addr;
+
 use super::RunConfig;
 use super::file::RUN_FILE_BYTES_MAX;
 use crate::method::Method;
@@ -60,6 +62,16 @@ pub enum ConfigError {
         /// Query heads.
         heads: usize,
     },
+    /// More workers than the server takes.
+    #[error(
+        "workers = {workers}, but sessions_max = {sessions_max}; start fewer, or raise sessions_max as well"
+    )]
+    TooManyWorkers {
+        /// Workers wanted.
+        workers: u32,
+        /// The server's limit.
+        sessions_max: u32,
+    },
     /// `msgd` with several workers.
     #[error("method msgd is for one worker, and workers = {0}; use --workers 1, or asgd for several")]
     OneWorkerOnly(u32),
@@ -77,13 +89,24 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     let fraction = "in (0, 1], such as 0.01 for 1 %";
     let at_least_one = "at least 1";
     require(config.run.workers >= 1, "workers", config.run.workers, at_least_one)?;
+    let (workers, sessions_max) = (config.run.workers, server.sessions_max);
+    if workers > sessions_max {
+        return Err(ConfigError::TooManyWorkers { workers, sessions_max });
+    }
+    let name = &config.run.name;
+    let plain = "a plain file name without /, \\ and control characters";
+    require(is_plain_name(name), "name", format!("{name:?}"), plain)?;
+    let text = &config.data.text;
     require(
-        config.run.workers <= server.sessions_max,
-        "workers",
-        config.run.workers,
-        "at most sessions_max",
+        !text.is_empty(),
+        "text",
+        format!("{text:?}"),
+        "a file, or \"shakespeare\" for the bundled text",
     )?;
-    require(is_plain_name(&config.run.name), "name", &config.run.name, "a plain file name without / or \\")?;
+    let host = &server.advertise;
+    let plain = "empty, a host name or an address; the port is that of listen";
+    require(host.is_empty() || is_host(host), "advertise", format!("{host:?}"), plain)?;
+    check_counts(config)?;
     require(config.data.batch_size >= 1, "batch_size", config.data.batch_size, at_least_one)?;
     require(config.data.batch_size <= 1 << 16, "batch_size", config.data.batch_size, "at most 65536")?;
     require(training.steps >= 1, "steps", training.steps, at_least_one)?;
@@ -118,6 +141,25 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
         return Err(ConfigError::OneWorkerOnly(config.run.workers));
     }
     check_model(config)
+}
+
+/// TOML knows no larger integers, so that a larger one could not be read back from the resolved file.
+fn check_counts(config: &RunConfig) -> Result<(), ConfigError> {
+    let (training, exchange) = (&config.training, &config.exchange);
+    for (key, value) in [
+        ("seed", config.run.seed),
+        ("steps", training.steps),
+        ("warmup_steps", training.warmup_steps),
+        ("eval_every", training.eval_every),
+        ("replica_check_every", exchange.replica_check_every),
+        ("dense_below", exchange.dense_below as u64),
+        ("kv_heads", config.model.kv_heads as u64),
+        ("granularity", config.upcycle.granularity as u64),
+        ("shards", config.server.shards as u64),
+    ] {
+        require(i64::try_from(value).is_ok(), key, value, "at most 9223372036854775807")?;
+    }
+    Ok(())
 }
 
 fn check_model(config: &RunConfig) -> Result<(), ConfigError> {
@@ -184,7 +226,13 @@ fn require(
 
 fn is_plain_name(name: &str) -> bool {
     let reserved = ["", ".", ".."].contains(&name);
-    !reserved && name.len() <= 200 && !name.contains(['/', '\\', '\0'])
+    !reserved && name.len() <= 200 && !name.contains(|c: char| ['/', '\\'].contains(&c) || c.is_control())
+}
+
+/// Whether a join string can have this host: an IPv6 address, or what has no character of a URL's own.
+fn is_host(host: &str) -> bool {
+    let is_plain = |c: char| c.is_alphanumeric() || ['.', '-', '_'].contains(&c);
+    host.parse::<Ipv6Addr>().is_ok() || (host.len() <= 253 && host.chars().all(is_plain))
 }
 
 #[cfg(test)]
@@ -199,6 +247,9 @@ mod tests {
         };
         check("[run]\nworkers = 0", &["workers = 0", "at least 1"]);
         check("[run]\nname = \"../x\"", &["name", "plain file name"]);
+        check("[run]\nname = \"a\\u001Bb\"", &["name", "control characters"]);
+        check("[run]\nworkers = 300", &["workers = 300", "sessions_max = 256"]);
+        check("[data]\ntext = \"\"", &["text = \"\"", "shakespeare"]);
         check("[exchange]\nkeep = 0.0", &["keep = 0", "(0, 1]"]);
         check("[exchange]\nkeep = 1.5", &["keep = 1.5", "(0, 1]"]);
         check("[exchange]\nkeep = nan", &["keep = NaN", "(0, 1]"]);
@@ -212,5 +263,35 @@ mod tests {
         check("[model]\nlayers = 0", &["layers must be at least 1"]);
         check("[training]\nmethod = \"msgd\"", &["one worker", "--workers 1"]);
         check("[training]\nlearning_rate = -1.0", &["learning_rate = -1"]);
+    }
+
+    #[test]
+    fn the_advertised_host_fits_a_join_string() {
+        let resolve = |host: &str| {
+            let mut run = parse("").unwrap();
+            run.server.advertise = Some(host.to_owned());
+            run.resolve()
+        };
+        for host in ["", "192.0.2.7", "training.example.org", "a_b-c", "2001:db8::1", "::1", "bücher.example"]
+        {
+            assert!(resolve(host).is_ok(), "{host}");
+        }
+        for host in
+            [" ", "a b", "a/b", "a?b", "user@host", "host:4433", "[::1]", "a\nb", "a\u{7f}", "a#b", "a&b=c"]
+        {
+            let error = resolve(host).unwrap_err().to_string();
+            assert!(error.contains("advertise = "), "{error}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_no_run_file_can_hold_are_refused() {
+        let mut run = parse("").unwrap();
+        run.run.seed = Some(i64::MAX as u64);
+        let resolved = run.clone().resolve().unwrap();
+        assert_eq!(parse(&resolved.to_toml()).unwrap().resolve().unwrap(), resolved);
+        run.run.seed = Some(i64::MAX as u64 + 1);
+        let error = run.resolve().unwrap_err().to_string();
+        assert!(error.contains("seed = 9223372036854775808"), "{error}");
     }
 }

@@ -13,13 +13,20 @@ pub fn parse(text: &str) -> Result<RunPartial, ConfigError> {
     if text.len() > RUN_FILE_BYTES_MAX {
         return Err(ConfigError::FileTooLarge(text.len()));
     }
-    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| malformed(&error))?;
+    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| malformed(text, &error))?;
     check_keys(&table)?;
-    toml::from_str(text).map_err(|error| malformed(&error))
+    toml::from_str(text).map_err(|error| malformed(text, &error))
 }
 
-fn malformed(error: &toml::de::Error) -> ConfigError {
-    ConfigError::Malformed(error.to_string().trim_end().to_owned())
+/// One line, which names the place: toml's own message is a drawing of several.
+fn malformed(text: &str, error: &toml::de::Error) -> ConfigError {
+    let what = error.message().trim().lines().collect::<Vec<_>>().join(", ");
+    let place = error.span().and_then(|span| text.get(..span.start)).map(|before| {
+        let (line, column) =
+            (before.matches('\n').count() + 1, before.chars().rev().take_while(|&c| c != '\n').count() + 1);
+        format!("line {line}, column {column}: ")
+    });
+    ConfigError::Malformed(format!("{}{what}", place.unwrap_or_default()))
 }
 
 /// Looks at the keys before the types do, because serde's message cannot know the nearest key.
@@ -94,8 +101,15 @@ mod tests {
 
     #[test]
     fn wrong_types_and_broken_files_say_where() {
-        check("[model]\nlayers = \"two\"", &["layers"]);
+        check("[model]\nlayers = \"two\"", &["line 2, column 10"]);
         check("[model\nlayers = 2", &["line 1"]);
-        check("[model]\nlayers = -2", &["layers"]);
+        check("[model]\nlayers = -2", &["line 2, column 10"]);
+        check("[run]\nname = 'ü' x", &["line 2, column 12"]);
+        for text in
+            ["[model]\nlayers = \"two\"", "[model\n", "a = \u{1}", "[training]\nmethod = \"x\"", "= ="]
+        {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(!error.contains('\n') && error.contains("line "), "{error}");
+        }
     }
 }

@@ -27,13 +27,16 @@ use crate::model_config::{FeedForward, ModelConfig, RouterOrder};
 use crate::sparse::ValueFormat;
 use crate::upcycle::{Recipe, Scaling};
 
+/// Experts active per token, unless there are fewer or the run says otherwise.
+const TOP_K: usize = 2;
+
 /// The value of `text` that stands for the bundled Shakespeare.
 pub const BUNDLED_TEXT: &str = "shakespeare";
 
 settings! {
     /// What the run is called and where its results go.
     RunSettings / RunPart ["Run"] from (_defaults: ()) {
-        /// Name of the run and of its folder of results; empty: made from text, method and workers
+        /// Name of the run and of its folder of results; empty: made of text, method and workers (shakespeare-dgs-adam-4w)
         name: String = String::new();
         /// Folder in which the run's folder is made
         runs_dir: String = "runs".to_owned();
@@ -72,8 +75,8 @@ settings! {
         intermediate_size: usize = 128;
         /// Experts per layer; 1 makes the model dense
         experts: usize = 8;
-        /// Experts active per token
-        top_k: usize = 2;
+        /// Experts active per token; as many as there are where that is fewer than the default
+        top_k: usize = TOP_K;
         /// Whether the router selects before or after its softmax
         router: RouterOrder = RouterOrder::TopkThenSoftmax;
         /// Coefficient of the load-balancing loss; 0 lets experts die
@@ -115,7 +118,7 @@ settings! {
         method: Method = defaults.method;
         /// Gradient evaluations over all workers
         steps: u64 = 4500;
-        /// Peak learning rate (η0); each method has a default of its own
+        /// Peak learning rate (η0)
         learning_rate: f64 = defaults.learning_rate;
         /// How the rate depends on the staleness τ: constant, inverse η0/(1+τ), inverse-sqrt η0/√(1+τ)
         rate_scaling: RateScaling = defaults.rate_scaling;
@@ -252,14 +255,50 @@ impl RunPartial {
         }
     }
 
+    /// Takes out what [`Method::defaults`] decides, for use with another method than it was stated for. Returns the keys
+    /// that had been stated.
+    pub fn take_method_settings(&mut self) -> Vec<&'static str> {
+        let mut taken = Vec::new();
+        macro_rules! take {
+            ($($section:ident.$key:ident),+) => {
+                $( if self.$section.$key.take().is_some() { taken.push(stringify!($key)); } )+
+            };
+        }
+        take!(
+            training.learning_rate,
+            training.rate_scaling,
+            training.learning_rate_max,
+            training.momentum,
+            exchange.keep,
+            exchange.secondary,
+            exchange.values_up,
+            exchange.values_down,
+            exchange.dense_below
+        );
+        taken
+    }
+
     /// Fills in the defaults and checks the result. What a checkpoint decides must have been filled in before: see
     /// [`adopt`](Self::adopt).
     ///
     /// # Errors
     /// A [`ConfigError`] that names the setting, its value and what is allowed.
     pub fn resolve(self) -> Result<RunConfig, ConfigError> {
+        let mut config = self.fill_in();
+        if config.run.name.is_empty() {
+            config.run.name = config.default_name();
+        }
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Fills in the defaults, but for the name, which follows from the rest.
+    fn fill_in(mut self) -> RunConfig {
         let defaults = self.training.method.unwrap_or_default().defaults();
-        let mut config = RunConfig {
+        if let Some(experts) = self.model.experts {
+            self.model.top_k.get_or_insert(TOP_K.min(experts));
+        }
+        RunConfig {
             run: self.run.resolve(()),
             data: self.data.resolve(()),
             model: self.model.resolve(()),
@@ -267,12 +306,7 @@ impl RunPartial {
             training: self.training.resolve(&defaults),
             exchange: self.exchange.resolve(&defaults),
             server: self.server.resolve(()),
-        };
-        if config.run.name.is_empty() {
-            config.run.name = config.default_name();
         }
-        config.validate()?;
-        Ok(config)
     }
 }
 
@@ -398,6 +432,19 @@ impl RunConfig {
         (factor > 0.0).then_some(Capacity { factor, convention })
     }
 
+    /// Makes the paths of what the run reads absolute, so that the resolved file means the same from any folder.
+    pub fn make_paths_absolute(&mut self) {
+        let paths = [&mut self.data.text, &mut self.model.init, &mut self.upcycle.dense];
+        for path in paths.into_iter().filter(|path| !path.is_empty() && *path != BUNDLED_TEXT) {
+            // A folder whose name is no text stays as it was written.
+            if let Some(absolute) =
+                std::path::absolute(&*path).ok().and_then(|path| path.to_str().map(str::to_owned))
+            {
+                *path = absolute;
+            }
+        }
+    }
+
     /// The run as a TOML file that resolves to the same run.
     pub fn to_toml(&self) -> String {
         toml::to_string(self).expect("every setting has a TOML form")
@@ -424,6 +471,29 @@ mod tests {
         assert_eq!((config.training.steps, config.model.layers), (9, 2));
         assert_eq!(config.training.momentum, Method::Dgs.defaults().momentum);
         assert_eq!(config.model.heads, RunConfig::default().model.heads);
+    }
+
+    #[test]
+    fn one_expert_needs_no_top_k() {
+        let run = |text: &str| parse(text).unwrap().resolve();
+        assert_eq!(run("[model]\nexperts = 1").unwrap().model.top_k, 1);
+        assert_eq!(run("[model]\nexperts = 16").unwrap().model.top_k, TOP_K);
+        assert!(run("[model]\nexperts = 1\ntop_k = 2").is_err());
+    }
+
+    #[test]
+    fn the_resolved_file_names_what_it_reads_from_anywhere() {
+        let mut run = parse("[data]\ntext = \"a/b.txt\"").unwrap().resolve().unwrap();
+        run.make_paths_absolute();
+        assert!(
+            Path::new(&run.data.text).is_absolute() && run.data.text.ends_with("b.txt"),
+            "{}",
+            run.data.text
+        );
+        assert_eq!((run.model.init.as_str(), run.upcycle.dense.as_str()), ("", ""));
+        let mut run = RunConfig::default();
+        run.make_paths_absolute();
+        assert_eq!(run, RunConfig::default());
     }
 
     #[test]

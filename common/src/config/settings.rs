@@ -26,7 +26,7 @@ macro_rules! settings {
         #[cfg_attr(feature = "cli", derive(clap::Args))]
         #[cfg_attr(feature = "cli", command(next_help_heading = $heading))]
         pub struct $partial {
-            $( $(#[$doc])* #[cfg_attr(feature = "cli", arg(long))] pub $key: Option<$type>, )+
+            $( $(#[$doc])* #[cfg_attr(feature = "cli", arg(long, allow_negative_numbers = true))] pub $key: Option<$type>, )+
         }
 
         impl $partial {

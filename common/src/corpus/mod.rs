@@ -113,11 +113,14 @@ impl Corpus {
     pub fn read(path: &Path) -> Result<Self, CorpusError> {
         let unreadable = |source| CorpusError::Unreadable { path: path.to_owned(), source };
         let metadata = std::fs::metadata(path).map_err(unreadable)?;
+        if !metadata.is_file() {
+            // Devices and pipes may never end, and say nothing of their size.
+            return Err(unreadable(std::io::Error::other("it is not a regular file")));
+        }
         if metadata.len() > TEXT_BYTES_MAX {
             return Err(CorpusError::TooLarge { path: path.to_owned(), bytes: metadata.len() });
         }
-        // What is no file, such as a pipe, can be read only once.
-        if metadata.is_file() && begins_like_tokens(path).map_err(unreadable)? {
+        if begins_like_tokens(path).map_err(unreadable)? {
             return Ok(Self::from_token_file(TokenFile::open(path)?));
         }
         Self::from_bytes(std::fs::read(path).map_err(unreadable)?)
@@ -269,6 +272,8 @@ mod tests {
         assert!(error.to_string().contains("byte 3"), "{error}");
         let error = Corpus::from_bytes(&b""[..]).unwrap().check_context(8).unwrap_err();
         assert!(error.to_string().contains("too short"), "{error}");
+        let error = Corpus::read(&std::env::temp_dir()).unwrap_err();
+        assert!(error.to_string().contains("not a regular file"), "{error}");
         let error = Corpus::read(Path::new("/no/such/file")).unwrap_err();
         assert!(error.to_string().contains("/no/such/file"), "{error}");
     }

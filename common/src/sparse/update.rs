@@ -129,6 +129,12 @@ impl Update {
         self.values.len()
     }
 
+    /// The largest magnitude of a value; 0 if none is sent.
+    pub fn magnitude_max(&self) -> f32 {
+        // Every value is finite.
+        self.values.iter().fold(0.0, |largest, value| largest.max(value.abs()))
+    }
+
     /// The entries of one tensor.
     ///
     /// # Panics

@@ -12,6 +12,10 @@ use crate::ids::{BatchId, Seq, SessionId, Step};
 /// in the codec, so two versions that disagree fail at the handshake instead of misreading each other.
 pub const ALPN: &[u8] = b"sanderling/2";
 
+/// The largest magnitude of an entry of an update. A server refuses a push with a larger one, and a worker makes none: a
+/// training that wants such updates has diverged.
+pub const UPDATE_MAGNITUDE_MAX: f32 = (1_u128 << 64) as f32;
+
 /// A worker's half of an exchange: one sparse update, or the word that there is none.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Push {

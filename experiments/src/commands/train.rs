@@ -9,7 +9,7 @@ use sanderling_common::config::cli::RunOptions;
 use sanderling_common::corpus::{Characters, Corpus, Vocabulary};
 use sanderling_common::join::JoinString;
 use sanderling_common::tokenizer::Tokenizer;
-use sanderling_server::net::{Outcome, Server, ServerError};
+use sanderling_server::net::{Outcome, Server};
 use sanderling_server::progress::ProgressView;
 use sanderling_transport::stop_on_interrupt;
 use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport, work};
@@ -19,6 +19,9 @@ use tracing::warn;
 
 use crate::generate::{Generator, Sampling};
 use crate::report::{closing_table, plot_losses};
+
+/// The plot's name in the run's folder.
+const PLOT_FILE: &str = "loss.svg";
 
 /// Characters of generated text shown at the end.
 const SAMPLE_CHARACTERS: usize = 400;
@@ -57,15 +60,19 @@ pub struct Arguments {
 /// Whatever keeps the run from its end, in a sentence.
 pub fn train(arguments: Arguments) -> anyhow::Result<()> {
     let run = arguments.run.resolve()?;
+    // It lives until the report is made: it is what listens for signals.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let outcome = runtime.context("cannot start the runtime")?.block_on(async {
+    let runtime = runtime.context("cannot start the runtime")?;
+    let outcome = runtime.block_on(async {
+        let stop =
+            stop_on_interrupt(|| warn!("stopping early; Ctrl-C again to stop at once, without a checkpoint"));
         let server = Server::start(run, None)?;
-        serve_with_workers(server).await
+        serve_with_workers(server, stop).await
     })?;
     report(&outcome)
 }
 
-async fn serve_with_workers(server: Server) -> anyhow::Result<Outcome> {
+async fn serve_with_workers(server: Server, stop: watch::Receiver<bool>) -> anyhow::Result<Outcome> {
     let run = server.run().clone();
     let mut view = ProgressView::new(run.training.steps);
     view.say(&format!(
@@ -79,12 +86,11 @@ async fn serve_with_workers(server: Server) -> anyhow::Result<Outcome> {
         server.folder().display()
     ));
     let (stop_workers, workers_stop) = watch::channel(false);
-    let mut workers = start_workers(server.join(), run.run.workers, &workers_stop);
+    let mut workers = start_workers(server.local_join(), run.run.workers, &workers_stop);
     let outcome = {
-        let stop =
-            stop_on_interrupt(|| warn!("stopping early; Ctrl-C again to stop at once, without a checkpoint"));
+        let over = server.over();
         let serving = server.serve(stop, |progress| view.update(progress));
-        serve_beside(serving, &mut workers).await
+        serve_beside(serving, over, &mut workers).await
     };
     view.finish();
     stop_workers.send_replace(true);
@@ -92,21 +98,33 @@ async fn serve_with_workers(server: Server) -> anyhow::Result<Outcome> {
     outcome
 }
 
-/// The outcome of `serving`, or the first failure of a worker: in one process a worker that is lost stays lost.
-async fn serve_beside(
-    serving: impl Future<Output = Result<Outcome, ServerError>>,
+/// The outcome of `serving`, or the first failure of a worker before the run is `over`: in one process a worker that is
+/// lost stays lost. What happens to workers afterwards takes nothing from a run that is done.
+async fn serve_beside<O, E: Into<anyhow::Error>>(
+    serving: impl Future<Output = Result<O, E>>,
+    over: impl Future<Output = ()>,
     workers: &mut JoinSet<Result<WorkerReport, WorkerError>>,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<O> {
     tokio::pin!(serving);
-    loop {
-        tokio::select! {
-            outcome = &mut serving => return Ok(outcome?),
-            Some(ended) = workers.join_next() => {
-                let ended = ended.context("a worker ended with a panic")?;
-                ended.context("a worker cannot go on")?;
-            }
+    tokio::select! {
+        biased;
+        outcome = &mut serving => return outcome.map_err(Into::into),
+        () = over => {}
+        failure = first_failure(workers) => return Err(failure),
+    }
+    serving.await.map_err(Into::into)
+}
+
+/// Waits until a worker fails.
+async fn first_failure(workers: &mut JoinSet<Result<WorkerReport, WorkerError>>) -> anyhow::Error {
+    while let Some(ended) = workers.join_next().await {
+        match ended {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return anyhow::Error::new(error).context("a worker cannot go on"),
+            Err(error) => return anyhow::Error::new(error).context("a worker ended with a panic"),
         }
     }
+    std::future::pending().await
 }
 
 /// Workers that share this process and its cores; they know the server by its join string alone.
@@ -126,29 +144,29 @@ fn start_workers(
     workers
 }
 
-/// Table, sample, plot.
+/// Table, sample, plot, in this order: what is known already does not wait for what takes longer or may fail.
 fn report(outcome: &Outcome) -> anyhow::Result<()> {
-    let plot = outcome.folder.join("loss.svg");
-    let unit = outcome.corpus.vocabulary().unit();
-    plot_losses(&plot, &outcome.summary.name, unit, &outcome.evaluations)?;
-    let sample = sample(outcome)?;
-    std::fs::write(outcome.folder.join("sample.txt"), format!("{}\n", sample.trim_end()))
-        .with_context(|| format!("cannot write to {}", outcome.folder.display()))?;
     let file = |name: &str| Path::new(&outcome.folder).join(name).display().to_string();
-    let mut out = std::io::stdout().lock();
-    let printed = write!(
-        out,
-        "\nA sample of the best model:\n{}\n\n{}\n  plot        {}\n  curve       {}\n  summary     {}\n  checkpoint  {}\n",
-        sample.trim_end(),
+    print(&format!(
+        "\n{}\n  plot        {}\n  curve       {}\n  summary     {}\n  checkpoint  {}\n",
         closing_table(&outcome.summary),
-        plot.display(),
+        file(PLOT_FILE),
         file("metrics.jsonl"),
         file("summary.json"),
         outcome.checkpoint.display(),
-    );
-    // A closed pipe on the other side is no reason to fail a finished run.
-    drop(printed);
+    ));
+    let sample = sample(outcome)?;
+    print(&format!("\nA sample of the best model:\n{}\n", sample.trim_end()));
+    std::fs::write(outcome.folder.join("sample.txt"), format!("{}\n", sample.trim_end()))
+        .with_context(|| format!("cannot write to {}", outcome.folder.display()))?;
+    let (plot, unit) = (outcome.folder.join(PLOT_FILE), outcome.corpus.vocabulary().unit());
+    plot_losses(&plot, &outcome.summary.name, unit, &outcome.evaluations)?;
     Ok(())
+}
+
+fn print(text: &str) {
+    // A closed pipe on the other side is no reason to fail a finished run.
+    let _ = std::io::stdout().lock().write_all(text.as_bytes());
 }
 
 fn sample(outcome: &Outcome) -> anyhow::Result<String> {
@@ -203,5 +221,42 @@ impl<'a> SampleText<'a> {
             Self::Subwords(tokenizer) => tokenizer.decode(tokens)?,
             Self::Numbers => tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(" "),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn failed() -> Result<WorkerReport, WorkerError> {
+        Err(WorkerError::WrongToken)
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_fails_ends_a_run_that_goes_on() {
+        let mut workers = JoinSet::new();
+        workers.spawn(async { Ok(WorkerReport::default()) });
+        workers.spawn(async { failed() });
+        let serving = std::future::pending::<Result<(), WorkerError>>();
+        let error = serve_beside(serving, std::future::pending(), &mut workers).await.unwrap_err();
+        assert!(error.downcast_ref::<WorkerError>().is_some(), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_fails_takes_nothing_from_a_finished_run() {
+        let mut workers = JoinSet::new();
+        workers.spawn(async { failed() });
+        let serving = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            Ok::<_, WorkerError>(7)
+        };
+        assert_eq!(serve_beside(serving, async {}, &mut workers).await.unwrap(), 7);
+        assert_eq!(workers.len(), 1, "nobody asked the worker");
+
+        // All at once.
+        let served = std::future::ready(Ok::<_, WorkerError>(8));
+        assert_eq!(serve_beside(served, async {}, &mut workers).await.unwrap(), 8);
     }
 }

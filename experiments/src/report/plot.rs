@@ -13,6 +13,9 @@ pub struct PlotError {
     reason: String,
 }
 
+/// What a plot without points says.
+const NOTHING: &str = "nothing was evaluated";
+
 /// A series: its name, its colour and its points.
 type Series<'a> = (&'a str, RGBColor, Vec<(f64, f64)>);
 
@@ -90,17 +93,37 @@ pub fn plot_losses(
         .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
 }
 
+/// The largest magnitude of a point that is drawn: up to here differences are far from overflowing, and labels from
+/// filling the picture.
+const COORDINATE_MAX: f64 = 1e30;
+
+/// Whether a coordinate can be drawn. plotters looks for the ticks of an axis that is not finite for ever.
+fn is_drawable(&(x, y): &(f64, f64)) -> bool {
+    x.abs() <= COORDINATE_MAX && y.abs() <= COORDINATE_MAX
+}
+
+/// An interval of positive length that holds all values; one of length 1 if there is none.
+fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    let (low, high) = values
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
+    // Ticks that lie closer than this would have the same labels, or be the same number.
+    let length_min = 1e-6 * low.abs().max(high.abs()).max(1.0);
+    match high - low {
+        _ if low > high => (0.0, 1.0),
+        length if length < length_min => (low - length_min, high + length_min),
+        _ => (low, high),
+    }
+}
+
 fn draw(
     path: &Path,
     title: &str,
     axes: Axes<'_>,
     series: &[Series<'_>],
 ) -> Result<(), Box<dyn std::error::Error>> {
-    let points = || series.iter().flat_map(|(_, _, points)| points);
+    let points = || series.iter().flat_map(|(_, _, points)| points).filter(|point| is_drawable(point));
     let right = points().map(|p| p.0).fold(0.0, f64::max).max(1e-6) * 1.02;
-    let bottom = points().map(|p| p.1).fold(f64::INFINITY, f64::min);
-    let top = points().map(|p| p.1).fold(f64::NEG_INFINITY, f64::max);
-    let (bottom, top) = if bottom < top { (bottom, top) } else { (bottom.min(0.0), bottom.max(0.0) + 1.0) };
+    let (bottom, top) = range(points().map(|p| p.1));
     let margin = (top - bottom) * 0.05;
 
     let root = SVGBackend::new(path, (800, 480)).into_drawing_area();
@@ -121,11 +144,15 @@ fn draw(
         .draw()?;
     for (name, colour, points) in series {
         let style = colour.stroke_width(2);
+        let points = || points.iter().copied().filter(is_drawable);
         chart
-            .draw_series(LineSeries::new(points.iter().copied(), style))?
+            .draw_series(LineSeries::new(points(), style))?
             .label(*name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
-        chart.draw_series(points.iter().map(|&point| Circle::new(point, 3, colour.filled())))?;
+        chart.draw_series(points().map(|point| Circle::new(point, 3, colour.filled())))?;
+    }
+    if points().next().is_none() {
+        root.draw(&Text::new(NOTHING, (330, 210), ("sans-serif", 22)))?;
     }
     chart
         .configure_series_labels()
@@ -136,4 +163,59 @@ fn draw(
         .draw()?;
     root.present()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use sanderling_server::results::{Subject, Traffic};
+
+    use super::*;
+
+    fn evaluation(tokens: u64, val_loss: f64, train_loss: Option<f64>) -> Evaluation {
+        let subject = Subject { method: "dgs".to_owned(), workers: 1, parameters: 1, active_parameters: 1 };
+        Evaluation {
+            subject,
+            steps: tokens,
+            tokens,
+            val_loss,
+            best_val_loss: val_loss,
+            train_loss,
+            traffic: Traffic::default(),
+            staleness_mean: 0.0,
+            staleness_max: 0,
+            seconds: 0.0,
+            tokens_per_second: 0.0,
+            expert_share: Vec::new(),
+            router_entropy: Vec::new(),
+            dropped_share: None,
+        }
+    }
+
+    fn drawn(evaluations: &[Evaluation]) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("loss.svg");
+        plot_losses(&path, "a run", "character", evaluations).unwrap();
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn a_run_without_a_point_to_draw_still_has_its_plot() {
+        let nan = [evaluation(10, f64::NAN, Some(f64::NAN)), evaluation(20, f64::INFINITY, None)];
+        for evaluations in [&[][..], &nan] {
+            let svg = drawn(evaluations);
+            assert!(svg.contains(NOTHING) && !svg.contains("<circle"), "{svg}");
+        }
+    }
+
+    #[test]
+    fn points_that_are_not_finite_or_coincide_do_no_harm() {
+        let extreme = |loss| [evaluation(0, loss, Some(loss)), evaluation(u64::MAX, loss, Some(f64::NAN))];
+        for loss in [0.0, -2.5, 1e-300, 1e29, f64::MAX] {
+            let drawable = if loss < f64::MAX { 3 } else { 0 };
+            assert_eq!(drawn(&extreme(loss)).matches("<circle").count(), drawable, "{loss}");
+        }
+        let svg = drawn(&[evaluation(10, 2.5, None)]);
+        assert_eq!(svg.matches("<circle").count(), 1, "{svg}");
+        assert!(!svg.contains(NOTHING));
+    }
 }

@@ -32,6 +32,13 @@ pub fn closing_table(summary: &Summary) -> String {
         ("validation loss", format!("{} at the end", loss(summary.val_loss))),
         ("best validation loss", format!("{} at step {}", loss(summary.best_val_loss), summary.best_step)),
     ];
+    if summary.val_loss.is_some_and(|loss| !loss.is_finite()) {
+        let best = if summary.best_val_loss.is_some() { ", after the best model" } else { "" };
+        rows.push((
+            "the training diverged",
+            format!("the last model is of no use{best}; lower learning_rate"),
+        ));
+    }
     if let Some(value) = summary.val_loss_at_1_54m {
         rows.push(("  after 1.54 M characters", format!("{value:.4}")));
     }
@@ -74,4 +81,45 @@ fn against_dense(sent: u64, dense: u64) -> String {
 
 fn millions(count: u64) -> String {
     format!("{:.2} M", count as f64 / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use sanderling_server::results::{Subject, Traffic};
+
+    use super::*;
+
+    fn summary(val_loss: Option<f64>) -> Summary {
+        let subject = Subject { method: "dgs".to_owned(), workers: 1, parameters: 1, active_parameters: 1 };
+        Summary {
+            name: "run".to_owned(),
+            subject,
+            sessions: 1,
+            seed: 1,
+            completed: true,
+            steps: 1,
+            skipped: 0,
+            tokens: 1,
+            val_loss,
+            best_val_loss: None,
+            best_step: 1,
+            test_loss: None,
+            val_loss_at_1_54m: None,
+            capacity_factor: 0.0,
+            dropped_share: 0.0,
+            traffic: Traffic::default(),
+            staleness_mean: 0.0,
+            staleness_max: 0,
+            training_seconds: 1.0,
+            seconds: 1.0,
+            tokens_per_second: 1.0,
+        }
+    }
+
+    #[test]
+    fn a_run_that_diverged_says_so() {
+        let diverged = |loss| closing_table(&summary(loss)).contains("the training diverged");
+        assert!(diverged(Some(f64::NAN)) && diverged(Some(f64::INFINITY)));
+        assert!(!diverged(Some(2.0)) && !diverged(None));
+    }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sanderling_common::join::JoinString;
-use sanderling_worker::net::work;
+use sanderling_worker::net::{WorkerError, work};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
@@ -69,4 +69,16 @@ async fn lost_datagrams_lose_no_update() {
     for worker in workers {
         worker.await.unwrap().unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_of_a_run_that_diverges_says_so_and_gives_up() {
+    let scene = Scene::new(50).with("[training]\nmethod = 'asgd'\nlearning_rate = 1e30\nwarmup_steps = 0");
+    let serving = Serving::start(&scene);
+    let error = worker(&serving.join).await.unwrap().unwrap_err();
+    assert!(matches!(error, WorkerError::Diverged(_)), "{error}");
+    assert!(error.to_string().contains("lower learning_rate"), "{error}");
+    serving.stop.send_replace(true);
+    let summary = serving.outcome().await.summary;
+    assert_eq!((summary.steps, summary.completed, summary.val_loss), (0, false, None));
 }

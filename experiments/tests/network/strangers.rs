@@ -1,16 +1,20 @@
 //! Workers that do not belong, and peers that do not keep to the protocol.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use sanderling_common::ids::{BatchId, Seq, SessionId, Step};
 use sanderling_common::join::JoinString;
-use sanderling_common::wire::Push;
 use sanderling_common::wire::control::{
-    BulkHeader, BulkObject, BulkRequest, Greeting, Hello, Ready, Request, Start, StreamKind, Welcome,
+    BulkHeader, BulkObject, BulkRequest, Greeting, Hello, Ready, Request, Response, Start, StreamKind,
+    Welcome,
 };
-use sanderling_transport::{client_endpoint, receive, send};
+use sanderling_common::wire::frame::Reply;
+use sanderling_common::wire::{Push, Refusal};
+use sanderling_transport::{CloseCode, client_endpoint, receive, send};
+use sanderling_worker::core::{WorkerCore, WorkerSettings};
 use sanderling_worker::net::{WorkerError, WorkerOptions, work};
 use tokio::sync::watch;
 
@@ -64,11 +68,57 @@ async fn one_worker_too_many_waits_for_a_place() {
     serving.outcome().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn getting_ready_may_take_longer_than_the_lease_and_giving_up_on_it_frees_the_place() {
+    let scene = Scene::new(5).with("[run]\nworkers = 1\n[server]\nsessions_max = 1\nlease_ms = 1000");
+    let serving = Serving::start(&scene);
+    let (mut slow, welcome) = Peer::welcomed(&serving.join).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    slow.begin(&welcome).await;
+    // Its session began, so it goes on for a while; then there is room for one that never begins.
+    drop(slow);
+    let stalled = loop {
+        let (endpoint, connection) = Peer::connect(&serving.join).await;
+        if let Ok(stalled) = Peer::hello(endpoint, connection, &serving.join).await {
+            break stalled;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    drop(stalled);
+    let report = worker(&serving.join).await.unwrap().unwrap();
+    assert_eq!(report.exchanges, 5);
+    assert_eq!(serving.outcome().await.summary.steps, 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_says_no_hello_is_hung_up_on() {
+    let scene = Scene::new(5).with("[server]\nlease_ms = 1000");
+    let serving = Serving::start(&scene);
+    let (_endpoint, connection) = Peer::connect(&serving.join).await;
+    let closed = tokio::time::timeout(PATIENCE, connection.closed()).await.expect("the server hangs up");
+    assert_eq!(CloseCode::of(&closed), Some(CloseCode::TooSlow), "{closed}");
+    worker(&serving.join).await.unwrap().unwrap();
+    serving.outcome().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_gives_up_on_a_silent_server_when_it_said_it_would() {
+    // It takes whatever comes and says nothing.
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let scene = Scene::new(5);
+    let mut join = Serving::start(&scene).join;
+    join.port = silent.local_addr().unwrap().port();
+    let options = WorkerOptions { give_up_after: Duration::from_secs(1), ..options() };
+    let error = join_with(&join, options).await;
+    // One wait for the first packets alone takes ten seconds where nothing bounds it.
+    assert!(matches!(error, WorkerError::GaveUp { seconds: ..8, .. }), "{error}");
+}
+
 /// A connection on which anything can be said.
 struct Peer {
     connection: Connection,
     // Both keep the connection open.
-    _control: (SendStream, RecvStream),
+    control: (SendStream, RecvStream),
     _endpoint: Endpoint,
 }
 
@@ -80,18 +130,42 @@ impl Peer {
         (endpoint, connection)
     }
 
-    /// Says hello properly.
-    async fn admitted(join: &JoinString) -> (Self, Welcome) {
-        let (endpoint, connection) = Self::connect(join).await;
+    /// Says hello properly, and does not get ready. Returns how it was greeted instead, if it was not welcome.
+    async fn hello(
+        endpoint: Endpoint,
+        connection: Connection,
+        join: &JoinString,
+    ) -> Result<(Self, Welcome), Greeting> {
         let (mut up, mut down) = connection.open_bi().await.unwrap();
         up.write_all(&[StreamKind::Control as u8]).await.unwrap();
         let token = join.token.reveal().to_owned();
         send(&mut up, &Hello { token, resume: None, software: "a test".to_owned() }).await.unwrap();
-        let Greeting::Welcome(welcome) = receive(&mut down).await.unwrap() else { panic!("not admitted") };
-        send(&mut up, &Ready { layout_hash: welcome.layout_hash, initial_sha256: None }).await.unwrap();
-        let start: Start = receive(&mut down).await.unwrap();
+        match receive(&mut down).await.unwrap() {
+            Greeting::Welcome(welcome) => {
+                Ok((Self { connection, control: (up, down), _endpoint: endpoint }, *welcome))
+            }
+            greeting => Err(greeting),
+        }
+    }
+
+    async fn welcomed(join: &JoinString) -> (Self, Welcome) {
+        let (endpoint, connection) = Self::connect(join).await;
+        let welcomed = Self::hello(endpoint, connection, join).await;
+        welcomed.unwrap_or_else(|greeting| panic!("not admitted: {greeting:?}"))
+    }
+
+    /// Gets ready too.
+    async fn admitted(join: &JoinString) -> (Self, Welcome) {
+        let (mut peer, welcome) = Self::welcomed(join).await;
+        peer.begin(&welcome).await;
+        (peer, welcome)
+    }
+
+    async fn begin(&mut self, welcome: &Welcome) {
+        let (up, down) = &mut self.control;
+        send(up, &Ready { layout_hash: welcome.layout_hash, initial_sha256: None }).await.unwrap();
+        let start: Start = receive(down).await.unwrap();
         assert!(matches!(start, Start::Fetch { .. }));
-        (Self { connection, _control: (up, down), _endpoint: endpoint }, *welcome)
     }
 
     /// Opens a stream of a kind and sends bytes on it; returns what comes back, if anything does.
@@ -177,4 +251,40 @@ async fn a_peer_cannot_speak_for_another_session() {
 
 fn encoded(message: &impl serde::Serialize) -> Vec<u8> {
     sanderling_common::wire::control::encode(message)
+}
+
+/// Pushes made from another model than the server's replica are applied once each, and noted; their sessions end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_from_the_wrong_model_is_refused_and_costs_the_run_nothing() {
+    let scene = Scene::new(6).with("[exchange]\nreplica_check_every = 1\n[training]\neval_every = 1");
+    let serving = Serving::start(&scene);
+    for step in 0..2 {
+        let (peer, welcome) = Peer::admitted(&serving.join).await;
+        let request = encoded(&Request::Work(welcome.session));
+        let response = peer.say(StreamKind::Request as u8, &request).await.expect("work is handed out");
+        let Response::Work(work) = decode_message(&response) else { panic!("the session exists") };
+
+        let layout = Arc::new(welcome.model.layout().unwrap());
+        let settings = WorkerSettings::from(&welcome.run);
+        let wrong = vec![0.0; layout.len()];
+        let mut core = WorkerCore::new(layout.clone(), &settings, welcome.session, wrong, Step(step));
+        core.add_work(&work).unwrap();
+        let batch = core.next_batch().expect("batches are left");
+        core.view();
+        core.handle_gradient(batch, &vec![1e-3; layout.len()], 4.0, 64, 0).unwrap();
+        let mut frame = Vec::new();
+        core.pending().expect("a push was made").encode(&mut frame);
+        let reply = peer.say(StreamKind::Exchange as u8, &frame).await.expect("pushes are answered");
+        assert_eq!(Reply::decode(&reply).unwrap(), Reply::Refused(Refusal::ReplicaMismatch));
+    }
+    worker(&serving.join).await.unwrap().unwrap();
+    let outcome = serving.outcome().await;
+    let summary = &outcome.summary;
+    assert_eq!((summary.steps, summary.tokens, summary.completed), (6, 6 * 64, true));
+    assert_eq!(outcome.evaluations.iter().map(|line| line.steps).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
+}
+
+/// A control message as it comes over a stream, after its length.
+fn decode_message<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> T {
+    sanderling_common::wire::control::decode(&bytes[4..]).unwrap()
 }

@@ -26,10 +26,10 @@ use sanderling_common::config::RunConfig;
 use sanderling_common::ids::{Seq, SessionId, Step, WorkerId};
 use sanderling_common::init::combine_tensor_hashes;
 use sanderling_common::layout::Layout;
-use sanderling_common::sparse::{Compression, Entries, Update, decode};
+use sanderling_common::sparse::{Compression, Update, decode};
 use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::frame::Reply;
-use sanderling_common::wire::{Answer, Push, Refusal, Work};
+use sanderling_common::wire::{Answer, Push, Refusal, UPDATE_MAGNITUDE_MAX, Work};
 
 use coordinator::{Coordinator, Placement};
 pub use coordinator::{Standing, WorkSettings};
@@ -37,9 +37,7 @@ pub use evaluations::{Best, EVALUATIONS_MAX, Evaluated, Evaluations};
 pub use leases::LeasePool;
 pub use sessions::SessionsFull;
 use sessions::{SessionTable, Turn};
-pub use shard::{
-    BASE_MAGNITUDE_MAX, Base, Shard, ShardJob, ShardOutput, UPDATE_MAGNITUDE_MAX, secondary_compression,
-};
+pub use shard::{BASE_MAGNITUDE_MAX, Base, Shard, ShardJob, ShardOutput, secondary_compression};
 pub use tracker::{DifferenceTracker, Replicas};
 
 /// What the core needs to know of a run.
@@ -252,11 +250,7 @@ impl ServerCore {
     fn decode(&self, payload: &[u8]) -> Result<Update, Refusal> {
         let tensors = 0..self.layout.tensors().len();
         let update = decode(&self.layout, tensors, payload).map_err(|_| Refusal::BadPayload)?;
-        let in_range = update.iter().all(|(_, entries)| {
-            let (Entries::Dense(values) | Entries::Sparse { values, .. }) = entries;
-            values.iter().all(|value| value.abs() <= UPDATE_MAGNITUDE_MAX)
-        });
-        if in_range { Ok(update) } else { Err(Refusal::BadPayload) }
+        if update.magnitude_max() <= UPDATE_MAGNITUDE_MAX { Ok(update) } else { Err(Refusal::BadPayload) }
     }
 
     /// Makes the answer to a push out of what its jobs returned, and stores it for a repeat. A snapshot among them is

@@ -12,15 +12,12 @@ use sanderling_common::sparse::{Compression, DecodeError, Update, decode};
 use super::ServerSettings;
 use super::tracker::{DifferenceTracker, Replicas};
 
-/// The largest magnitude of an update's entry: a push with a larger one is refused.
+/// The largest magnitude of an initial parameter.
 ///
-/// It is what keeps the model finite. From |θ0| ≤ 2¹⁰⁰ ([`BASE_MAGNITUDE_MAX`]) and |g| ≤ 2⁶⁴ follows
-/// |θ_t| ≤ 2¹⁰⁰ + t·2⁶⁴, which stays below 2¹²⁷ for all of the 2⁶⁴ steps that can be counted. A replica lies no
-/// further from θ than θ has moved, so that it is finite too, and so is every difference. Workers that compute real
-/// gradients stay below 2⁴⁰ by far.
-pub const UPDATE_MAGNITUDE_MAX: f32 = (1_u128 << 64) as f32;
-
-/// The largest magnitude of an initial parameter; see [`UPDATE_MAGNITUDE_MAX`].
+/// With [`UPDATE_MAGNITUDE_MAX`](sanderling_common::wire::UPDATE_MAGNITUDE_MAX) it is what keeps the model finite. From
+/// |θ0| ≤ 2¹⁰⁰ and |g| ≤ 2⁶⁴ follows |θ_t| ≤ 2¹⁰⁰ + t·2⁶⁴, which stays below 2¹²⁷ for all of the 2⁶⁴ steps that can be
+/// counted. A replica lies no further from θ than θ has moved, so that it is finite too, and so is every difference.
+/// Workers that compute real gradients stay below 2⁴⁰ by far.
 pub const BASE_MAGNITUDE_MAX: f32 = (1_u128 << 100) as f32;
 
 /// Something to do for every shard, in the order of the server's steps.

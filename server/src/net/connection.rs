@@ -10,7 +10,11 @@ use sanderling_common::wire::control::{
 };
 use sanderling_common::wire::frame::{Reply, WireError};
 use sanderling_common::wire::{Push, Refusal};
-use sanderling_transport::{CloseCode, MessageError, describe, read_kind, receive, receive_rest, send};
+use sanderling_transport::{
+    CloseCode, MessageError, describe, read_kind, receive, receive_rest, secure_random, send,
+};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{timeout, timeout_at};
 use tracing::{debug, info, warn};
 
 use super::bulk;
@@ -19,6 +23,11 @@ use super::hub::{Hub, OpenError, Opened};
 /// A request for work is answered with nothing after this share of the lease, so that the worker asks again and both
 /// sides know that the other is there.
 const WORK_WAIT_SHARE: u32 = 4;
+
+/// From the first packet to the end of the hello a peer may take this long, or a lease where that is shorter. What comes
+/// after it may take any time, since a worker may have to fetch and build a large model; one that falls silent meanwhile
+/// loses its connection like any other.
+const HELLO_WAIT: Duration = Duration::from_secs(20);
 
 /// A worker that was told to finish may take this long to close its connection.
 const GOODBYE_WAIT: Duration = Duration::from_secs(2);
@@ -30,7 +39,7 @@ enum PeerError {
     Message(#[from] MessageError),
     #[error("{}", describe(.0))]
     Connection(#[from] quinn::ConnectionError),
-    #[error("the hello took longer than the lease")]
+    #[error("the hello took too long")]
     HelloTooSlow,
     #[error("the first stream was not the control stream")]
     NoControlStream,
@@ -53,118 +62,146 @@ impl PeerError {
             _ => false,
         }
     }
+
+    /// What the peer is to make of it.
+    fn close_code(&self) -> CloseCode {
+        match self {
+            Self::HelloTooSlow => CloseCode::TooSlow,
+            error if error.is_violation() => CloseCode::Protocol,
+            _ => CloseCode::NotAdmitted,
+        }
+    }
 }
 
-/// Serves one worker until its connection ends, then settles its session.
-pub(super) async fn serve(hub: Arc<Hub>, incoming: Incoming) {
+/// Serves one worker until its connection ends, then settles its session. `stranger` is held until the peer has shown
+/// the token.
+pub(super) async fn serve(hub: Arc<Hub>, incoming: Incoming, stranger: OwnedSemaphorePermit) {
     let address = incoming.remote_address();
-    let connection = match incoming.await {
-        Ok(connection) => connection,
-        Err(error) => return debug!(%address, "no connection: {}", describe(&error)),
+    let deadline = Instant::now() + HELLO_WAIT.min(hub.lease());
+    let connection = match timeout_at(deadline.into(), incoming.into_future()).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => return debug!(%address, "no connection: {}", describe(&error)),
+        Err(_) => return debug!(%address, "no connection: the handshake took too long"),
     };
-    let greeted = tokio::time::timeout(hub.lease(), greet(&hub, &connection)).await;
-    let admitted = match greeted.unwrap_or(Err(PeerError::HelloTooSlow)) {
-        Ok(admitted) => admitted,
+    let introduced = timeout_at(deadline.into(), introduce(&hub, &connection)).await;
+    let (hello, mut control) = match introduced.unwrap_or(Err(PeerError::HelloTooSlow)) {
+        Ok(introduced) => introduced,
         Err(error) => {
-            warn!(%address, "turned away: {error}");
-            // The worker has been told in a message; give it the time to read it.
-            let _ = tokio::time::timeout(GOODBYE_WAIT, connection.closed()).await;
-            let code = if error.is_violation() { CloseCode::Protocol } else { CloseCode::NotAdmitted };
-            code.close(&connection, &error.to_string());
+            turn_away(&connection, &error).await;
             return hub.count_closed(&connection);
         }
     };
-    let Admitted { session, worker, mut control } = admitted;
-    info!(%address, "{worker} joined");
-    let said_goodbye = tokio::select! {
-        goodbye = receive::<Goodbye>(&mut control.1) => goodbye.is_ok(),
-        () = streams(&hub, &connection, session) => false,
+    drop(stranger);
+    let mut seat = match place(&hub, &connection, &hello, &mut control.0).await {
+        Ok(seat) => seat,
+        Err(error) => {
+            turn_away(&connection, &error).await;
+            return hub.count_closed(&connection);
+        }
     };
-    if said_goodbye {
+    debug!("{} says hello: {}", seat.worker, hello.software);
+    if let Err(error) = confirm(&seat, &mut control).await {
+        return turn_away(&connection, &error).await;
+    }
+    seat.for_good = false;
+    info!(%address, "{} joined", seat.worker);
+    // The control stream stays open as long as the connection; its sending half is kept for that alone.
+    seat.for_good = tokio::select! {
+        goodbye = receive::<Goodbye>(&mut control.1) => goodbye.is_ok(),
+        () = streams(&hub, &connection, seat.session) => false,
+    };
+    if seat.for_good {
         CloseCode::Goodbye.close(&connection, "goodbye");
     }
-    hub.detach(session, &connection, said_goodbye);
-    info!("{worker} {}", if said_goodbye { "left" } else { "lost its connection" });
+    info!("{} {}", seat.worker, if seat.for_good { "left" } else { "lost its connection" });
 }
 
-struct Admitted {
-    session: SessionId,
-    worker: WorkerId,
-    // The stream stays open as long as the connection; its sending half is kept for that alone.
-    control: (SendStream, RecvStream),
+/// Ends a connection that is not admitted. The worker has been told in a message; it gets the time to read it.
+async fn turn_away(connection: &Connection, error: &PeerError) {
+    warn!(address = %connection.remote_address(), "turned away: {error}");
+    let _ = timeout(GOODBYE_WAIT, connection.closed()).await;
+    error.close_code().close(connection, &error.to_string());
 }
 
-/// Hello, welcome, ready, start.
-async fn greet(hub: &Arc<Hub>, connection: &Connection) -> Result<Admitted, PeerError> {
+/// Both halves of the control stream: down and up.
+type Control = (SendStream, RecvStream);
+
+/// The hello of a peer that has the token.
+async fn introduce(hub: &Hub, connection: &Connection) -> Result<(Hello, Control), PeerError> {
     let (mut down, mut up) = connection.accept_bi().await?;
     if read_kind(&mut up).await? != StreamKind::Control {
         return Err(PeerError::NoControlStream);
     }
     let hello: Hello = receive(&mut up).await?;
-    let place = match place(hub, connection, &hello).await {
-        Ok(place) => place,
-        Err((greeting, reason)) => {
-            send(&mut down, &greeting).await?;
-            return Err(PeerError::NotAdmitted(reason));
-        }
-    };
-    let (session, worker) = (place.session, place.worker);
-    debug!("{worker} says hello: {}", hello.software);
-    let resumed = place.new_from.is_none();
-    let confirmed = confirm(hub, connection, &place, (&mut down, &mut up)).await;
-    match confirmed {
-        Ok(()) => Ok(Admitted { session, worker, control: (down, up) }),
-        Err(error) => {
-            // A session that never began is of no use to anybody.
-            hub.detach(session, connection, !resumed);
-            Err(error)
-        }
+    if !hub.token().matches(&hello.token) {
+        send(&mut down, &Greeting::WrongToken).await?;
+        return Err(PeerError::NotAdmitted("wrong token"));
     }
+    Ok((hello, (down, up)))
 }
 
-/// A worker's place in the run.
-struct Place {
+/// A worker's place in the run. However it is left, also by a future that is dropped, its session is settled.
+struct Seat<'a> {
+    hub: &'a Arc<Hub>,
+    connection: &'a Connection,
     session: SessionId,
     worker: WorkerId,
     /// The step of the base model of a session that begins; none for one that is resumed.
     new_from: Option<Step>,
+    /// Whether the session ends with the connection: one that never began is of no use to anybody, nor is one that was
+    /// said goodbye to.
+    for_good: bool,
 }
 
-/// Finds or makes the place for a worker, or says why there is none.
-async fn place(
-    hub: &Arc<Hub>,
-    connection: &Connection,
-    hello: &Hello,
-) -> Result<Place, (Greeting, &'static str)> {
-    if !hub.token().matches(&hello.token) {
-        return Err((Greeting::WrongToken, "wrong token"));
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        self.hub.detach(self.session, self.connection, self.for_good);
     }
+}
+
+/// Finds or makes the place for a worker, or tells it why there is none.
+async fn place<'a>(
+    hub: &'a Arc<Hub>,
+    connection: &'a Connection,
+    hello: &Hello,
+    down: &mut SendStream,
+) -> Result<Seat<'a>, PeerError> {
     if hub.is_finished() {
-        return Err((Greeting::Finished, "the run is over"));
+        send(down, &Greeting::Finished).await?;
+        return Err(PeerError::NotAdmitted("the run is over"));
     }
     if let Some(session) = hello.resume
         && let Some(worker) = hub.resume(session, connection)
     {
-        return Ok(Place { session, worker, new_from: None });
+        return Ok(Seat { hub, connection, session, worker, new_from: None, for_good: false });
     }
-    match hub.open(connection).await {
-        Ok(Opened { session, worker, step }) => Ok(Place { session, worker, new_from: Some(step) }),
-        Err(OpenError::Full { sessions_max }) => Err((Greeting::Full { sessions_max }, "no room")),
+    let session = SessionId(random_u64());
+    // It is there before the session, which opening takes a while for.
+    let mut seat = Seat { hub, connection, session, worker: WorkerId(0), new_from: None, for_good: true };
+    match hub.open(session, connection).await {
+        Ok(Opened { worker, step }) => {
+            (seat.worker, seat.new_from) = (worker, Some(step));
+            Ok(seat)
+        }
+        Err(OpenError::Full { sessions_max }) => {
+            send(down, &Greeting::Full { sessions_max }).await?;
+            Err(PeerError::NotAdmitted("no room"))
+        }
     }
+}
+
+fn random_u64() -> u64 {
+    u64::from_le_bytes(secure_random())
 }
 
 /// Welcome, ready, start. Between welcome and ready the worker may have to fetch the text, so other streams are
 /// served meanwhile.
-async fn confirm(
-    hub: &Arc<Hub>,
-    connection: &Connection,
-    place: &Place,
-    (down, up): (&mut SendStream, &mut RecvStream),
-) -> Result<(), PeerError> {
+async fn confirm(seat: &Seat<'_>, (down, up): &mut Control) -> Result<(), PeerError> {
+    let (hub, connection) = (seat.hub, seat.connection);
     let welcome = Welcome {
-        worker: place.worker,
-        session: place.session,
-        resumed: place.new_from.is_none(),
+        worker: seat.worker,
+        session: seat.session,
+        resumed: seat.new_from.is_none(),
         run: hub.run().clone(),
         text_sha256: hub.corpus().sha256(),
         model: hub.model().clone(),
@@ -174,7 +211,7 @@ async fn confirm(
     send(down, &Greeting::Welcome(Box::new(welcome))).await?;
     let ready: Ready = tokio::select! {
         ready = receive(up) => ready?,
-        () = streams(hub, connection, place.session) => return Err(connection_lost(connection).into()),
+        () = streams(hub, connection, seat.session) => return Err(connection_lost(connection).into()),
     };
     if ready.layout_hash != hub.layout_hash() {
         send(down, &Start::LayoutMismatch).await?;
@@ -192,7 +229,7 @@ async fn confirm(
             "it upcycles to another model; use the same release on both sides",
         ));
     }
-    let start = place.new_from.map_or(Start::Resume, |step| Start::Fetch { step });
+    let start = seat.new_from.map_or(Start::Resume, |step| Start::Fetch { step });
     Ok(send(down, &start).await?)
 }
 

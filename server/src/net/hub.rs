@@ -25,8 +25,9 @@ use sanderling_common::origin::Beginning;
 use sanderling_common::wire::control::{EvaluationReport, Initial, OnlineUpcycling, dense_bytes};
 use sanderling_common::wire::frame::frame_bytes_max;
 use sanderling_common::wire::{Push, Refusal, Work};
-use sanderling_transport::{CloseCode, secure_random};
-use tokio::sync::{Notify, mpsc};
+use sanderling_transport::{CloseCode, IDLE_MAX};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use super::bulk::Blob;
@@ -40,6 +41,11 @@ use crate::results::{Evaluation, Summary};
 /// updates that fall between them.
 pub(super) const NOTICE_EVERY: Duration = Duration::from_millis(10);
 
+/// A connection that is silent for this part of the lease is lost; the rest of it passes before its session is.
+pub(super) fn idle(run: &RunConfig) -> Duration {
+    Duration::from_millis(run.server.lease_ms / 2).min(IDLE_MAX)
+}
+
 /// No session can be opened.
 pub(super) enum OpenError {
     /// As many as allowed exist.
@@ -51,8 +57,6 @@ pub(super) enum OpenError {
 
 /// A session that begins.
 pub(super) struct Opened {
-    /// Its name.
-    pub(super) session: SessionId,
     /// The number people know the worker by.
     pub(super) worker: WorkerId,
     /// The step of its base model.
@@ -84,8 +88,6 @@ pub(crate) struct Hub {
     text: Blob,
     /// The models that are to be evaluated, and the best.
     snapshots: Mutex<BTreeMap<Step, Blob>>,
-    /// New lines of the curve, for whoever writes them down; bounded by the number of evaluations of the run.
-    curve: mpsc::UnboundedSender<Evaluation>,
     closed_bytes_up: AtomicU64,
     closed_bytes_down: AtomicU64,
     /// Woken when there may be work for those who wait, or the run is over.
@@ -98,7 +100,6 @@ impl Hub {
         corpus: Corpus,
         token: Token,
         beginning: &Beginning,
-        curve: mpsc::UnboundedSender<Evaluation>,
     ) -> Result<Self, ModelConfigError> {
         let (model, initial) = (beginning.model.clone(), &beginning.parameters);
         let layout = Arc::new(model.layout()?);
@@ -127,7 +128,6 @@ impl Hub {
             bases: DashMap::new(),
             text: Blob::of_corpus(&corpus),
             snapshots: Mutex::default(),
-            curve,
             closed_bytes_up: AtomicU64::new(0),
             closed_bytes_down: AtomicU64::new(0),
             changed: Notify::new(),
@@ -192,6 +192,7 @@ impl Hub {
     /// Hands out no more batches; what has been applied is still evaluated, if there is anybody to do it.
     pub(crate) async fn stop_training(&self) {
         if let Some(snapshot) = self.pipeline.stop().await {
+            self.note(&snapshot);
             self.keep(&snapshot);
         }
         self.changed.notify_waiters();
@@ -214,9 +215,13 @@ impl Hub {
 
 /// Sessions and connections.
 impl Hub {
-    /// A session for a new worker, under a name that nobody can guess.
-    pub(super) async fn open(&self, connection: &Connection) -> Result<Opened, OpenError> {
-        let session = SessionId(random_u64());
+    /// A session for a new worker, under a name that nobody can guess. Whoever calls this must [`detach`](Self::detach)
+    /// it, also when the future is dropped.
+    pub(super) async fn open(
+        &self,
+        session: SessionId,
+        connection: &Connection,
+    ) -> Result<Opened, OpenError> {
         let (opened, base) = self.pipeline.open(session).await?;
         // Copying and hashing a large model takes a while.
         let base = tokio::task::spawn_blocking(move || Blob::of_base(base)).await;
@@ -246,15 +251,23 @@ impl Hub {
     pub(super) fn detach(self: &Arc<Self>, session: SessionId, connection: &Connection, for_good: bool) {
         let id = connection.stable_id();
         let removed = self.attached.remove_if(&session, |_, attached| attached.connection.stable_id() == id);
-        let Some((_, attached)) = removed else { return };
+        let Some((_, attached)) = removed else {
+            // It goes on over another connection, or opening it was broken off.
+            if for_good && !self.attached.contains_key(&session) {
+                self.close(session);
+            }
+            return;
+        };
         self.count_closed(connection);
         if for_good {
             return self.close(session);
         }
         let (hub, worker) = (self.clone(), attached.worker);
-        tokio::spawn(async move {
-            // The connection itself lasted half the lease without a sign of life.
-            tokio::time::sleep(hub.lease() / 2).await;
+        // Where the runtime ends, so does the hub.
+        let Ok(runtime) = Handle::try_current() else { return };
+        runtime.spawn(async move {
+            // The connection itself lasted the first part of the lease without a sign of life.
+            tokio::time::sleep(hub.lease() - idle(&hub.run)).await;
             if !hub.attached.contains_key(&session) && hub.pipeline.worker(session).is_some() {
                 info!("{worker} did not come back within its lease; its batches go to others");
                 hub.close(session);
@@ -298,13 +311,17 @@ impl Hub {
 
 /// Exchanges, evaluations and what they leave behind.
 impl Hub {
-    /// Applies a push and returns the reply frame.
+    /// Applies a push and returns the reply frame. One that is refused may have made a step all the same, when its
+    /// worker turns out to have another model than it should, or has left meanwhile.
     pub(super) async fn push(&self, push: Push) -> Result<Bytes, Refusal> {
         let pushed = self.pipeline.push(&push).await?;
         let Some(News { step, staleness, applied, snapshot }) = pushed.news else {
-            return Ok(pushed.reply);
+            return pushed.reply;
         };
         self.bases.remove(&push.session);
+        if let Some(snapshot) = &snapshot {
+            self.note(snapshot);
+        }
         // A push that came after an early end is neither applied nor skipped.
         if applied || push.skipped {
             self.recorder().pushed(PushRecord {
@@ -323,7 +340,7 @@ impl Hub {
         if self.is_finished() {
             self.changed.notify_waiters();
         }
-        Ok(pushed.reply)
+        pushed.reply
     }
 }
 
@@ -348,21 +365,26 @@ impl Hub {
         if !report.loss.is_finite() {
             warn!("the loss at {} is not finite: the model has diverged", report.job.step);
         }
-        if self.pipeline.report(report) == Evaluated::Ignored {
-            return;
-        }
-        if let Some(line) = self.recorder().evaluated(report).cloned() {
-            // Nobody listens any more when the run is being concluded.
-            let _ = self.curve.send(line);
+        {
+            // Whoever sees that the run is finished, and then looks into the books, finds its last result there.
+            let mut recorder = self.recorder();
+            if self.pipeline.report(report) == Evaluated::Ignored {
+                return;
+            }
+            recorder.evaluated(report);
         }
         self.snapshots().retain(|&step, _| self.pipeline.needs_snapshot(step));
         self.changed.notify_waiters();
     }
 
-    /// Keeps the model of a step that is to be evaluated.
-    fn keep(&self, snapshot: &Snapshot) {
+    /// Puts into the books that a step is to be evaluated.
+    fn note(&self, snapshot: &Snapshot) {
         let (up, down) = self.bytes();
         self.recorder().snapshot_taken(snapshot.step.0, up, down);
+    }
+
+    /// Keeps the model of a step that is to be evaluated.
+    fn keep(&self, snapshot: &Snapshot) {
         self.snapshots().insert(snapshot.step, Blob::of_parameters(&snapshot.parameters));
         self.pipeline.snapshot_ready(snapshot.step);
         self.changed.notify_waiters();
@@ -408,7 +430,12 @@ impl Hub {
         self.recorder().summary(seconds, up, down)
     }
 
-    /// The curve.
+    /// The lines of the curve after the first `known`, as they came.
+    pub(crate) fn lines(&self, known: usize) -> Vec<Evaluation> {
+        self.recorder().lines(known)
+    }
+
+    /// The curve, in order of step.
     pub(crate) fn evaluations(&self) -> Vec<Evaluation> {
         self.recorder().evaluations()
     }
@@ -431,6 +458,16 @@ impl Hub {
     }
 }
 
-fn random_u64() -> u64 {
-    u64::from_le_bytes(secure_random())
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lease_is_what_a_connection_and_its_session_last_together() {
+        let mut run = RunConfig::default();
+        for (lease_ms, idle_ms) in [(1000, 500), (120_000, 60_000), (86_400_000, 60_000)] {
+            run.server.lease_ms = lease_ms;
+            assert_eq!(idle(&run), Duration::from_millis(idle_ms));
+        }
+    }
 }

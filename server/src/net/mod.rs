@@ -18,17 +18,21 @@ use sanderling_common::join::{JoinString, Token, hex};
 use sanderling_common::model_config::{ModelConfig, ModelConfigError};
 use sanderling_common::origin::{Origin, OriginError};
 use sanderling_transport::{Certificate, CloseCode, EndpointError, TlsError, secure_random, server_endpoint};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tracing::info;
 
 use crate::progress::Progress;
 use crate::results::{Evaluation, ResultsError, RunFolder, Summary};
-use hub::{Hub, NOTICE_EVERY};
+use hub::{Hub, NOTICE_EVERY, idle};
 
 /// How often progress is shown.
 const SHOW_EVERY: Duration = Duration::from_millis(150);
+
+/// Peers that have not shown the token yet, at a time; further ones are refused. Each costs the server a handshake and
+/// what a connection buffers.
+const STRANGERS_MAX: usize = 1024;
 
 /// Workers that were told that the run is over may take this long to say goodbye.
 const GOODBYES_WAIT: Duration = Duration::from_secs(3);
@@ -86,10 +90,12 @@ pub struct Server {
     hub: Arc<Hub>,
     endpoint: Endpoint,
     join: JoinString,
+    local_join: JoinString,
     folder: RunFolder,
     model: ModelConfig,
     origin: Origin,
-    curve: mpsc::UnboundedReceiver<Evaluation>,
+    /// Lines of the curve that are written.
+    lines_written: usize,
     started: Instant,
     /// Accepting and announcing; they end with the server.
     _tasks: JoinSet<()>,
@@ -120,33 +126,50 @@ impl Server {
         }
         let address = listen_address(&run.server.listen)?;
         let certificate = Certificate::generate()?;
-        // Half the lease passes before a silent connection is lost, the other half before its session is.
-        let idle = Duration::from_millis(run.server.lease_ms / 2);
-        let endpoint = server_endpoint(address, &certificate, idle)?;
+        let endpoint = server_endpoint(address, &certificate, idle(&run))?;
         let bound = endpoint.local_addr()?;
         let token = match token {
             Some(token) => token,
             None => hex(&secure_random::<16>()).parse().expect("32 hexadecimal digits are a token"),
         };
-        let join = JoinString {
-            host: advertised_host(&run, bound),
+        let local_join = JoinString {
+            host: reachable_host(bound),
             port: bound.port(),
             pin: certificate.pin(),
             token: token.clone(),
         };
+        let join = match run.server.advertise.as_str() {
+            "" => local_join.clone(),
+            host => JoinString { host: host.to_owned(), ..local_join.clone() },
+        };
         let folder = RunFolder::create(&mut run)?;
         let model = beginning.model.clone();
-        let (sender, curve) = mpsc::unbounded_channel();
-        let hub = Arc::new(Hub::new(run, corpus, token, &beginning, sender)?);
+        let hub = Arc::new(Hub::new(run, corpus, token, &beginning)?);
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(hub.clone(), endpoint.clone()));
         tasks.spawn(announce_steps(hub.clone()));
-        Ok(Self { hub, endpoint, join, folder, model, origin, curve, started, _tasks: tasks })
+        Ok(Self {
+            hub,
+            endpoint,
+            join,
+            local_join,
+            folder,
+            model,
+            origin,
+            lines_written: 0,
+            started,
+            _tasks: tasks,
+        })
     }
 
     /// What workers need to join.
     pub fn join(&self) -> &JoinString {
         &self.join
+    }
+
+    /// What workers on this machine need: the address listened on, whatever is advertised to others.
+    pub fn local_join(&self) -> &JoinString {
+        &self.local_join
     }
 
     /// The run as it is served, under the name its folder has.
@@ -162,6 +185,13 @@ impl Server {
     /// Where the results go.
     pub fn folder(&self) -> &std::path::Path {
         self.folder.path()
+    }
+
+    /// Waits until every batch and every evaluation is done, or the run was given up; the results may still have to be
+    /// written then.
+    pub fn over(&self) -> impl Future<Output = ()> + 'static {
+        let hub = self.hub.clone();
+        async move { hub.finished().await }
     }
 
     /// Serves until the run is over, or until `stop` becomes true and what was applied by then is evaluated. `show` is
@@ -182,19 +212,28 @@ impl Server {
         tokio::pin!(finished);
         loop {
             tokio::select! {
-                Some(evaluation) = self.curve.recv() => self.folder.append(&evaluation)?,
-                _ = ticks.tick() => show(&hub.progress()),
+                _ = ticks.tick() => {
+                    self.write_lines()?;
+                    show(&hub.progress());
+                }
                 () = &mut finished => break,
             }
         }
         stopping.abort();
-        while let Ok(evaluation) = self.curve.try_recv() {
-            self.folder.append(&evaluation)?;
-        }
+        self.write_lines()?;
         show(&hub.progress());
         let outcome = self.conclude().await?;
         self.say_goodbye().await;
         Ok(outcome)
+    }
+
+    /// Writes the lines of the curve that are new.
+    fn write_lines(&mut self) -> Result<(), ServerError> {
+        for line in self.hub.lines(self.lines_written) {
+            self.folder.append(&line)?;
+            self.lines_written += 1;
+        }
+        Ok(())
     }
 
     /// Writes the checkpoint and the summary.
@@ -228,8 +267,13 @@ impl Server {
 }
 
 async fn accept(hub: Arc<Hub>, endpoint: Endpoint) {
+    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
     while let Some(incoming) = endpoint.accept().await {
-        tokio::spawn(connection::serve(hub.clone(), incoming));
+        match strangers.clone().try_acquire_owned() {
+            Ok(stranger) => drop(tokio::spawn(connection::serve(hub.clone(), incoming, stranger))),
+            // A worker that is refused so tries again.
+            Err(_) => incoming.refuse(),
+        }
     }
 }
 
@@ -264,13 +308,11 @@ fn listen_address(text: &str) -> Result<SocketAddr, ServerError> {
     found.ok_or_else(|| ServerError::Listen(text.to_owned()))
 }
 
-/// The host of the join string: what the run says, or the address listened on; this machine by its loopback address
-/// where that is every address.
-fn advertised_host(run: &RunConfig, bound: SocketAddr) -> String {
-    match (run.server.advertise.as_str(), bound) {
-        ("", SocketAddr::V4(bound)) if bound.ip().is_unspecified() => "127.0.0.1".to_owned(),
-        ("", SocketAddr::V6(bound)) if bound.ip().is_unspecified() => "::1".to_owned(),
-        ("", bound) => bound.ip().to_string(),
-        (host, _) => host.to_owned(),
+/// The address listened on; this machine's loopback address where that is every address.
+fn reachable_host(bound: SocketAddr) -> String {
+    match bound {
+        SocketAddr::V4(bound) if bound.ip().is_unspecified() => "127.0.0.1".to_owned(),
+        SocketAddr::V6(bound) if bound.ip().is_unspecified() => "::1".to_owned(),
+        bound => bound.ip().to_string(),
     }
 }

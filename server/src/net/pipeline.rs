@@ -38,10 +38,10 @@ pub(super) struct Snapshot {
     pub(super) parameters: Vec<f32>,
 }
 
-/// What became of a push.
+/// What became of a push that had or got a step.
 pub(super) struct Pushed {
-    /// The frame that answers it.
-    pub(super) reply: Bytes,
+    /// The frame that answers it, or why there is none although the push was handled.
+    pub(super) reply: Result<Bytes, Refusal>,
     /// What is new about it; none for a repeat.
     pub(super) news: Option<News>,
 }
@@ -99,7 +99,7 @@ impl Pipeline {
         let (worker, step) =
             opened.map_err(|SessionsFull { sessions_max }| OpenError::Full { sessions_max })?;
         let base = Base::join(outputs(pending).await.into_iter().flatten());
-        Ok((Opened { session, worker, step }, base))
+        Ok((Opened { worker, step }, base))
     }
 
     /// Ends a session.
@@ -107,23 +107,23 @@ impl Pipeline {
         self.core.close_session(session, |job| self.enqueue(&[job], &mut Pending::new()));
     }
 
-    /// One exchange.
+    /// One exchange. A push that is refused here has changed nothing.
     pub(super) async fn push(&self, push: &Push) -> Result<Pushed, Refusal> {
         let mut pending = Pending::new();
         let queue = |ticket: &Ticket| self.enqueue(&ticket.jobs().collect::<Vec<_>>(), &mut pending);
         let ticket = match self.core.admit(push, queue)? {
-            Admitted::Repeat(reply) => return Ok(Pushed { reply, news: None }),
+            Admitted::Repeat(reply) => return Ok(Pushed { reply: Ok(reply), news: None }),
             Admitted::New(ticket) => ticket,
         };
         let mut output = PushOutput::join(outputs(pending).await);
-        let completed = self.core.complete(&ticket, &output);
-        if completed == Err(Refusal::ReplicaMismatch) {
+        let reply = self.core.complete(&ticket, &output);
+        if reply == Err(Refusal::ReplicaMismatch) {
             self.close(push.session);
         }
         let step = ticket.step();
         let snapshot = output.snapshot.take().map(|parameters| Snapshot { step, parameters });
         let news = News { step, staleness: ticket.staleness(), applied: ticket.applies(), snapshot };
-        Ok(Pushed { reply: completed?, news: Some(news) })
+        Ok(Pushed { reply, news: Some(news) })
     }
 
     /// Leases nothing more; returns the current model if it is still to be evaluated.

@@ -53,7 +53,9 @@ impl RunFolder {
         if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
             name.clone_into(&mut run.run.name);
         }
-        write(&path.join("run.toml"), run.to_toml().as_bytes())?;
+        let mut resolved = run.clone();
+        resolved.make_paths_absolute();
+        write(&path.join("run.toml"), resolved.to_toml().as_bytes())?;
         let metrics = path.join("metrics.jsonl");
         let opened = OpenOptions::new().create(true).append(true).open(&metrics);
         let metrics = opened.map_err(|source| ResultsError::Write { path: metrics, source })?;

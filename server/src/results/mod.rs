@@ -3,7 +3,7 @@
 //! | file | content |
 //! | --- | --- |
 //! | `run.toml` | the resolved configuration; `--config` takes it |
-//! | `metrics.jsonl` | one [`Evaluation`] per line, in order of step |
+//! | `metrics.jsonl` | one [`Evaluation`] per line, in the order in which they came back; `steps` says of what |
 //! | `summary.json` | the [`Summary`] |
 //! | `checkpoint/` | the best model by validation, a Hugging Face directory |
 

@@ -39,9 +39,9 @@ pub struct Evaluation {
     pub tokens: u64,
     /// Mean cross-entropy over the validation split, nats per token.
     pub val_loss: f64,
-    /// The lowest of them so far.
+    /// The lowest of them in this line and those before it.
     pub best_val_loss: f64,
-    /// Mean training loss of the pushes since the line before; none when there was no push.
+    /// Mean training loss of the pushes since the step that was evaluated before this one; none when there was no push.
     pub train_loss: Option<f64>,
     /// Mean share of the choices of experts that were dropped by the same pushes; none when there was no push.
     pub dropped_share: Option<f64>,

@@ -25,7 +25,7 @@ use sanderling_common::layout::Layout;
 use sanderling_common::method::MethodSettings;
 use sanderling_common::schedule::Schedule;
 use sanderling_common::sparse::{DecodeError, NonFinite, Update, decode_into};
-use sanderling_common::wire::{Answer, BatchRange, Push, Work};
+use sanderling_common::wire::{Answer, BatchRange, Push, UPDATE_MAGNITUDE_MAX, Work};
 
 use method::{CompressionMethod, Direction, clip_scale};
 use queue::BatchQueue;
@@ -63,14 +63,27 @@ pub struct WorkerCounters {
     pub answers: u64,
 }
 
-/// The accumulators overflowed: with this learning rate the training cannot go on.
+/// With this learning rate the training cannot go on, and neither can the session.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
-#[error("the training diverged: the worker's accumulator overflows at learning rate {rate} ({source})")]
-pub struct Diverged {
-    /// The rate of the step.
-    pub rate: f32,
-    /// Where.
-    pub source: NonFinite,
+pub enum Diverged {
+    /// An accumulator overflowed.
+    #[error("the worker's accumulator overflows at learning rate {rate} ({source})")]
+    Overflow {
+        /// The rate of the step.
+        rate: f32,
+        /// Where.
+        source: NonFinite,
+    },
+    /// The update is larger than any that a server applies.
+    #[error(
+        "an update of magnitude {magnitude:e} at learning rate {rate}; at most {UPDATE_MAGNITUDE_MAX:e} is applied"
+    )]
+    TooLarge {
+        /// The rate of the step.
+        rate: f32,
+        /// The largest entry.
+        magnitude: f32,
+    },
 }
 
 /// Why an answer cannot be what the server meant to send. The session cannot go on after it.
@@ -252,7 +265,7 @@ impl WorkerCore {
     /// gradient or a loss that is not finite changes nothing; it makes a push without an update.
     ///
     /// # Errors
-    /// [`Diverged`] if an accumulator overflowed.
+    /// [`Diverged`] if an accumulator overflowed, or what is to be sent is larger than a server applies.
     ///
     /// # Panics
     /// If a push is pending, `batch` is not the [`next_batch`](Self::next_batch), or the gradient is of another
@@ -277,7 +290,12 @@ impl WorkerCore {
             let rate = self.settings.schedule.rate(entered_at, staleness);
             let theta = if self.method.uses_local_view() { &self.view } else { &self.theta };
             let direction = Direction { gradient, scale, rate, theta };
-            self.method.step(&direction, &mut payload).map_err(|source| Diverged { rate, source })?;
+            let stepped = self.method.step(&direction, &mut payload);
+            stepped.map_err(|source| Diverged::Overflow { rate, source })?;
+            let magnitude = self.method.sent().magnitude_max();
+            if magnitude > UPDATE_MAGNITUDE_MAX {
+                return Err(Diverged::TooLarge { rate, magnitude });
+            }
             self.view_is_current = false;
         } else {
             self.counters.skipped += 1;
@@ -345,5 +363,37 @@ impl WorkerCore {
 
     fn enqueue(&mut self, batches: Option<BatchRange>) -> Result<(), AnswerError> {
         batches.map_or(Ok(()), |range| self.queue.add(range).map_err(AnswerError::Lease))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sanderling_common::config::RunPartial;
+    use sanderling_common::method::Method;
+
+    use super::*;
+
+    #[test]
+    fn an_update_that_no_server_applies_is_not_sent() {
+        let layout = Arc::new(Layout::new([("a", vec![4])]).unwrap());
+        let exchange = |rate: f64, gradient: f32| {
+            let mut partial = RunPartial::default();
+            partial.training.method = Some(Method::GdAsync);
+            (partial.training.learning_rate, partial.training.warmup_steps) = (Some(rate), Some(0));
+            partial.training.clip_norm = Some(0.0);
+            let settings = WorkerSettings::from(&partial.resolve().unwrap());
+            let mut core = WorkerCore::new(layout.clone(), &settings, SessionId(1), vec![0.0; 4], Step(0));
+            core.enqueue(Some(BatchRange { first: BatchId(0), count: 1 })).unwrap();
+            core.view();
+            core.handle_gradient(BatchId(0), &[gradient, 0.0, 0.0, 0.0], 1.0, 1, 0).map(|push| push.skipped)
+        };
+        assert_eq!(exchange(1.0, 1e9), Ok(false));
+        let refused = exchange(1e12, 1e9);
+        assert!(
+            matches!(refused, Err(Diverged::TooLarge { magnitude, .. }) if magnitude > 9e20),
+            "{refused:?}"
+        );
+        let refused = exchange(1e38, 1e9);
+        assert!(matches!(refused, Err(Diverged::Overflow { .. })), "{refused:?}");
     }
 }

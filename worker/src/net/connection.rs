@@ -1,6 +1,7 @@
 //! One connection to the server: hello, then exchanges, requests and bulk transfers.
 
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,19 +14,21 @@ use sanderling_common::wire::control::{
     Goodbye, Greeting, Hello, Ready, Request, Response, Start, StreamKind, Welcome,
 };
 use sanderling_common::wire::frame::Reply;
-use sanderling_transport::{CloseCode, MessageError, client_endpoint, describe, receive, receive_rest, send};
+use sanderling_transport::{
+    CloseCode, IDLE_MAX, MessageError, client_endpoint, describe, receive, receive_rest, send,
+};
 
 use super::bulk::{BulkError, Download};
 use super::{Lost, WorkerError};
 
-/// The worker notices a silent server after this long; the server's lease may end a connection earlier.
-const IDLE: Duration = Duration::from_secs(60);
-
-/// A server that does not answer the first packets is tried again after this long.
+/// A server that does not answer the first packets is tried again after this long, or given up on when less is left.
 const CONNECT_WAIT: Duration = Duration::from_secs(10);
 
 /// A goodbye is waited for this long.
 const GOODBYE_WAIT: Duration = Duration::from_millis(500);
+
+/// The QUIC error codes that stand for TLS alerts (RFC 9001, section 4.8).
+const TLS_ALERTS: RangeInclusive<u64> = 0x100..=0x1ff;
 
 /// An established connection on which the hello has been said.
 pub(super) struct Link {
@@ -46,14 +49,18 @@ pub(super) enum Reception {
 }
 
 impl Link {
-    /// Connects and says hello.
-    pub(super) async fn open(join: &JoinString, resume: Option<SessionId>) -> Result<Reception, Lost> {
+    /// Connects and says hello; waits at most `patience` for the server to answer the first packets.
+    pub(super) async fn open(
+        join: &JoinString,
+        resume: Option<SessionId>,
+        patience: Duration,
+    ) -> Result<Reception, Lost> {
         let address = resolve(join).await?;
-        let endpoint = client_endpoint(address, join.pin, IDLE).map_err(WorkerError::Endpoint)?;
+        let endpoint = client_endpoint(address, join.pin, IDLE_MAX).map_err(WorkerError::Endpoint)?;
         let connecting = endpoint
             .connect(address, "sanderling")
             .map_err(|error| Lost::ForNow(format!("cannot connect to {}: {error}", join)))?;
-        let connection = match tokio::time::timeout(CONNECT_WAIT, connecting).await {
+        let connection = match tokio::time::timeout(CONNECT_WAIT.min(patience), connecting).await {
             Ok(Ok(connection)) => connection,
             Ok(Err(error)) => return Err(connect_error(&error)),
             Err(_) => return Err(Lost::ForNow("the server does not answer".to_owned())),
@@ -165,13 +172,18 @@ async fn resolve(join: &JoinString) -> Result<SocketAddr, Lost> {
     first.ok_or_else(|| Lost::ForNow(format!("the host {} cannot be found", join.host)))
 }
 
-/// A server with another certificate or protocol will be no other on the next try.
+/// A server with another certificate or protocol will be no other on the next try. Anything else may be: one that
+/// refuses a connection, for example, is full of strangers or about to go.
 fn connect_error(error: &quinn::ConnectionError) -> Lost {
-    match error {
-        quinn::ConnectionError::TransportError(_) | quinn::ConnectionError::ConnectionClosed(_) => {
-            WorkerError::Handshake(describe(error)).into()
-        }
-        _ => Lost::ForNow(describe(error)),
+    let code = match error {
+        quinn::ConnectionError::TransportError(error) => u64::from(error.code),
+        quinn::ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
+        _ => return Lost::ForNow(describe(error)),
+    };
+    if TLS_ALERTS.contains(&code) {
+        WorkerError::Handshake(describe(error)).into()
+    } else {
+        Lost::ForNow(describe(error))
     }
 }
 
@@ -196,5 +208,33 @@ impl From<MessageError> for Lost {
             _ => return Self::ForNow(error.to_string()),
         };
         lost.clone().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quinn::{ConnectionError, TransportErrorCode};
+
+    use super::*;
+
+    #[test]
+    fn only_tls_errors_are_final() {
+        let error = |code: TransportErrorCode| {
+            ConnectionError::TransportError(quinn::TransportError {
+                code,
+                frame: None,
+                reason: String::new(),
+                crypto: None,
+            })
+        };
+        for alert in [42, 48, 120] {
+            let lost = connect_error(&error(TransportErrorCode::crypto(alert)));
+            assert!(matches!(lost, Lost::ForGood(_)), "{alert}: {lost:?}");
+        }
+        let refused = error(TransportErrorCode::CONNECTION_REFUSED);
+        for passing in [refused, ConnectionError::TimedOut, ConnectionError::Reset] {
+            let lost = connect_error(&passing);
+            assert!(matches!(lost, Lost::ForNow(_)), "{passing}: {lost:?}");
+        }
     }
 }

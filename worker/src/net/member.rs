@@ -341,7 +341,7 @@ impl Member {
         let pushed = core.handle_gradient(batch, desk.engine.gradient(), loss, dropped, tokens, staleness);
         match pushed {
             Ok(_) => Ok(()),
-            Err(diverged) => Err(Lost::Session(diverged.to_string())),
+            Err(diverged) => Err(Lost::Diverged(diverged)),
         }
     }
 

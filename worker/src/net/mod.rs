@@ -17,10 +17,12 @@ use sanderling_common::ids::WorkerId;
 use sanderling_common::join::JoinString;
 use sanderling_common::model_config::ModelConfigError;
 use sanderling_common::upcycle::UpcycleError;
+use sanderling_common::wire::control::Welcome;
 use sanderling_transport::EndpointError;
 use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
+use crate::core::Diverged;
 use connection::{Link, Reception};
 use member::{Member, Shelf};
 
@@ -30,13 +32,20 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 /// The longest wait between two tries.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 
+/// Sessions in a row that diverge before their first exchange is answered, after which a worker gives up: the model of
+/// the run is what diverged then, not what this worker had accumulated.
+const DIVERGED_SESSIONS_MAX: u32 = 3;
+
+/// A server gets at least this long to answer the first packets, also when the worker is about to give up.
+const PATIENCE_MIN: Duration = Duration::from_millis(500);
+
 /// A worker gives up after this long without a server by default.
 pub const GIVE_UP_AFTER: Duration = Duration::from_secs(600);
 
 /// How a worker works, apart from what the server tells it.
 #[derive(Clone, Debug)]
 pub struct WorkerOptions {
-    /// Gives up when no server was reached for this long.
+    /// Gives up when no server took it in for this long.
     pub give_up_after: Duration,
     /// Gradients computed at a time by all workers that share it; `None` leaves that to the system. In one process
     /// with more workers than cores it keeps each computation at full speed instead of slicing them all.
@@ -114,6 +123,9 @@ pub enum WorkerError {
         /// The last reason.
         reason: String,
     },
+    /// Whatever this worker computes is too large.
+    #[error("the training diverged; lower learning_rate ({0})")]
+    Diverged(Diverged),
     /// The run cannot be computed.
     #[error("the gradient cannot be computed: {0}")]
     Compute(#[from] crate::model::ModelError),
@@ -128,6 +140,8 @@ enum Lost {
     ForNow(String),
     /// The session is void: another try begins a new one.
     Session(String),
+    /// As [`Session`](Self::Session), for a reason that another session may have as well.
+    Diverged(Diverged),
     /// No other try will do.
     ForGood(Box<WorkerError>),
 }
@@ -153,9 +167,14 @@ pub async fn work(
     let mut shelf = Shelf::default();
     let mut backoff = BACKOFF_FIRST;
     let mut last_contact = Instant::now();
+    let mut diverged_sessions = 0;
     loop {
         let exchanges_before = report.exchanges;
-        let outcome = connected(join, options, (&mut member, &mut shelf), &mut report, &stop).await;
+        let state = (&mut member, &mut shelf, &mut last_contact);
+        let outcome = connected(join, options, state, &mut report, &stop).await;
+        if report.exchanges > exchanges_before {
+            (backoff, diverged_sessions) = (BACKOFF_FIRST, 0);
+        }
         let reason = match outcome {
             Ok(()) => {
                 report.stopped = *stop.borrow();
@@ -168,17 +187,24 @@ pub async fn work(
                 member = None;
                 reason
             }
+            Err(Lost::Diverged(diverged)) => {
+                member = None;
+                diverged_sessions += 1;
+                if diverged_sessions >= DIVERGED_SESSIONS_MAX {
+                    return Err(WorkerError::Diverged(diverged));
+                }
+                diverged.to_string()
+            }
         };
-        if report.exchanges > exchanges_before {
-            (backoff, last_contact) = (BACKOFF_FIRST, Instant::now());
-        }
         let waited = last_contact.elapsed();
-        if waited >= options.give_up_after {
+        let left = options.give_up_after.saturating_sub(waited);
+        if left.is_zero() {
             return Err(WorkerError::GaveUp { seconds: waited.as_secs(), address: join.to_string(), reason });
         }
-        warn!("no exchange with {}:{} ({reason}); trying again in {backoff:?}", join.host, join.port);
+        let pause = backoff.min(left);
+        warn!("no exchange with {}:{} ({reason}); trying again in {pause:?}", join.host, join.port);
         tokio::select! {
-            () = tokio::time::sleep(backoff) => {}
+            () = tokio::time::sleep(pause) => {}
             _ = stop.wait_for(|stop| *stop) => {
                 report.stopped = true;
                 return Ok(report);
@@ -193,27 +219,51 @@ pub async fn work(
 async fn connected(
     join: &JoinString,
     options: &WorkerOptions,
-    (slot, shelf): (&mut Option<Member>, &mut Shelf),
+    (slot, shelf, last_contact): (&mut Option<Member>, &mut Shelf, &mut Instant),
     report: &mut WorkerReport,
     stop: &watch::Receiver<bool>,
 ) -> Result<(), Lost> {
     let resume = slot.as_ref().map(Member::session);
+    // Not so little that no server could answer in it.
+    let patience = options.give_up_after.saturating_sub(last_contact.elapsed()).max(PATIENCE_MIN);
     let mut stopped = stop.clone();
     let reception = tokio::select! {
-        reception = Link::open(join, resume) => reception?,
+        reception = Link::open(join, resume, patience) => reception?,
         _ = stopped.wait_for(|stop| *stop) => return Ok(()),
     };
     let (mut link, welcome) = match reception {
         Reception::Welcome(link, welcome) => (link, welcome),
         Reception::Finished => return Err(Lost::Finished),
     };
+    let exchanges_before = report.exchanges;
+    let outcome = taken_in(&mut link, &welcome, options, (slot, shelf), report, stop).await;
+    // A server that has no room gives no sign of life, nor does one whose sessions are of no use.
+    if report.exchanges > exchanges_before || matches!(outcome, Err(Lost::ForNow(_))) {
+        *last_contact = Instant::now();
+    }
+    if matches!(outcome, Ok(()) | Err(Lost::Finished | Lost::Session(_) | Lost::Diverged(_))) {
+        // Whatever the session holds goes back at once instead of when its lease runs out.
+        link.goodbye().await;
+    }
+    outcome
+}
+
+/// Works for a server that has said welcome.
+async fn taken_in(
+    link: &mut Link,
+    welcome: &Welcome,
+    options: &WorkerOptions,
+    (slot, shelf): (&mut Option<Member>, &mut Shelf),
+    report: &mut WorkerReport,
+    stop: &watch::Receiver<bool>,
+) -> Result<(), Lost> {
     report.worker = Some(welcome.worker);
     if !welcome.resumed {
         *slot = None;
     }
     let member = match slot {
         Some(member) => member,
-        None => slot.insert(Member::prepare(&link, &welcome, options, shelf).await?),
+        None => slot.insert(Member::prepare(link, welcome, options, shelf).await?),
     };
     match link.confirm(member.ready()).await? {
         Some(step) => {
@@ -223,17 +273,10 @@ async fn connected(
         }
         None => info!("{} resumes its session", welcome.worker),
     }
-    let outcome = tokio::select! {
-        outcome = member.fetch_base(&link) => outcome,
-        _ = stopped.wait_for(|stop| *stop) => Ok(()),
-    };
-    let outcome = match outcome {
-        Ok(()) => member.exchange_until_stopped(&link, options, report, stop).await,
-        Err(lost) => Err(lost),
-    };
-    if matches!(outcome, Ok(()) | Err(Lost::Finished | Lost::Session(_))) {
-        // Whatever the session holds goes back at once instead of when its lease runs out.
-        link.goodbye().await;
+    let mut stopped = stop.clone();
+    tokio::select! {
+        fetched = member.fetch_base(link) => fetched?,
+        _ = stopped.wait_for(|stop| *stop) => return Ok(()),
     }
-    outcome
+    member.exchange_until_stopped(link, options, report, stop).await
 }
