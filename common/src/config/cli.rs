@@ -136,8 +136,9 @@ fn shown_by_method<'a>(of_methods: impl Iterator<Item = (Method, &'a toml::Value
     match &groups[..] {
         [(value, _)] => shown(value),
         _ => {
-            let of_group =
-                |(value, methods): &(_, Vec<&str>)| format!("{} for {}", shown(value), methods.join(", "));
+            let of_group = |(value, methods): &(&toml::Value, Vec<&str>)| {
+                format!("{} for {}", shown(value), methods.join(", "))
+            };
             groups.iter().map(of_group).collect::<Vec<_>>().join("; ")
         }
     }
