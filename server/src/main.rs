@@ -72,6 +72,7 @@ fn main() -> ExitCode {
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let run = arguments.run.resolve()?;
     let token: Option<Token> = arguments.token.as_deref().map(str::parse).transpose()?;
+    let stop = stop_on_interrupt(|| info!("Ctrl-C again to stop at once, without the last evaluation"));
     let server = Server::start(run, token)?;
     let join = server.join().reveal();
     if let Some(path) = &arguments.join_file {
@@ -80,7 +81,6 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     writeln!(std::io::stdout(), "{join}").context("cannot print the join string")?;
     info!("results go to {}; waiting for workers", server.folder().display());
     let mut view = ProgressView::new(server.run().training.steps);
-    let stop = stop_on_interrupt(|| info!("Ctrl-C again to stop at once, without a checkpoint"));
     let served = server.serve(stop, |progress| view.update(progress)).await;
     view.finish();
     let outcome = served?;

@@ -1,13 +1,14 @@
 //! Whole runs.
 
 use std::fs;
+use std::time::Duration;
 
 use sanderling_common::checkpoint;
 use sanderling_common::corpus::{Corpus, SHAKESPEARE};
 use sanderling_common::tokenizer::{Tokenizer, pieces};
 use sanderling_server::results::Evaluation;
 
-use crate::support::{Scene, Serving, worker};
+use crate::support::{PATIENCE, Scene, Serving, worker};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_and_several_workers_train_to_the_end() {
@@ -109,4 +110,31 @@ async fn workers_train_on_a_token_file_that_only_the_server_has() {
         let report = worker.await.unwrap().unwrap();
         assert_eq!((report.sessions, report.reconnects), (1, 0));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_killed_leaves_the_best_model_so_far() {
+    let scene = Scene::new(100_000).with("[training]\neval_every = 5");
+    let mut serving = Serving::start(&scene);
+    let worker = worker(&serving.join);
+    serving.reach(50).await;
+    let folder = scene.results().join("checkpoint");
+    // It is away for a moment whenever a better one takes its place.
+    let saved = async || {
+        let loaded = async {
+            loop {
+                match checkpoint::load(&folder) {
+                    Ok(loaded) => return loaded,
+                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, loaded).await.expect("a model is saved while the run goes on")
+    };
+    saved().await;
+    assert!(!scene.results().join("summary.json").exists());
+    serving.kill().await;
+    let (config, parameters) = saved().await;
+    assert_eq!(parameters.len(), config.layout().unwrap().len());
+    worker.abort();
 }

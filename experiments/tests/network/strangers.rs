@@ -271,7 +271,7 @@ async fn a_push_from_the_wrong_model_is_refused_and_costs_the_run_nothing() {
         core.add_work(&work).unwrap();
         let batch = core.next_batch().expect("batches are left");
         core.view();
-        core.handle_gradient(batch, &vec![1e-3; layout.len()], 4.0, 64, 0).unwrap();
+        core.handle_gradient(batch, &vec![1e-3; layout.len()], 4.0, 0.0, 64, 0).unwrap();
         let mut frame = Vec::new();
         core.pending().expect("a push was made").encode(&mut frame);
         let reply = peer.say(StreamKind::Exchange as u8, &frame).await.expect("pushes are answered");

@@ -103,6 +103,12 @@ impl Serving {
         tokio::time::timeout(PATIENCE, reached).await.expect("the run goes on").expect("the server lives");
     }
 
+    /// Ends the server without a conclusion.
+    pub(crate) async fn kill(self) {
+        self.task.abort();
+        assert!(self.task.await.unwrap_err().is_cancelled());
+    }
+
     pub(crate) async fn outcome(self) -> Outcome {
         self.task.await.unwrap()
     }

@@ -409,13 +409,16 @@ impl Hub {
         self.text.clone()
     }
 
-    /// The best model by validation or, when none was evaluated, the last one.
-    pub(crate) async fn best_parameters(&self) -> Vec<f32> {
-        let best = self.pipeline.best().and_then(|best| self.snapshot(best.step));
-        match best {
-            Some(blob) => blob.parameters(),
-            None => self.pipeline.theta().await,
-        }
+    /// The best model by validation so far, with its step.
+    pub(crate) fn best(&self) -> Option<(Step, Blob)> {
+        let step = self.pipeline.best()?.step;
+        // It may have been replaced between the two look-ups.
+        Some((step, self.snapshot(step)?))
+    }
+
+    /// The last model.
+    pub(crate) async fn theta(&self) -> Vec<f32> {
+        self.pipeline.theta().await
     }
 
     /// Where the run stands.

@@ -19,9 +19,9 @@ use sanderling_common::model_config::{ModelConfig, ModelConfigError};
 use sanderling_common::origin::{Origin, OriginError};
 use sanderling_transport::{Certificate, CloseCode, EndpointError, TlsError, secure_random, server_endpoint};
 use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::progress::Progress;
 use crate::results::{Evaluation, ResultsError, RunFolder, Summary};
@@ -91,11 +91,15 @@ pub struct Server {
     endpoint: Endpoint,
     join: JoinString,
     local_join: JoinString,
-    folder: RunFolder,
+    folder: Arc<RunFolder>,
     model: ModelConfig,
-    origin: Origin,
+    origin: Arc<Origin>,
     /// Lines of the curve that are written.
     lines_written: usize,
+    /// The step of the checkpoint that is there, or being written.
+    saved: Option<Step>,
+    /// At most one checkpoint is being written, on a blocking thread.
+    saving: Option<JoinHandle<Result<(), ResultsError>>>,
     started: Instant,
     /// Accepting and announcing; they end with the server.
     _tasks: JoinSet<()>,
@@ -142,8 +146,8 @@ impl Server {
             "" => local_join.clone(),
             host => JoinString { host: host.to_owned(), ..local_join.clone() },
         };
-        let folder = RunFolder::create(&mut run)?;
-        let model = beginning.model.clone();
+        let folder = Arc::new(RunFolder::create(&mut run)?);
+        let (model, origin) = (beginning.model.clone(), Arc::new(origin));
         let hub = Arc::new(Hub::new(run, corpus, token, &beginning)?);
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(hub.clone(), endpoint.clone()));
@@ -157,6 +161,8 @@ impl Server {
             model,
             origin,
             lines_written: 0,
+            saved: None,
+            saving: None,
             started,
             _tasks: tasks,
         })
@@ -214,6 +220,7 @@ impl Server {
             tokio::select! {
                 _ = ticks.tick() => {
                     self.write_lines()?;
+                    self.save_improvement().await;
                     show(&hub.progress());
                 }
                 () = &mut finished => break,
@@ -236,19 +243,59 @@ impl Server {
         Ok(())
     }
 
-    /// Writes the checkpoint and the summary.
-    async fn conclude(&self) -> Result<Outcome, ServerError> {
-        let parameters = self.hub.best_parameters().await;
-        let written =
-            self.folder.write_checkpoint(&self.model, &parameters, (self.hub.corpus(), &self.origin));
-        let checkpoint = written?;
+    /// Begins to write the best model if it is another than the one in the checkpoint, so that a server that is killed
+    /// leaves the best so far.
+    async fn save_improvement(&mut self) {
+        if self.saving.as_ref().is_some_and(|saving| !saving.is_finished()) {
+            return;
+        }
+        self.finish_saving().await;
+        if let Some((step, blob)) = self.hub.best()
+            && self.saved != Some(step)
+        {
+            self.saved = Some(step);
+            let write = self.checkpoint_writer();
+            self.saving = Some(tokio::task::spawn_blocking(move || write(&blob.parameters())));
+        }
+    }
+
+    /// Waits for the checkpoint that is being written. A failure is not final: the run's end brings another one.
+    async fn finish_saving(&mut self) {
+        let Some(saving) = self.saving.take() else { return };
+        if let Err(error) = saving.await.expect("writing a checkpoint does not panic") {
+            warn!("the best model so far is not saved: {error}");
+            self.saved = None;
+        }
+    }
+
+    fn checkpoint_writer(&self) -> impl FnOnce(&[f32]) -> Result<(), ResultsError> + Send + 'static {
+        let (folder, model, origin) = (self.folder.clone(), self.model.clone(), self.origin.clone());
+        let corpus = self.hub.corpus().clone();
+        move |parameters| folder.write_checkpoint(&model, parameters, (&corpus, &origin))
+    }
+
+    /// Writes the checkpoint, unless the best model is there already or, when none was evaluated, the last one; then the
+    /// summary.
+    async fn conclude(&mut self) -> Result<Outcome, ServerError> {
+        self.finish_saving().await;
+        let (step, parameters) = match self.hub.best() {
+            Some((step, blob)) => (Some(step), blob.parameters()),
+            None => (None, self.hub.theta().await),
+        };
+        let parameters = if step.is_some() && self.saved == step {
+            parameters
+        } else {
+            let write = self.checkpoint_writer();
+            let written = tokio::task::spawn_blocking(move || write(&parameters).map(|()| parameters)).await;
+            written.expect("writing a checkpoint does not panic")?
+        };
         let summary = self.hub.summary(self.started.elapsed().as_secs_f64());
         self.folder.write_summary(&summary)?;
         Ok(Outcome {
             summary,
             evaluations: self.hub.evaluations(),
             folder: self.folder.path().to_owned(),
-            checkpoint,
+            checkpoint: self.folder.checkpoint(),
             model: self.model.clone(),
             parameters,
             corpus: self.hub.corpus().clone(),

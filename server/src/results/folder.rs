@@ -86,14 +86,19 @@ impl RunFolder {
         &self.path
     }
 
+    /// The checkpoint in it.
+    pub fn checkpoint(&self) -> PathBuf {
+        self.path.join("checkpoint")
+    }
+
     /// Appends a line to `metrics.jsonl`.
     ///
     /// # Errors
     /// [`ResultsError::Write`].
-    pub fn append(&mut self, evaluation: &Evaluation) -> Result<(), ResultsError> {
+    pub fn append(&self, evaluation: &Evaluation) -> Result<(), ResultsError> {
         let mut line = serde_json::to_string(evaluation).expect("an evaluation has a JSON form");
         line.push('\n');
-        let written = self.metrics.write_all(line.as_bytes());
+        let written = (&self.metrics).write_all(line.as_bytes());
         written.map_err(|source| ResultsError::Write { path: self.path.join("metrics.jsonl"), source })
     }
 
@@ -117,8 +122,8 @@ impl RunFolder {
         model: &ModelConfig,
         parameters: &[f32],
         (corpus, origin): (&Corpus, &Origin),
-    ) -> Result<PathBuf, ResultsError> {
-        let path = self.path.join("checkpoint");
+    ) -> Result<(), ResultsError> {
+        let path = self.checkpoint();
         let (special_tokens, mut files) = origin.carried()?;
         if !files.iter().any(|(name, _)| name == TOKENIZER_FILE) {
             files.extend(tokenizer_files(model, corpus));
@@ -127,7 +132,7 @@ impl RunFolder {
         let source = FlatParameters { layout: &layout, values: parameters };
         let options = WriteOptions { special_tokens, files, ..WriteOptions::default() };
         checkpoint::write(&path, model, &options, &source, &mut |_| ControlFlow::Continue(()))?;
-        Ok(path)
+        Ok(())
     }
 }
 

@@ -219,14 +219,7 @@ mod tests {
 
     #[test]
     fn only_tls_errors_are_final() {
-        let error = |code: TransportErrorCode| {
-            ConnectionError::TransportError(quinn::TransportError {
-                code,
-                frame: None,
-                reason: String::new(),
-                crypto: None,
-            })
-        };
+        let error = |code: TransportErrorCode| ConnectionError::TransportError(code.into());
         for alert in [42, 48, 120] {
             let lost = connect_error(&error(TransportErrorCode::crypto(alert)));
             assert!(matches!(lost, Lost::ForGood(_)), "{alert}: {lost:?}");
