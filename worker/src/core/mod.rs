@@ -385,7 +385,8 @@ mod tests {
             let mut core = WorkerCore::new(layout.clone(), &settings, SessionId(1), vec![0.0; 4], Step(0));
             core.enqueue(Some(BatchRange { first: BatchId(0), count: 1 })).unwrap();
             core.view();
-            core.handle_gradient(BatchId(0), &[gradient, 0.0, 0.0, 0.0], 1.0, 1, 0).map(|push| push.skipped)
+            core.handle_gradient(BatchId(0), &[gradient, 0.0, 0.0, 0.0], 1.0, 0.0, 1, 0)
+                .map(|push| push.skipped)
         };
         assert_eq!(exchange(1.0, 1e9), Ok(false));
         let refused = exchange(1e12, 1e9);
