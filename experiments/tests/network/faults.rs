@@ -23,7 +23,8 @@ fn doomed_worker(join: &JoinString) -> Runtime {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_worker_costs_nothing_but_its_time() {
-    let scene = Scene::new(400);
+    // Longer than a loaded machine leaves a worker without a processor, which would cost a living one its session too.
+    let scene = Scene::new(400).with("[server]\nlease_ms = 8000");
     let mut serving = Serving::start(&scene);
     let survivor = worker(&serving.join);
     let victim = doomed_worker(&serving.join);
