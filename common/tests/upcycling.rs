@@ -3,6 +3,7 @@
 //! The fixtures were made in Python from the dense model `llama-gqa`: products in float64, rounded once.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "a test prints the deviations it found")]
 
 use std::path::{Path, PathBuf};
 
@@ -132,4 +133,100 @@ fn what_does_not_fit_is_refused() {
     }
     let error = recipe(4, 1, 5, order).config(&dense).unwrap_err().to_string();
     assert!(error.contains("top_k is 5"), "{error}");
+}
+
+/// A feed-forward layer in float64: the dense network, and the mixture that is to compute the same.
+struct FeedForwardLayer<'a> {
+    width: usize,
+    hidden: usize,
+    tensor: &'a dyn Fn(&str) -> Vec<f64>,
+}
+
+impl FeedForwardLayer<'_> {
+    fn linear(weights: &[f64], x: &[f64]) -> Vec<f64> {
+        weights.chunks_exact(x.len()).map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
+    }
+
+    fn swiglu(&self, x: &[f64], names: [&str; 3]) -> Vec<f64> {
+        let [gate, up, down] = names.map(|name| (self.tensor)(name));
+        let (gate, up) = (Self::linear(&gate, x), Self::linear(&up, x));
+        let hidden: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        assert_eq!((x.len(), hidden.len()), (self.width, self.hidden));
+        Self::linear(&down, &hidden)
+    }
+
+    fn mixture(&self, x: &[f64], recipe: &Recipe) -> Vec<f64> {
+        let logits = Self::linear(&(self.tensor)("block_sparse_moe.gate.weight"), x);
+        let mut order: Vec<usize> = (0..recipe.experts).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+        let chosen = &order[..recipe.top_k];
+        let over = |experts: &[usize]| experts.iter().map(|&e| logits[e].exp()).sum::<f64>();
+        let total = match recipe.router {
+            RouterOrder::TopkThenSoftmax => over(chosen),
+            RouterOrder::SoftmaxThenTopk => over(&order),
+        };
+        let mut sum = vec![0.0; x.len()];
+        for &expert in chosen {
+            let name = |part: &str| format!("block_sparse_moe.experts.{expert}.{part}.weight");
+            let out = self.swiglu(x, [&name("w1"), &name("w3"), &name("w2")]);
+            let weight = logits[expert].exp() / total;
+            sum.iter_mut().zip(out).for_each(|(sum, out)| *sum += weight * out);
+        }
+        sum
+    }
+}
+
+/// |mixture − dense| / |dense| of the first layer's output over inputs of unit variance.
+fn output_error(recipe: &Recipe) -> f64 {
+    use sanderling_common::init::{Purpose, normal_pair, stream};
+    let dense = dense();
+    let upcycled = Upcycled::new(recipe, dense.config(), &dense).unwrap();
+    let of = |layout: &sanderling_common::layout::Layout, values: &[f32], name: &str| {
+        let range = layout.find(&format!("model.layers.0.{name}")).unwrap().range();
+        values[range].iter().map(|&value| f64::from(value)).collect::<Vec<_>>()
+    };
+    let (before, after) = (dense.load().unwrap(), upcycled.parameters().unwrap());
+    let dense_tensor = |name: &str| of(dense.layout(), &before, name);
+    let moe_tensor = |name: &str| of(upcycled.layout(), &after, name);
+    let width = dense.config().hidden_size;
+    let layer = |hidden, tensor| FeedForwardLayer { width, hidden, tensor };
+    let reference = layer(dense.config().intermediate_size, &dense_tensor);
+    let mixture = layer(upcycled.config().intermediate_size, &moe_tensor);
+    let mut rng = stream(3, Purpose::Batch, 0);
+    let (mut error, mut norm) = (0.0, 0.0);
+    for _ in 0..200 {
+        let x: Vec<f64> = (0..width / 2).flat_map(|_| <[f64; 2]>::from(normal_pair(&mut rng))).collect();
+        let expected =
+            reference.swiglu(&x, ["mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"]);
+        for (out, expected) in mixture.mixture(&x, recipe).iter().zip(&expected) {
+            error += (out - expected).powi(2);
+            norm += expected.powi(2);
+        }
+    }
+    f64::sqrt(error / norm)
+}
+
+/// What the weight scalings leave of the dense network's output at the start.
+#[test]
+fn output_errors_are_those_known_of_the_scalings() {
+    use RouterOrder::{SoftmaxThenTopk, TopkThenSoftmax};
+    let check = |(experts, granularity, top_k), router, scaling, expected: std::ops::Range<f64>| {
+        let recipe = Recipe { scaling, ..recipe(experts, granularity, top_k, router) };
+        let error = output_error(&recipe);
+        println!("{recipe:?}: {error:.1e}");
+        assert!(expected.contains(&error), "{recipe:?}: {error}, expected {expected:?}");
+    };
+    check((8, 1, 2), TopkThenSoftmax, Scaling::None, 0.0..1e-6);
+    for scaling in [Scaling::Paper, Scaling::Exact] {
+        check((8, 1, 2), TopkThenSoftmax, scaling, 0.0..1e-6);
+    }
+    check((16, 4, 4), TopkThenSoftmax, Scaling::Exact, 0.0..1e-6);
+    check((16, 4, 4), TopkThenSoftmax, Scaling::Paper, 0.1..0.3);
+    check((16, 4, 4), TopkThenSoftmax, Scaling::None, 0.7..0.8);
+    check((8, 1, 2), SoftmaxThenTopk, Scaling::None, 0.6..0.8);
+    check((8, 1, 2), SoftmaxThenTopk, Scaling::Exact, 0.05..0.3);
+    check((8, 1, 2), SoftmaxThenTopk, Scaling::Paper, 0.15..0.45);
+    check((16, 4, 4), SoftmaxThenTopk, Scaling::Exact, 0.02..0.2);
+    check((16, 4, 4), SoftmaxThenTopk, Scaling::Paper, 0.25..0.55);
+    check((16, 4, 4), SoftmaxThenTopk, Scaling::None, 0.85..0.97);
 }
