@@ -26,7 +26,7 @@ pub(super) fn piece_len(text: &str, most: usize) -> usize {
     if text.len() <= most {
         return text.len();
     }
-    let end = text.floor_char_boundary(most);
+    let end = (0..=most).rev().find(|&place| text.is_char_boundary(place)).expect("0 is a boundary");
     let (window, bytes) = (&text[..end], text.as_bytes());
     let between_words = |place: usize, width: usize| {
         let before = text[..place].chars().next_back();

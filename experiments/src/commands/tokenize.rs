@@ -49,7 +49,7 @@ pub struct Arguments {
     #[arg(long, value_name = "NAME", default_value = "text")]
     field: String,
     /// The token between two documents [default: <|endoftext|>]; '' for none
-    #[arg(long)]
+    #[arg(long, value_name = "TOKEN")]
     separator: Option<String>,
     /// Also write the tokenizer.json to FILE
     #[arg(long, value_name = "FILE")]
