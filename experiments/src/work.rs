@@ -22,15 +22,41 @@ pub enum Unit {
     Count(&'static str),
 }
 
+/// Knows of Ctrl-C: the first asks for a clean end, the second ends the process.
+pub struct Stop {
+    pressed: watch::Receiver<bool>,
+    /// Listens.
+    _runtime: Runtime,
+}
+
+impl Stop {
+    /// Listens from now on.
+    ///
+    /// # Errors
+    /// If the system has no thread to listen with.
+    pub fn listen() -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let runtime = runtime.context("cannot start the runtime")?;
+        let pressed = {
+            let _inside = runtime.enter();
+            stop_on_interrupt(|| {})
+        };
+        Ok(Self { pressed, _runtime: runtime })
+    }
+
+    /// Whether the work is to end.
+    pub fn is_asked(&self) -> bool {
+        *self.pressed.borrow()
+    }
+}
+
 /// A piece of work that is under way.
 pub struct Work {
     bar: ProgressBar,
     unit: Unit,
     what: &'static str,
     next_line: Instant,
-    stop: watch::Receiver<bool>,
-    /// Listens for Ctrl-C.
-    _runtime: Runtime,
+    stop: Stop,
 }
 
 impl Work {
@@ -42,12 +68,7 @@ impl Work {
     /// # Panics
     /// Never: the template is a constant.
     pub fn begin(what: &'static str, total: u64, unit: Unit) -> anyhow::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-        let runtime = runtime.context("cannot start the runtime")?;
-        let stop = {
-            let _inside = runtime.enter();
-            stop_on_interrupt(|| {})
-        };
+        let stop = Stop::listen()?;
         let terminal = std::io::stderr().is_terminal();
         let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let template = match unit {
@@ -57,7 +78,7 @@ impl Work {
         let style = ProgressStyle::with_template(template).expect("the template is well formed");
         let bar = ProgressBar::with_draw_target(Some(total), target).with_style(style.progress_chars("━╸─"));
         bar.set_message(what);
-        Ok(Self { bar, unit, what, next_line: Instant::now() + LINE_EVERY, stop, _runtime: runtime })
+        Ok(Self { bar, unit, what, next_line: Instant::now() + LINE_EVERY, stop })
     }
 
     /// Notes how far it is; breaks when Ctrl-C was pressed.
@@ -73,7 +94,7 @@ impl Work {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "{line}");
         }
-        if *self.stop.borrow() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if self.stop.is_asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
     /// Says how much it is all together.
@@ -83,7 +104,7 @@ impl Work {
 
     /// Becomes true with Ctrl-C.
     pub fn stop(&self) -> watch::Receiver<bool> {
-        self.stop.clone()
+        self.stop.pressed.clone()
     }
 
     /// Takes the bar away.

@@ -8,11 +8,11 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use sanderling_common::checkpoint::{Checkpoint, TOKENIZER_FILE};
 use sanderling_common::tokenizer::Tokenizer;
-use sanderling_transport::stop_on_interrupt;
 use serde_json::json;
 
 use super::say;
 use crate::generate::{Generator, Sampling};
+use crate::work::Stop;
 
 /// Write text that goes on from a prompt, shown as it is made
 ///
@@ -74,12 +74,7 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
     let parameters = checkpoint.load()?;
     let mut generator = Generator::new(config, &parameters)?;
 
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    let runtime = runtime.context("cannot start the runtime")?;
-    let stop = {
-        let _inside = runtime.enter();
-        stop_on_interrupt(|| {})
-    };
+    let stop = Stop::listen()?;
     let mut out = std::io::stdout().lock();
     let mut decoder = tokenizer.stream_decoder();
     let (mut text, mut tokens, mut failure) = (String::new(), Vec::new(), None);
@@ -102,7 +97,7 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
         if !arguments.json {
             failure = out.write_all(piece.as_bytes()).and_then(|()| out.flush()).err();
         }
-        if failure.is_some() || *stop.borrow() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if failure.is_some() || stop.is_asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     decoding?;
     let seconds = started.elapsed().as_secs_f64();

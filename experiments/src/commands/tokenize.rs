@@ -15,6 +15,7 @@ use sanderling_server::progress::bytes;
 use tracing::warn;
 
 use super::UsageError;
+use crate::work::Stop;
 
 /// Text encoded at a time, in parallel where there are cores.
 const BATCH_BYTES: usize = 4 * PIECE_BYTES;
@@ -66,13 +67,14 @@ pub struct Arguments {
 /// left then.
 pub fn tokenize(arguments: Arguments) -> anyhow::Result<()> {
     let started = Instant::now();
+    let stop = Stop::listen()?;
     let inputs = Inputs::check(&arguments)?;
     // Before the long work, so that a place that cannot be written to is known at once.
     let out = create(&arguments.out)?;
     let save = arguments.save_tokenizer.as_deref().map(create).transpose()?;
     let tokenizer = match (&arguments.tokenizer, arguments.train_vocab) {
         (Some(path), _) => Tokenizer::load(path)?,
-        (None, size) => train(&inputs, size.expect("clap requires one of the two"))?,
+        (None, size) => train(&inputs, size.expect("clap requires one of the two"), &stop)?,
     };
     let separator = Separator::of(arguments.separator.as_deref(), &tokenizer)?;
     let sink = TokenSink::new(BufWriter::new(out), tokenizer.vocabulary_size());
@@ -84,7 +86,7 @@ pub fn tokenize(arguments: Arguments) -> anyhow::Result<()> {
         documents: 0,
         text_bytes: 0,
     };
-    work.encode(&inputs)?;
+    work.encode(&inputs, &stop)?;
     let (tokens, documents, text_bytes) = (work.sink.count(), work.documents, work.text_bytes);
     if tokens == 0 {
         anyhow::bail!("there is no text in {}", inputs.names());
@@ -239,10 +241,16 @@ fn same(a: &Path, b: &Path) -> bool {
     matches!((fs::canonicalize(a), fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
 }
 
-fn train(inputs: &Inputs<'_>, vocabulary_size: u32) -> anyhow::Result<Tokenizer> {
+/// Ctrl-C was pressed.
+#[derive(Debug, thiserror::Error)]
+#[error("stopped; nothing was written")]
+struct Stopped;
+
+fn train(inputs: &Inputs<'_>, vocabulary_size: u32, stop: &Stop) -> anyhow::Result<Tokenizer> {
     let bar = inputs.bar("reading for the tokenizer");
     let mut failure = None;
     let texts = inputs.segments().map_while(|segment| match segment {
+        Ok(_) if stop.is_asked() => None,
         Ok(segment) => {
             bar.inc(segment.read_bytes);
             Some(segment.text)
@@ -255,6 +263,7 @@ fn train(inputs: &Inputs<'_>, vocabulary_size: u32) -> anyhow::Result<Tokenizer>
     let tokenizer = Tokenizer::train(texts, vocabulary_size as usize);
     match failure {
         Some(error) => Err(error.into()),
+        None if stop.is_asked() => Err(Stopped.into()),
         None => Ok(tokenizer?),
     }
 }
@@ -291,7 +300,7 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn encode(&mut self, inputs: &Inputs<'_>) -> anyhow::Result<()> {
+    fn encode(&mut self, inputs: &Inputs<'_>, stop: &Stop) -> anyhow::Result<()> {
         let bar = inputs.bar("tokenizing");
         let (mut batch, mut batch_bytes) = (Vec::new(), 0);
         for segment in inputs.segments() {
@@ -300,6 +309,9 @@ impl Work<'_> {
             batch_bytes += segment.text.len();
             batch.push(segment);
             if batch_bytes >= BATCH_BYTES {
+                if stop.is_asked() {
+                    return Err(Stopped.into());
+                }
                 self.push(&batch)?;
                 batch.clear();
                 batch_bytes = 0;
