@@ -12,7 +12,7 @@ use sanderling_common::wire::control::{
     Welcome,
 };
 use sanderling_common::wire::frame::Reply;
-use sanderling_common::wire::{Push, Refusal};
+use sanderling_common::wire::{Push, Refusal, Work};
 use sanderling_transport::{CloseCode, client_endpoint, receive, send};
 use sanderling_worker::core::{WorkerCore, WorkerSettings};
 use sanderling_worker::net::{WorkerError, WorkerOptions, work};
@@ -168,6 +168,14 @@ impl Peer {
         assert!(matches!(start, Start::Fetch { .. }));
     }
 
+    /// Asks for work.
+    async fn work(&self, welcome: &Welcome) -> Work {
+        let request = encoded(&Request::Work(welcome.session));
+        let response = self.say(StreamKind::Request as u8, &request).await.expect("work is handed out");
+        let Response::Work(work) = decode_message(&response) else { panic!("the session exists") };
+        work
+    }
+
     /// Opens a stream of a kind and sends bytes on it; returns what comes back, if anything does.
     async fn say(&self, kind: u8, bytes: &[u8]) -> Option<Vec<u8>> {
         let (mut up, mut down) = self.connection.open_bi().await.ok()?;
@@ -253,30 +261,30 @@ fn encoded(message: &impl serde::Serialize) -> Vec<u8> {
     sanderling_common::wire::control::encode(message)
 }
 
-/// Pushes made from another model than the server's replica are applied once each, and noted; their sessions end.
+/// A push made from another model than the server's replica is applied once, and noted; its session ends.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_push_from_the_wrong_model_is_refused_and_costs_the_run_nothing() {
     let scene = Scene::new(6).with("[exchange]\nreplica_check_every = 1\n[training]\neval_every = 1");
     let serving = Serving::start(&scene);
-    for step in 0..2 {
-        let (peer, welcome) = Peer::admitted(&serving.join).await;
-        let request = encoded(&Request::Work(welcome.session));
-        let response = peer.say(StreamKind::Request as u8, &request).await.expect("work is handed out");
-        let Response::Work(work) = decode_message(&response) else { panic!("the session exists") };
+    let (peer, welcome) = Peer::admitted(&serving.join).await;
+    let layout = Arc::new(welcome.model.layout().unwrap());
+    let settings = WorkerSettings::from(&welcome.run);
+    let wrong = vec![0.0; layout.len()];
+    let mut core = WorkerCore::new(layout.clone(), &settings, welcome.session, wrong, Step(0));
+    core.add_work(&peer.work(&welcome).await).unwrap();
+    let batch = core.next_batch().expect("batches are left");
+    core.view();
+    core.handle_gradient(batch, &vec![1e-3; layout.len()], 4.0, 0.0, 64, 0).unwrap();
+    let mut frame = Vec::new();
+    core.pending().expect("a push was made").encode(&mut frame);
+    let reply = peer.say(StreamKind::Exchange as u8, &frame).await.expect("pushes are answered");
+    assert_eq!(Reply::decode(&reply).unwrap(), Reply::Refused(Refusal::ReplicaMismatch));
 
-        let layout = Arc::new(welcome.model.layout().unwrap());
-        let settings = WorkerSettings::from(&welcome.run);
-        let wrong = vec![0.0; layout.len()];
-        let mut core = WorkerCore::new(layout.clone(), &settings, welcome.session, wrong, Step(step));
-        core.add_work(&work).unwrap();
-        let batch = core.next_batch().expect("batches are left");
-        core.view();
-        core.handle_gradient(batch, &vec![1e-3; layout.len()], 4.0, 0.0, 64, 0).unwrap();
-        let mut frame = Vec::new();
-        core.pending().expect("a push was made").encode(&mut frame);
-        let reply = peer.say(StreamKind::Exchange as u8, &frame).await.expect("pushes are answered");
-        assert_eq!(Reply::decode(&reply).unwrap(), Reply::Refused(Refusal::ReplicaMismatch));
-    }
+    // The step was made, so it is evaluated, by whoever comes next.
+    let (peer, welcome) = Peer::admitted(&serving.join).await;
+    let job = peer.work(&welcome).await.evaluation.expect("an evaluation is due");
+    assert_eq!(job.step, Step(1));
+    drop(peer);
     worker(&serving.join).await.unwrap().unwrap();
     let outcome = serving.outcome().await;
     let summary = &outcome.summary;
