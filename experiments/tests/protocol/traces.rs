@@ -75,7 +75,13 @@ fn flat(layout: &Layout, update: &Update) -> (Vec<usize>, Vec<f32>) {
 
 fn largest_difference(ours: &[f32], reference: &[f64]) -> f64 {
     assert_eq!(ours.len(), reference.len());
-    ours.iter().zip(reference).fold(0.0, |worst, (&a, &b)| (f64::from(a) - b).abs().max(worst))
+    ours.iter().zip(reference).fold(0.0, |worst, (&a, &b)| larger(worst, (f64::from(a) - b).abs()))
+}
+
+/// The larger of two deviations, which must be numbers: `f64::max` would pass over one that is not.
+fn larger(worst: f64, deviation: f64) -> f64 {
+    assert!(deviation.is_finite(), "a deviation is {deviation}");
+    worst.max(deviation)
 }
 
 fn replay(name: &str) -> Deviations {
@@ -100,7 +106,7 @@ fn replay(name: &str) -> Deviations {
     }
     worst.final_models = largest_difference(&cluster.server.theta(), &trace.final_model);
     for (member, model) in cluster.members.iter().zip(&trace.final_worker_models) {
-        worst.final_models = worst.final_models.max(largest_difference(member.core.theta(), model));
+        worst.final_models = larger(worst.final_models, largest_difference(member.core.theta(), model));
     }
     worst
 }
@@ -116,8 +122,8 @@ fn check_event(cluster: &mut Cluster, trace: &Trace, number: usize, event: &Even
     assert_eq!(indices, event.sent.0, "indices sent in event {number}");
     for (&ours, &reference) in values.iter().zip(&event.sent.1) {
         let deviation = (f64::from(ours) - reference).abs();
-        if deviation > 0.0 {
-            worst.sent_relative = worst.sent_relative.max(deviation / reference.abs());
+        if deviation != 0.0 {
+            worst.sent_relative = larger(worst.sent_relative, deviation / reference.abs());
         }
     }
 
@@ -129,7 +135,8 @@ fn check_event(cluster: &mut Cluster, trace: &Trace, number: usize, event: &Even
     for (&index, &value) in event.difference.0.iter().zip(&event.difference.1) {
         reference[index] = value;
     }
-    worst.difference = worst.difference.max(largest_difference(&difference.to_dense(&layout), &reference));
+    let deviation = largest_difference(&difference.to_dense(&layout), &reference);
+    worst.difference = larger(worst.difference, deviation);
 
     let (momentum, residual) = (norm(core.method().momentum()), norm(core.method().residual()));
     let (momentum, residual) = match trace.method.as_str() {
@@ -144,7 +151,7 @@ fn check_event(cluster: &mut Cluster, trace: &Trace, number: usize, event: &Even
         (norm(&cluster.server.theta()), event.model_l2),
         (norm(&replica), event.worker_model_l2),
     ];
-    worst.norms = norms.iter().fold(worst.norms, |worst, (a, b)| worst.max((a - b).abs()));
+    worst.norms = norms.iter().fold(worst.norms, |worst, (a, b)| larger(worst, (a - b).abs()));
 }
 
 /// `cargo test -p sanderling --test protocol traces -- --nocapture` prints the deviations.
