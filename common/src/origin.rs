@@ -79,6 +79,9 @@ pub enum OriginError {
     },
 }
 
+/// What a checkpoint hands on to those made from it: its special tokens, and files by name and content.
+pub type Carried = (SpecialTokens, Vec<(String, Vec<u8>)>);
+
 /// Where a run's model comes from.
 #[derive(Debug)]
 pub enum Origin {
@@ -172,7 +175,7 @@ impl Origin {
     ///
     /// # Errors
     /// A [`CheckpointError`] if a file cannot be read.
-    pub fn carried(&self) -> Result<(SpecialTokens, Vec<(String, Vec<u8>)>), CheckpointError> {
+    pub fn carried(&self) -> Result<Carried, CheckpointError> {
         match self.checkpoint() {
             None => Ok((SpecialTokens::default(), Vec::new())),
             Some(checkpoint) => Ok((checkpoint.special_tokens().clone(), checkpoint.carried_files()?)),
