@@ -1,6 +1,7 @@
 //! Upcycling needs the memory of a tensor, not of a model. A test binary of its own, because its allocator counts.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "a test prints what it measured")]
 
 use std::ops::ControlFlow;
 

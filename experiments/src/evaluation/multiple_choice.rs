@@ -301,8 +301,9 @@ mod tests {
             choices: ["a colour", "a\nfruit", "a town", "a bird"].map(str::to_owned),
             answer: 0,
         };
-        assert_eq!(read(line).unwrap(), [expected.clone()]);
-        assert_eq!(read(&format!("question,A,B,C,D,answer\n{line}")).unwrap(), [expected.clone()]);
+        assert_eq!(read(line).unwrap(), std::slice::from_ref(&expected));
+        let headed = read(&format!("question,A,B,C,D,answer\n{line}")).unwrap();
+        assert_eq!(headed, std::slice::from_ref(&expected));
         assert_eq!(
             expected.prompt("astronomy"),
             "The following are multiple choice questions (with answers) about astronomy.\n\nWhat, exactly, is \

@@ -50,7 +50,7 @@ impl Scoring<'_> {
             Ok(())
         };
         std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..self.threads.max(1)).map(|_| scope.spawn(&work)).collect();
+            let threads: Vec<_> = (0..self.threads.max(1)).map(|_| scope.spawn(work)).collect();
             let mut scored: Vec<Option<R>> = items.iter().map(|_| None).collect();
             let mut done = 0;
             // A thread that fails ends without a result, so waiting for results alone would not end.

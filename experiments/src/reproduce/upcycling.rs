@@ -66,7 +66,7 @@ struct Settings {
 /// The rate of the dense pre-training.
 const PRETRAINING_RATE: f64 = 4e-3;
 /// Evaluations in a run.
-const EVALUATIONS: u64 = 20;
+const EVALUATIONS: u64 = 10;
 /// The first seed; the others follow.
 const FIRST_SEED: u64 = 1337;
 
@@ -81,7 +81,7 @@ impl Settings {
         let dense = run.model_config(vocabulary);
         let seeds = arguments.seeds.unwrap_or(if arguments.quick { 1 } else { 3 });
         let (pretraining_steps, steps, rates) =
-            if arguments.quick { (400, 400, vec![2e-3]) } else { (2000, 2000, vec![1e-3, 2e-3, 4e-3, 8e-3]) };
+            if arguments.quick { (400, 400, vec![2e-3]) } else { (1000, 1000, vec![1e-3, 2e-3, 4e-3]) };
         let seeds = (FIRST_SEED..FIRST_SEED + seeds).collect();
         Ok(Self { run, dense, pretraining_steps, steps, rates, seeds })
     }
@@ -327,7 +327,7 @@ impl Experiment {
              steps of pre-training and {} more (batch {} × {}); {} seed(s); AdamW, fresh optimiser and rate, the rate \
              chosen from {:?} for every row by validation with the first seed. The text is small enough to overfit, so the \
              best validation loss of each run counts. Losses are nats per character, mean ± standard deviation over seeds; \
-             `steps` and `PFLOP` are those of the second phase.\n\n",
+             `steps` and `TFLOP` are those of the second phase.\n\n",
             settings.dense.layout()?.len(),
             settings.pretraining_steps,
             settings.steps,
@@ -337,7 +337,7 @@ impl Experiment {
             settings.rates,
         );
         text.push_str(
-            "| model | equal | parameters | active | steps | PFLOP | rate | start | best validation | test |\n\
+            "| model | equal | parameters | active | steps | TFLOP | rate | start | best validation | test |\n\
              | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
         );
         rows.iter().for_each(|row| text.push_str(&row.line()));
@@ -364,7 +364,7 @@ impl Experiment {
             .collect();
         let (title, x) = match budget {
             Budget::Compute => {
-                ("Validation loss at equal compute", "training compute after upcycling, PFLOP")
+                ("Validation loss at equal compute", "training compute after upcycling, TFLOP")
             }
             Budget::Tokens => {
                 ("Validation loss at equal tokens", "training tokens after upcycling, millions")
@@ -391,12 +391,12 @@ impl Row<'_> {
         let equal = if self.arm == ARMS[0] { "–" } else { self.budget.name() };
         let show = |(mean, spread): (f64, f64)| format!("{mean:.4} ± {spread:.4}");
         format!(
-            "| {} | {equal} | {} | {} | {} | {:.3} | {} | {} | {} | {} |\n",
+            "| {} | {equal} | {} | {} | {} | {:.1} | {} | {} | {} | {} |\n",
             self.arm.name,
             first.parameters,
             first.active_parameters,
             first.steps,
-            first.flops / 1e15,
+            first.flops / 1e12,
             first.key.rate,
             show(self.over_seeds(|run| run.start_val_loss)),
             show(self.over_seeds(|run| run.best_val_loss)),
@@ -427,7 +427,7 @@ impl Row<'_> {
     fn mean_curve(&self, budget: Budget) -> Vec<(f64, f64)> {
         let first = self.runs[0];
         let per_step = match budget {
-            Budget::Compute => first.flops / first.steps as f64 / 1e15,
+            Budget::Compute => first.flops / first.steps as f64 / 1e12,
             Budget::Tokens => first.tokens as f64 / first.steps as f64 / 1e6,
         };
         let points = first.curve.iter().enumerate();
