@@ -80,6 +80,22 @@ pub struct ModelConfig {
     pub context: usize,
 }
 
+/// The largest width, in elements, of anything: residual stream, heads together, feed-forward network, vocabulary.
+pub const WIDTH_MAX: usize = 1 << 24;
+
+/// The most decoder layers.
+pub const LAYERS_MAX: usize = 1 << 12;
+
+/// The most experts of a layer.
+pub const EXPERTS_MAX: usize = 1 << 14;
+
+/// The most tensors of a model; with the bounds above, every size that is computed fits 64 bits, and a description that
+/// came from outside makes nothing large before it is refused.
+pub const TENSORS_MAX: usize = 1 << 20;
+
+/// The most elements of the rotary tables, positions times head size.
+pub const ROTARY_ELEMENTS_MAX: usize = 1 << 28;
+
 /// Why a model configuration cannot be built.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ModelConfigError {
@@ -108,6 +124,16 @@ pub enum ModelConfigError {
     /// A dense model with a shared expert.
     #[error("a shared expert needs a mixture of experts beside it")]
     SharedExpertAlone,
+    /// A size beyond what any model has.
+    #[error("{name} is {value}; at most {most} is supported")]
+    TooLarge {
+        /// The size.
+        name: &'static str,
+        /// Its value, saturating.
+        value: usize,
+        /// The limit.
+        most: usize,
+    },
     /// A constant that is not a usable number.
     #[error("{0} must be a positive finite number")]
     NotPositive(&'static str),
@@ -136,6 +162,7 @@ impl ModelConfig {
                 return Err(ModelConfigError::Zero(name));
             }
         }
+        self.check_sizes()?;
         if !self.head_dim.is_multiple_of(2) {
             return Err(ModelConfigError::OddHeadDim(self.head_dim));
         }
@@ -163,6 +190,32 @@ impl ModelConfig {
         }
         if !(self.rope_theta > 0.0 && self.rope_theta.is_finite()) {
             return Err(ModelConfigError::NotPositive("rope_theta"));
+        }
+        Ok(())
+    }
+
+    /// The named limits.
+    fn check_sizes(&self) -> Result<(), ModelConfigError> {
+        let experts = match self.feed_forward {
+            FeedForward::Dense => 0,
+            FeedForward::Moe { experts, .. } => experts,
+        };
+        let tensors = self.layers.saturating_mul(experts.saturating_mul(3).saturating_add(20));
+        for (name, value, most) in [
+            ("vocab_size", self.vocab_size, WIDTH_MAX),
+            ("hidden_size", self.hidden_size, WIDTH_MAX),
+            ("intermediate_size", self.intermediate_size, WIDTH_MAX),
+            ("shared_expert", self.shared_expert.unwrap_or(0), WIDTH_MAX),
+            ("heads · head_dim", self.heads.saturating_mul(self.head_dim), WIDTH_MAX),
+            ("kv_heads · head_dim", self.kv_heads.saturating_mul(self.head_dim), WIDTH_MAX),
+            ("layers", self.layers, LAYERS_MAX),
+            ("experts", experts, EXPERTS_MAX),
+            ("the number of tensors", tensors, TENSORS_MAX),
+            ("context · head_dim", self.context.saturating_mul(self.head_dim), ROTARY_ELEMENTS_MAX),
+        ] {
+            if value > most {
+                return Err(ModelConfigError::TooLarge { name, value, most });
+            }
         }
         Ok(())
     }
@@ -287,6 +340,19 @@ mod tests {
         check(|c| c.kv_heads = 3, ModelConfigError::HeadsNotGrouped { heads: 4, kv_heads: 3 });
         check(|c| c.layers = 0, ModelConfigError::Zero("layers"));
         check(|c| c.shared_expert = Some(0), ModelConfigError::Zero("shared_expert"));
+        let too_large = |name, value, most| ModelConfigError::TooLarge { name, value, most };
+        check(|c| c.layers = usize::MAX, too_large("layers", usize::MAX, LAYERS_MAX));
+        check(|c| c.vocab_size = 1 << 62, too_large("vocab_size", 1 << 62, WIDTH_MAX));
+        check(|c| c.heads = 1 << 63, too_large("heads · head_dim", usize::MAX, WIDTH_MAX));
+        check(|c| c.context = 1 << 50, too_large("context · head_dim", 1 << 53, ROTARY_ELEMENTS_MAX));
+        check(
+            |c| {
+                let router = RouterOrder::TopkThenSoftmax;
+                c.feed_forward = FeedForward::Moe { experts: EXPERTS_MAX, top_k: 2, router };
+                c.layers = LAYERS_MAX;
+            },
+            too_large("the number of tensors", LAYERS_MAX * (3 * EXPERTS_MAX + 20), TENSORS_MAX),
+        );
         check(
             |c| (c.feed_forward, c.shared_expert) = (FeedForward::Dense, Some(8)),
             ModelConfigError::SharedExpertAlone,
