@@ -103,11 +103,19 @@ fn what_does_not_fit_is_named() {
 
     rewrite();
     let tensors = fs::read(path.join(TENSORS_FILE)).unwrap();
-    for length in [0, 7, 8, 100, tensors.len() - 1] {
+    for length in [0, 7, 8, 100] {
         fs::write(path.join(TENSORS_FILE), &tensors[..length]).unwrap();
         let error = load(path).unwrap_err();
         assert!(matches!(error, CheckpointError::SafeTensors { .. }), "{length} bytes: {error}");
     }
+    fs::write(path.join(TENSORS_FILE), &tensors[..tensors.len() - 1]).unwrap();
+    let error = load(path).unwrap_err();
+    assert!(matches!(&error, CheckpointError::WrongLength { cut_off: Some(_), .. }), "{error}");
+    let words = [TENSORS_FILE, &(tensors.len() - 1).to_string(), &tensors.len().to_string(), "cut off"];
+    assert!(words.iter().all(|word| error.to_string().contains(word)), "{error}");
+    fs::write(path.join(TENSORS_FILE), [&tensors[..], b"more"].concat()).unwrap();
+    let error = load(path).unwrap_err();
+    assert!(matches!(error, CheckpointError::WrongLength { cut_off: None, .. }), "{error}");
     let mut huge_header = tensors;
     huge_header[..8].copy_from_slice(&u64::MAX.to_le_bytes());
     fs::write(path.join(TENSORS_FILE), &huge_header).unwrap();
@@ -177,6 +185,9 @@ fn a_checkpoint_in_shards_is_the_same_checkpoint() {
     assert_eq!(checkpoint.config(), &config);
     assert_eq!(checkpoint.load().unwrap(), parameters(&config));
     assert_eq!(checkpoint.special_tokens(), &options.special_tokens);
+    // Models that converse have further ends beside; tokens that the vocabulary lacks are none.
+    fs::write(directory.join("generation_config.json"), "{\"eos_token_id\": [3, 7, 9999]}").unwrap();
+    assert_eq!(Checkpoint::open(&directory).unwrap().special_tokens().eos, [2, 3, 7]);
     let stored = checkpoint.stored();
     assert!(stored.files > 3 && stored.bytes == 4 * config.layout().unwrap().len() as u64, "{stored:?}");
     let mut shards = 0;
@@ -200,7 +211,7 @@ fn a_checkpoint_in_shards_is_the_same_checkpoint() {
     assert!(matches!(&error, CheckpointError::Io { path, .. } if *path == first), "{error}");
     fs::write(&first, &bytes[..bytes.len() - 4]).unwrap();
     let error = Checkpoint::open(&directory).unwrap_err();
-    assert!(matches!(&error, CheckpointError::SafeTensors { path, .. } if *path == first), "{error}");
+    assert!(matches!(&error, CheckpointError::WrongLength { path, .. } if *path == first), "{error}");
     fs::write(&first, &bytes).unwrap();
     let index = directory.join(INDEX_FILE);
     let text = fs::read_to_string(&index).unwrap();
@@ -267,6 +278,15 @@ fn work_that_is_called_off_leaves_nothing_and_keeps_what_was_there() {
     assert_eq!(told, 20, "nothing is made after the stop");
     assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
 
+    // What a crash of ours left is cleared away, what somebody else has under that name is not.
+    let partial = parent.path().join("model.partial");
+    fs::create_dir(&partial).unwrap();
+    fs::write(partial.join("data"), "precious").unwrap();
+    let error = save(&directory, &config, &values, &[]).unwrap_err();
+    assert!(matches!(&error, CheckpointError::Exists { path } if *path == partial), "{error}");
+    assert_eq!(fs::read_to_string(partial.join("data")).unwrap(), "precious");
+    fs::write(partial.join(".sanderling-partial"), "").unwrap();
+
     save(&directory, &config, &values, &[]).unwrap();
     let mut stop = |_| ControlFlow::Break(());
     write(&directory, &config, &WriteOptions::default(), &source, &mut stop).unwrap_err();
@@ -290,4 +310,5 @@ fn what_this_decoder_does_not_compute_is_refused_by_name() {
     check("\"attention_bias\": false", "\"attention_bias\": true", &["attention_bias"]);
     check("\"hidden_size\": 32", "\"hidden_size\": 36", &["model.safetensors", "embed_tokens", "36"]);
     check("\"vocab_size\": 65", "\"vocab_size\": -1", &["config.json"]);
+    check("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 4000000000", &["config.json"]);
 }

@@ -248,7 +248,7 @@ fn broken_checkpoints_are_named_with_file_and_tensor() {
         fs::write(&path, text.replace("\"silu\"", "\"relu2\"")).unwrap();
     });
     let cases: [(&Path, &[&str]); 5] = [
-        (&truncated, &["truncated", "model.safetensors"]),
+        (&truncated, &["truncated", "model.safetensors", "cut off"]),
         (&lying, &["lying", "model.safetensors"]),
         (&other, &["other", "GPTNeoXForCausalLM", "MixtralForCausalLM"]),
         (&wider, &["wider", "model.layers.0.mlp.gate_proj.weight", "96", "128"]),
@@ -274,6 +274,8 @@ fn broken_checkpoints_are_named_with_file_and_tensor() {
         &["eval", "--model", large, "--data", "shakespeare"][..],
         &["generate", "--model", large, "--prompt", "a"],
         &["train", "--init", large],
+        &["inspect", large],
+        &["upcycle", "--dense", large, "--out", "never"],
     ] {
         fails(folder, arguments, &["tokenizer.json", "128", "65"]);
     }

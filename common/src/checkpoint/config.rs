@@ -69,6 +69,29 @@ pub struct SpecialTokens {
 }
 
 impl SpecialTokens {
+    /// Adds the end tokens of a `generation_config.json`, where models that were trained to converse have theirs. One that
+    /// cannot be read has none.
+    pub(super) fn add_ends(&mut self, generation_config: &[u8]) {
+        #[derive(Deserialize)]
+        struct Ends {
+            eos_token_id: Option<OneOrMore>,
+        }
+        let ends = serde_json::from_slice(generation_config).ok().and_then(|ends: Ends| ends.eos_token_id);
+        for token in ends.map(OneOrMore::into_list).unwrap_or_default() {
+            if !self.eos.contains(&token) {
+                self.eos.push(token);
+            }
+        }
+    }
+
+    /// Leaves out tokens that a vocabulary of that size does not have.
+    pub(super) fn leave_out_from(&mut self, vocab_size: usize) {
+        let is_known = |token: &u32| (*token as usize) < vocab_size;
+        self.bos = self.bos.filter(is_known);
+        self.pad = self.pad.filter(is_known);
+        self.eos.retain(is_known);
+    }
+
     /// As `config.json` has them: one end token by itself, several as a list.
     fn to_json(&self) -> Value {
         let eos = match &self.eos[..] {
@@ -97,6 +120,15 @@ enum OneOrMore {
 
 /// For messages.
 const KNOWN_CLASSES: &str = "LlamaForCausalLM, MixtralForCausalLM and Qwen2MoeForCausalLM are";
+
+impl OneOrMore {
+    fn into_list(self) -> Vec<u32> {
+        match self {
+            Self::One(token) => vec![token],
+            Self::More(tokens) => tokens,
+        }
+    }
+}
 
 /// The settings that matter here; the others do not change what a decoder computes.
 #[derive(Deserialize)]
@@ -130,7 +162,7 @@ struct File {
     mlp_only_layers: Option<Vec<usize>>,
     shared_expert_intermediate_size: Option<usize>,
     qkv_bias: Option<bool>,
-    bos_token_id: Option<u32>,
+    bos_token_id: Option<Value>,
     eos_token_id: Option<OneOrMore>,
     pad_token_id: Option<i64>,
 }
@@ -198,12 +230,13 @@ pub fn parse_config(
 impl File {
     fn special_tokens(&self) -> SpecialTokens {
         SpecialTokens {
-            bos: self.bos_token_id,
-            eos: match self.eos_token_id.clone() {
-                None => Vec::new(),
-                Some(OneOrMore::One(token)) => vec![token],
-                Some(OneOrMore::More(tokens)) => tokens,
-            },
+            // Some files have a list, or -1 for none.
+            bos: self
+                .bos_token_id
+                .as_ref()
+                .and_then(Value::as_u64)
+                .and_then(|token| u32::try_from(token).ok()),
+            eos: self.eos_token_id.clone().map(OneOrMore::into_list).unwrap_or_default(),
             // Some files say -1 for none.
             pad: self.pad_token_id.and_then(|token| u32::try_from(token).ok()),
         }

@@ -87,6 +87,21 @@ pub enum CheckpointError {
         /// What is broken.
         source: safetensors::SafeTensorError,
     },
+    /// A tensor file is shorter, or longer, than its header says.
+    #[error(
+        "{path} has {found} bytes, but its header announces {expected}{}",
+        .cut_off.as_ref().map(|name| format!("; tensor {name} is cut off")).unwrap_or_default()
+    )]
+    WrongLength {
+        /// The file.
+        path: PathBuf,
+        /// Bytes by the header.
+        expected: u64,
+        /// Bytes that there are.
+        found: u64,
+        /// The first tensor that is not whole.
+        cut_off: Option<String>,
+    },
     /// A tensor of the model is not in the file.
     #[error("{path} has no tensor {name}")]
     MissingTensor {

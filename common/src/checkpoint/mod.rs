@@ -21,6 +21,7 @@ use std::path::Path;
 
 pub use self::config::{Architecture, SpecialTokens, parse_config};
 pub use self::error::CheckpointError;
+pub(crate) use self::reader::read_small;
 pub use self::reader::{Checkpoint, StoredTensors};
 pub use self::staged::StagedDirectory;
 pub use self::writer::{SHARD_BYTES_DEFAULT, StoredType, WriteOptions, stored_bytes, write};
@@ -39,7 +40,7 @@ pub const TOKENIZER_FILE: &str = "tokenizer.json";
 pub const GENERATION_FILE: &str = "generation_config.json";
 
 /// Files that describe the text side of a model and stay true when its weights change.
-pub const CARRIED_FILES: [&str; 8] = [
+pub const CARRIED_FILES: [&str; 9] = [
     TOKENIZER_FILE,
     "tokenizer_config.json",
     "tokenizer.model",
@@ -48,6 +49,7 @@ pub const CARRIED_FILES: [&str; 8] = [
     "chat_template.jinja",
     GENERATION_FILE,
     "vocab.json",
+    "merges.txt",
 ];
 
 /// The values of a model's tensors, by the names of its layout.

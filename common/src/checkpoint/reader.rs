@@ -11,8 +11,8 @@ use safetensors::{Dtype, SafeTensors};
 use super::error::at;
 use super::names::{decides, is_derived, neutral_tensors, stored_name};
 use super::{
-    Architecture, CONFIG_FILE, CheckpointError, INDEX_FILE, SpecialTokens, TENSORS_FILE, TensorSource,
-    flatten, parse_config, row_shape,
+    Architecture, CONFIG_FILE, CheckpointError, GENERATION_FILE, INDEX_FILE, SpecialTokens, TENSORS_FILE,
+    TensorSource, flatten, parse_config, row_shape,
 };
 use crate::layout::Layout;
 use crate::mapped::MappedFile;
@@ -23,6 +23,9 @@ const JSON_BYTES_MAX: u64 = 64 << 20;
 
 /// Bytes of a tensor that are mapped at a time, unless a single row has more.
 const MAPPED_BYTES: usize = 32 << 20;
+
+/// Rows that are looked at together for a value that is not zero.
+const ROWS_LOOKED_AT: usize = 64;
 
 /// Where a tensor lies.
 #[derive(Clone, Debug)]
@@ -71,7 +74,12 @@ impl Checkpoint {
     /// A [`CheckpointError`] naming the file, and the setting or tensor, that could not be used.
     pub fn open(directory: &Path) -> Result<Self, CheckpointError> {
         let path = directory.join(CONFIG_FILE);
-        let (architecture, config, special_tokens) = parse_config(&path, &read_small(&path)?)?;
+        let (architecture, config, mut special_tokens) = parse_config(&path, &read_small(&path)?)?;
+        let generation = directory.join(GENERATION_FILE);
+        if generation.is_file() {
+            special_tokens.add_ends(&read_small(&generation)?);
+        }
+        special_tokens.leave_out_from(config.vocab_size);
         let (files, places) = find_tensors(directory)?;
         let layout = config.layout().map_err(|source| CheckpointError::Model { path, source })?;
         let directory = directory.to_owned();
@@ -209,7 +217,14 @@ impl Checkpoint {
         for tensor in self.layout.tensors().iter().filter(|tensor| tensor.name.ends_with(ending)) {
             debug_assert!(decides(&tensor.name), "{} decides nothing", tensor.name);
             let (rows, _) = row_shape(&tensor.shape);
-            self.rows(&tensor.name, 0..rows, &mut |row| zero &= row.iter().all(|&value| value == 0.0))?;
+            // Mostly the first rows tell already.
+            for first in (0..rows).step_by(ROWS_LOOKED_AT) {
+                let some = first..rows.min(first + ROWS_LOOKED_AT);
+                self.rows(&tensor.name, some, &mut |row| zero &= row.iter().all(|&value| value == 0.0))?;
+                if !zero {
+                    return Ok(false);
+                }
+            }
         }
         Ok(zero)
     }
@@ -258,8 +273,13 @@ fn widen(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     }
 }
 
-fn read_small(path: &Path) -> Result<Vec<u8>, CheckpointError> {
-    let bytes = fs::metadata(path).map_err(at(path))?.len();
+/// A file that is read whole.
+pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>, CheckpointError> {
+    let metadata = fs::metadata(path).map_err(at(path))?;
+    if !metadata.is_file() {
+        return Err(at(path)(std::io::Error::other("it is not a regular file")));
+    }
+    let bytes = metadata.len();
     if bytes > JSON_BYTES_MAX {
         let path = path.to_owned();
         return Err(CheckpointError::FileTooLarge { path, bytes, bytes_max: JSON_BYTES_MAX });
@@ -313,8 +333,9 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, CheckpointError> 
 /// The tensors that a file's header announces; the length of the file must be what the header says.
 fn header(path: &Path, file: usize) -> Result<HashMap<String, Place>, CheckpointError> {
     let mapped = MappedFile::open(path).map_err(at(path))?;
-    let (header_bytes, metadata) = SafeTensors::read_metadata(&mapped)
-        .map_err(|source| CheckpointError::SafeTensors { path: path.to_owned(), source })?;
+    let (header_bytes, metadata) = SafeTensors::read_metadata(&mapped).map_err(|source| {
+        wrong_length(path, &mapped).unwrap_or(CheckpointError::SafeTensors { path: path.to_owned(), source })
+    })?;
     let start = 8 + header_bytes;
     let place = |info: &safetensors::tensor::TensorInfo| Place {
         file,
@@ -323,4 +344,30 @@ fn header(path: &Path, file: usize) -> Result<HashMap<String, Place>, Checkpoint
         range: start + info.data_offsets.0..start + info.data_offsets.1,
     };
     Ok(metadata.tensors().into_iter().map(|(name, info)| (name, place(info))).collect())
+}
+
+/// Says so if a file has another length than the tensors of its header take, and names the first that is cut off.
+fn wrong_length(path: &Path, bytes: &[u8]) -> Option<CheckpointError> {
+    #[derive(serde::Deserialize)]
+    struct Announced {
+        data_offsets: (u64, u64),
+    }
+    let header_bytes = u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?);
+    let start = header_bytes.checked_add(8)?;
+    let header = bytes.get(8..usize::try_from(start).ok()?)?;
+    let announced: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
+    let ends = announced.into_iter().filter_map(|(name, value)| {
+        let Announced { data_offsets: (_, end) } = serde_json::from_value(value).ok()?;
+        Some((start.checked_add(end)?, name))
+    });
+    let mut ends: Vec<(u64, String)> = ends.collect();
+    ends.sort();
+    let (found, expected) = (bytes.len() as u64, ends.last()?.0);
+    let cut_off = ends.into_iter().find(|(end, _)| *end > found).map(|(_, name)| name);
+    (expected != found).then(|| CheckpointError::WrongLength {
+        path: path.to_owned(),
+        expected,
+        found,
+        cut_off,
+    })
 }

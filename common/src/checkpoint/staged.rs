@@ -6,8 +6,11 @@ use std::path::{Path, PathBuf};
 use super::CheckpointError;
 use super::error::at;
 
+/// In a directory that is being filled: what is there is ours to remove.
+const MARKER: &str = ".sanderling-partial";
+
 /// A directory that is filled under another name, `NAME.partial`, and takes its own when it is complete. One that is
-/// dropped before is removed; one that a crash left behind is removed by the next attempt.
+/// dropped before is removed; one that a crash left behind, which its marker tells, is removed by the next attempt.
 #[derive(Debug)]
 pub struct StagedDirectory {
     target: PathBuf,
@@ -19,13 +22,17 @@ impl StagedDirectory {
     /// An empty directory beside `target`.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`].
+    /// [`CheckpointError::Io`], or [`CheckpointError::Exists`] if somebody else has something of that other name.
     pub fn create(target: &Path) -> Result<Self, CheckpointError> {
         let temporary = beside(target, ".partial");
-        if temporary.exists() {
+        if temporary.symlink_metadata().is_ok() {
+            if !temporary.join(MARKER).exists() {
+                return Err(CheckpointError::Exists { path: temporary });
+            }
             fs::remove_dir_all(&temporary).map_err(at(&temporary))?;
         }
         fs::create_dir_all(&temporary).map_err(at(&temporary))?;
+        fs::write(temporary.join(MARKER), "").map_err(at(&temporary))?;
         Ok(Self { target: target.to_owned(), temporary, committed: false })
     }
 
@@ -61,7 +68,11 @@ impl StagedDirectory {
     /// # Errors
     /// [`CheckpointError::Io`].
     pub fn commit(mut self) -> Result<(), CheckpointError> {
+        let marker = self.temporary.join(MARKER);
+        fs::remove_file(&marker).map_err(at(&marker))?;
         sync_directory(&self.temporary)?;
+        // An empty directory is in nobody's way; where this fails there is something in it, or nothing at all.
+        let _ = fs::remove_dir(&self.target);
         let replaced = beside(&self.target, ".replaced");
         let replaces = self.target.exists();
         if replaces {
@@ -70,7 +81,13 @@ impl StagedDirectory {
             }
             fs::rename(&self.target, &replaced).map_err(at(&self.target))?;
         }
-        fs::rename(&self.temporary, &self.target).map_err(at(&self.target))?;
+        if let Err(error) = fs::rename(&self.temporary, &self.target) {
+            if replaces {
+                // Back to how it was; the error above is what matters.
+                let _ = fs::rename(&replaced, &self.target);
+            }
+            return Err(at(&self.target)(error));
+        }
         self.committed = true;
         if replaces {
             fs::remove_dir_all(&replaced).map_err(at(&replaced))?;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{ModelPart, ModelSettings, RunPartial};
-use crate::checkpoint::{CONFIG_FILE, CheckpointError, parse_config};
+use crate::checkpoint::{CONFIG_FILE, CheckpointError, parse_config, read_small};
 use crate::model_config::{FeedForward, ModelConfig};
 use crate::upcycle::{Recipe, UpcycleError};
 
@@ -110,8 +110,7 @@ impl RunPartial {
 
 fn read_config(directory: &Path) -> Result<ModelConfig, CheckpointError> {
     let path = directory.join(CONFIG_FILE);
-    let text = std::fs::read(&path).map_err(|source| CheckpointError::Io { path: path.clone(), source })?;
-    Ok(parse_config(&path, &text)?.1)
+    Ok(parse_config(&path, &read_small(&path)?)?.1)
 }
 
 impl ModelPart {

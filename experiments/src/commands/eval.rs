@@ -51,7 +51,7 @@ pub struct Arguments {
     /// The checkpoint
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// A text, a token file, or \"shakespeare\"; for multiple choice a CSV file or a folder of them
+    /// A text, a token file, or "shakespeare"; for multiple choice a CSV file or a folder of them
     #[arg(long, value_name = "PATH")]
     data: PathBuf,
     /// What is measured
@@ -217,24 +217,24 @@ fn subject(path: &Path) -> String {
 }
 
 fn multiple_choice(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()> {
-    let files: Vec<(String, Vec<Question>)> = question_files(&arguments.data)?
-        .iter()
-        .map(|path| anyhow::Ok((subject(path), read_questions(path)?)))
+    let files: Vec<(PathBuf, String, Vec<Question>)> = question_files(&arguments.data)?
+        .into_iter()
+        .map(|path| anyhow::Ok((path.clone(), subject(&path), read_questions(&path)?)))
         .collect::<Result<_, _>>()?;
     let tokenizer = tokenizer(arguments, checkpoint)?;
     let parameters = checkpoint.load()?;
     let scoring =
         Scoring { config: checkpoint.config(), parameters: &parameters, threads: threads(arguments) };
-    let total: usize = files.iter().map(|(_, questions)| questions.len()).sum();
+    let total: usize = files.iter().map(|(_, _, questions)| questions.len()).sum();
     let started = Instant::now();
     let mut work = Work::begin("asking", total as u64, Unit::Count("questions"))?;
     let (mut scores, mut before) = (Vec::<FileScore>::new(), 0);
-    for (subject, questions) in &files {
+    for (path, subject, questions) in &files {
         let batch = arguments.batch_size.into();
         let score = answer_all(&scoring, (subject, questions), &tokenizer, batch, &mut |done| {
             work.at((before + done) as u64)
         });
-        scores.push(score.with_context(|| format!("cannot ask about {subject}"))?);
+        scores.push(score.with_context(|| format!("{}: cannot ask about {subject}", path.display()))?);
         before += questions.len();
     }
     work.end();

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use sanderling_common::checkpoint::{Checkpoint, StagedDirectory, WriteOptions, stored_bytes, write};
+use sanderling_common::config::parse;
 use sanderling_server::progress::bytes as show_bytes;
 use serde_json::{Value, json};
 
-use super::{StoredAs, say};
+use super::{StoredAs, checked_tokenizer, say};
 use crate::card::{self, CARD_FILE, model_card};
 use crate::report::table;
 use crate::work::{Unit, Work};
@@ -32,7 +33,7 @@ pub struct Arguments {
     /// The run's folder
     #[arg(long, value_name = "DIR")]
     run: PathBuf,
-    /// Where the model goes; must not exist yet
+    /// Where the model goes; nothing may be there yet
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// How values are stored.
@@ -51,11 +52,12 @@ pub fn export(arguments: &Arguments) -> anyhow::Result<()> {
     StagedDirectory::refuse_existing(&arguments.out)?;
     let summary = read_summary(&arguments.run)?;
     let checkpoint = Checkpoint::open(&arguments.run.join("checkpoint"))?;
+    checked_tokenizer(&checkpoint)?;
     let config = checkpoint.config();
     let stored_type = arguments.stored_as.stored_type(&checkpoint);
     let name = arguments.out.file_name().unwrap_or(arguments.out.as_os_str()).to_string_lossy();
     let mut files = checkpoint.carried_files()?;
-    let card = model_card(&name, config, stored_type, &made(&summary));
+    let card = model_card(&name, config, stored_type, &made(&summary, &beginning(&arguments.run)));
     files.push((CARD_FILE.to_owned(), card.into_bytes()));
     let special_tokens = checkpoint.special_tokens().clone();
     let shard_bytes_max = arguments.stored_as.shard_bytes_max;
@@ -89,8 +91,33 @@ fn read_summary(run: &Path) -> anyhow::Result<Value> {
     serde_json::from_slice(&text).with_context(|| format!("{} is not a summary", path.display()))
 }
 
+/// What the run started from, as its resolved configuration says.
+fn beginning(run: &Path) -> String {
+    let text = std::fs::read_to_string(run.join("run.toml")).ok();
+    let Some(settings) = text.and_then(|text| parse(&text).ok()) else {
+        return "from a start unknown".to_owned();
+    };
+    let named = |path: Option<String>| {
+        let path = path.filter(|path| !path.is_empty())?;
+        Some(Path::new(&path).file_name()?.to_string_lossy().into_owned())
+    };
+    let upcycle = settings.upcycle;
+    match (named(upcycle.dense), named(settings.model.init)) {
+        (Some(dense), _) => format!(
+            "from a mixture upcycled of the dense checkpoint `{dense}` (SHA-256 of its parameters {}, granularity {}, \
+             scaling {:?}, seed {})",
+            upcycle.dense_sha256.unwrap_or_default(),
+            upcycle.granularity.unwrap_or(1),
+            upcycle.scaling.unwrap_or_default(),
+            settings.run.seed.unwrap_or_default(),
+        ),
+        (None, Some(init)) => format!("from the checkpoint `{init}`"),
+        (None, None) => "from random parameters".to_owned(),
+    }
+}
+
 /// The card's paragraph and table. Whatever a summary lacks is left out.
-fn made(summary: &Value) -> String {
+fn made(summary: &Value, beginning: &str) -> String {
     let text = |key: &str| match &summary[key] {
         Value::Null => None,
         Value::String(text) => Some(text.clone()),
@@ -112,8 +139,8 @@ fn made(summary: &Value) -> String {
     ];
     let rows = rows.iter().filter_map(|(name, key)| Some(format!("| {name} | {} |\n", text(key)?)));
     format!(
-        "Trained by Sanderling, asynchronously and with sparse exchange in both directions; the best model by \
-         validation.\n\n| | |\n| --- | --- |\n{}",
+        "Trained by Sanderling, asynchronously and with sparse exchange in both directions, {beginning}; the best model \
+         by validation.\n\n| | |\n| --- | --- |\n{}",
         rows.collect::<String>()
     )
 }

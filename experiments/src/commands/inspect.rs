@@ -7,14 +7,14 @@ use sanderling_common::model_config::{FeedForward, ModelConfig};
 use sanderling_server::progress::bytes as show_bytes;
 use serde_json::{Value, json};
 
-use super::say;
+use super::{checked_tokenizer, say};
 use crate::card::{count, shape_rows};
 use crate::report::table;
 
 /// Say what is in a checkpoint: architecture, parameters total and active, experts, sizes, number formats
 ///
-/// Everything is checked as for training (names, shapes, formats, lengths), but no weights are read into memory, so it
-/// is quick whatever the size.
+/// Everything is checked as for training (names, shapes, formats, lengths, the tokenizer), but of the weights no more is
+/// read than tells whether a part adds nothing, so it is quick whatever the size.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -39,6 +39,7 @@ pub struct Arguments {
 /// Whatever is wrong with the checkpoint, in a sentence.
 pub fn inspect(arguments: &Arguments) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&arguments.directory)?;
+    let tokenizer = checked_tokenizer(&checkpoint)?;
     if arguments.json {
         return say(&format!("{:#}\n", describe(&checkpoint, arguments.tensors)?));
     }
@@ -58,8 +59,8 @@ pub fn inspect(arguments: &Arguments) -> anyhow::Result<()> {
     rows.push(("stored", formats.join(", ")));
     let (bytes, files) = (show_bytes(stored.bytes), if stored.files == 1 { "file" } else { "files" });
     rows.push(("size", format!("{bytes} in {} tensors, {} {files}", stored.tensors, stored.files)));
-    let tokenizer = checkpoint.directory().join(TOKENIZER_FILE).is_file();
-    rows.push(("tokenizer", if tokenizer { "tokenizer.json" } else { "none" }.to_owned()));
+    let tokens = tokenizer.map(|tokenizer| format!("tokenizer.json, {} tokens", tokenizer.vocabulary_size()));
+    rows.push(("tokenizer", tokens.unwrap_or("none".to_owned())));
     let mut text = table(&rows);
     if arguments.tensors {
         text.push('\n');

@@ -11,7 +11,8 @@ pub mod upcycle;
 use std::io::Write;
 
 use anyhow::Context;
-use sanderling_common::checkpoint::{Checkpoint, SHARD_BYTES_DEFAULT, StoredType};
+use sanderling_common::checkpoint::{Checkpoint, SHARD_BYTES_DEFAULT, StoredType, TOKENIZER_FILE};
+use sanderling_common::tokenizer::Tokenizer;
 
 /// How a command that writes a checkpoint stores its values.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -32,6 +33,17 @@ impl StoredAs {
         let all_bfloat16 = || checkpoint.stored().values.keys().all(|format| format == "BF16");
         self.dtype.unwrap_or_else(|| if all_bfloat16() { StoredType::Bfloat16 } else { StoredType::Float32 })
     }
+}
+
+/// The tokenizer that a checkpoint carries, if it does, which must not have more tokens than its model.
+fn checked_tokenizer(checkpoint: &Checkpoint) -> anyhow::Result<Option<Tokenizer>> {
+    let path = checkpoint.directory().join(TOKENIZER_FILE);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let tokenizer = Tokenizer::load(&path)?;
+    tokenizer.check_fits(checkpoint.config().vocab_size)?;
+    Ok(Some(tokenizer))
 }
 
 /// Prints a command's result.

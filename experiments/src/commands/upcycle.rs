@@ -3,15 +3,17 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
+use anyhow::Context;
 use sanderling_common::checkpoint::{
     Architecture, Checkpoint, StagedDirectory, WriteOptions, stored_bytes, write,
 };
+use sanderling_common::init::INIT_STD;
 use sanderling_common::model_config::RouterOrder;
 use sanderling_common::upcycle::{Recipe, Scaling, Upcycled};
 use sanderling_server::progress::bytes as show_bytes;
 use serde_json::json;
 
-use super::{StoredAs, say};
+use super::{StoredAs, checked_tokenizer, say};
 use crate::card::{self, CARD_FILE, model_card};
 use crate::report::table;
 use crate::work::{Unit, Work};
@@ -33,7 +35,7 @@ pub struct Arguments {
     /// The dense checkpoint: a LlamaForCausalLM directory
     #[arg(long, value_name = "DIR")]
     dense: PathBuf,
-    /// Where the mixture goes; must not exist yet
+    /// Where the mixture goes; nothing may be there yet
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// N, experts per layer
@@ -78,7 +80,9 @@ pub fn upcycle(arguments: &Arguments) -> anyhow::Result<()> {
         scaling: arguments.scaling,
         seed: arguments.seed,
     };
-    let upcycled = Upcycled::new(&recipe, dense.config(), &dense)?;
+    let upcycled = Upcycled::new(&recipe, dense.config(), &dense);
+    let upcycled = upcycled.with_context(|| format!("{} cannot be upcycled", arguments.dense.display()))?;
+    checked_tokenizer(&dense)?;
     let config = upcycled.config().clone();
     let stored_type = arguments.stored_as.stored_type(&dense);
     let card = model_card(&title(arguments), &config, stored_type, &made(&arguments.dense, &recipe));
@@ -130,7 +134,7 @@ fn made(dense: &std::path::Path, recipe: &Recipe) -> String {
     let Recipe { experts, top_k, granularity, scaling, seed, .. } = recipe;
     format!(
         "Upcycled by Sanderling from the dense checkpoint `{name}`: {experts} experts, {top_k} active, granularity \
-         {granularity}, scaling `{}`, router rows normal with standard deviation 0.02 from seed {seed}. It has not \
+         {granularity}, scaling `{}`, router rows normal with standard deviation {INIT_STD} from seed {seed}. It has not \
          been trained since.",
         scaling_name(*scaling)
     )

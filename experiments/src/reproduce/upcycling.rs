@@ -43,7 +43,7 @@ pub struct Arguments {
     /// Seeds [default: 3, with --quick 1]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100))]
     seeds: Option<u64>,
-    /// Where results go, and are looked for
+    /// Where results go, and are looked for [default: runs/reproduce-upcycling, with --quick …-quick]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Runs at a time [default: one per core]
