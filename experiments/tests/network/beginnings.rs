@@ -54,7 +54,7 @@ fn upcycled(granularity: usize) -> impl FnOnce(&Path) -> String {
     move |dense| {
         format!(
             "[model]\nexperts = 4\ntop_k = 2\n[upcycle]\ndense = '{}'\ngranularity = {granularity}\n\
-             [training]\neval_every = 20\n[server]\nshards = 2",
+             [training]\neval_every = 300\n[server]\nshards = 2",
             dense.display()
         )
     }
@@ -79,7 +79,8 @@ async fn a_run_goes_on_from_a_checkpoint() {
 /// five pushes).
 #[tokio::test(flavor = "multi_thread")]
 async fn everyone_upcycles_to_the_same_bits() {
-    let (scene, config) = scene(90, upcycled(2));
+    // Enough that the run is not over before the second worker is there.
+    let (scene, config) = scene(1200, upcycled(2));
     let mut serving = Serving::start(&scene);
     let elsewhere = scene.path("elsewhere");
     std::fs::rename(scene.path("dense"), &elsewhere).unwrap();
@@ -88,7 +89,7 @@ async fn everyone_upcycles_to_the_same_bits() {
     let has_it_not = worker(&serving.join);
     let outcome = serving.outcome().await;
     assert_eq!(outcome.model.intermediate_size, config.intermediate_size / 2);
-    assert_eq!((outcome.summary.steps, outcome.summary.sessions), (90, 2));
+    assert_eq!((outcome.summary.steps, outcome.summary.sessions), (1200, 2));
     assert!(outcome.summary.val_loss.unwrap() < 4.3, "{:?}", outcome.summary.val_loss);
     assert_eq!(has_it.await.unwrap().unwrap().reconnects, 0);
     let late = has_it_not.await.unwrap().unwrap();
