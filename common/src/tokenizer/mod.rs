@@ -1,8 +1,8 @@
 //! Subword tokenizers: reading any `tokenizer.json`, training byte-level BPE, text to tokens and back.
 //!
 //! The work is done by the `tokenizers` library of Hugging Face. Special tokens that it would add around a text
-//! (`<s>`, `[CLS]`) are not added, and a tokenizer's own truncation and padding are turned off: what is tokenised here
-//! is one long text.
+//! (`<s>`, `[CLS]`) are added to a prompt and to nothing else, and a tokenizer's own truncation and padding are turned
+//! off: what is tokenised here is one long text.
 
 mod documents;
 mod pieces;
@@ -185,6 +185,15 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The tokens of a prompt, with the special tokens that the tokenizer puts around a text, such as a first `<s>`.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Encode`].
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.pipeline.encode_fast(text, true).map_err(|source| self.encode_error(source))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
     /// The tokens of each of several texts, encoded in parallel where there are cores.
     ///
     /// # Errors
@@ -328,6 +337,24 @@ mod tests {
         assert_eq!(tokenizer.decode(&tokens).unwrap(), text);
         let error = tokenizer.check_fits(600).unwrap_err().to_string();
         assert!(error.contains("far.json") && error.contains("the model's 600"), "{error}");
+    }
+
+    /// As the tokenizers of Llama have it: a template that puts a first token before every text.
+    #[test]
+    fn a_prompt_gets_the_special_tokens_of_the_tokenizer_and_a_text_none() {
+        assert_eq!(TRAINED.encode_prompt("one two").unwrap(), TRAINED.encode_whole("one two").unwrap());
+        let mut json: serde_json::Value = serde_json::from_slice(TRAINED.json()).unwrap();
+        let first = serde_json::json!({ "SpecialToken": { "id": END_OF_TEXT, "type_id": 0 } });
+        let text = |name: &str| serde_json::json!({ "Sequence": { "id": name, "type_id": 0 } });
+        json["post_processor"] = serde_json::json!({
+            "type": "TemplateProcessing", "single": [first, text("A")], "pair": [first, text("A"), text("B")],
+            "special_tokens": { END_OF_TEXT: { "id": END_OF_TEXT, "ids": [0], "tokens": [END_OF_TEXT] } },
+        });
+        let tokenizer = Tokenizer::from_json(&serde_json::to_vec(&json).unwrap(), "template").unwrap();
+        let plain = tokenizer.encode_whole("one two").unwrap();
+        assert_eq!(plain, TRAINED.encode_whole("one two").unwrap());
+        assert_eq!(tokenizer.encode_prompt("one two").unwrap(), [&[0], &plain[..]].concat());
+        assert_eq!(tokenizer.encode_prompt("").unwrap(), [0]);
     }
 
     #[test]

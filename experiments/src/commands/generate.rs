@@ -16,6 +16,7 @@ use crate::work::Stop;
 
 /// Write text that goes on from a prompt, shown as it is made
 ///
+/// The prompt is tokenised as `transformers` would, with the special tokens that tokenizer.json says to put around a text.
 /// The same model, prompt, options and seed give the same text. At the end of the model's context the older half of the
 /// text is forgotten. Generation ends at the model's end-of-text token, if it has one, or after --max-new-tokens.
 #[derive(Debug, clap::Args)]
@@ -68,8 +69,7 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::load(&path)?;
     tokenizer.check_fits(config.vocab_size)?;
     let special = checkpoint.special_tokens();
-    let mut prompt: Vec<u32> = special.bos.into_iter().collect();
-    prompt.extend(tokenizer.encode_whole(&arguments.prompt)?);
+    let prompt = tokenizer.encode_prompt(&arguments.prompt)?;
     ensure!(!prompt.is_empty(), "the prompt has no tokens; give at least one character with --prompt");
     let parameters = checkpoint.load()?;
     let mut generator = Generator::new(config, &parameters)?;
