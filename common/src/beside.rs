@@ -1,6 +1,6 @@
 //! Files that are there whole or not at all: written beside their place, synced, then renamed.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -14,19 +14,31 @@ pub struct Beside {
 }
 
 impl Beside {
-    /// Starts a file that is to be at `path`, under the name `path.partial`. What is at `path` stays until
-    /// [`place`](Self::place).
+    /// Starts a file that is to be at `path`, under a name that nobody else gives: `path.sanderling-partial`. What is at
+    /// `path` stays until [`place`](Self::place).
     ///
     /// # Errors
-    /// What the system says of a place that cannot be written to.
+    /// What the system says of a place that cannot be written to; [`WouldBlock`](io::ErrorKind::WouldBlock) while
+    /// another process is writing the same file.
     pub fn create(path: &Path) -> io::Result<Self> {
         if path.is_dir() {
             return Err(io::ErrorKind::IsADirectory.into());
         }
         let mut temporary = path.as_os_str().to_owned();
-        temporary.push(".partial");
+        temporary.push(".sanderling-partial");
         let temporary = PathBuf::from(temporary);
-        Ok(Self { file: File::create(&temporary)?, temporary, path: path.to_owned(), placed: false })
+        // Emptied only when it is ours: another process may be writing it.
+        let file = File::options().create(true).truncate(false).write(true).open(&temporary)?;
+        match file.try_lock() {
+            Ok(()) => file.set_len(0)?,
+            Err(TryLockError::WouldBlock) => {
+                let why = format!("another process is writing {}", temporary.display());
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, why));
+            }
+            // Some file systems know no locks; there two writers are not told from each other.
+            Err(TryLockError::Error(_)) => file.set_len(0)?,
+        }
+        Ok(Self { file, temporary, path: path.to_owned(), placed: false })
     }
 
     /// Where it is to be.
@@ -87,7 +99,8 @@ mod tests {
         let path = folder.path().join("file");
         let mut file = Beside::create(&path).unwrap();
         file.write_all(b"half").unwrap();
-        assert_eq!(names(), ["file.partial"]);
+        assert_eq!(names(), ["file.sanderling-partial"]);
+        assert_eq!(Beside::create(&path).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         drop(file);
         assert!(names().is_empty());
 

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::ops::ControlFlow;
 
 use sanderling_common::checkpoint::{
-    CONFIG_FILE, Checkpoint, CheckpointError, FlatParameters, INDEX_FILE, SpecialTokens, StoredType,
-    TENSORS_FILE, WriteOptions, load, save, write,
+    CONFIG_FILE, Checkpoint, CheckpointError, FlatParameters, INDEX_FILE, SpecialTokens, StagedDirectory,
+    StoredType, TENSORS_FILE, WriteOptions, load, save, write,
 };
 use sanderling_common::config::RunConfig;
 use sanderling_common::init::initial_parameters;
@@ -292,6 +292,21 @@ fn work_that_is_called_off_leaves_nothing_and_keeps_what_was_there() {
     write(&directory, &config, &WriteOptions::default(), &source, &mut stop).unwrap_err();
     assert_eq!(load(&directory).unwrap().1, values);
     assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+
+    // Where nothing is to be replaced, neither is what somebody puts there while it is written.
+    let other = parent.path().join("other");
+    let options = WriteOptions { replaces: false, ..WriteOptions::default() };
+    let mut meanwhile = |_| {
+        fs::create_dir_all(&other).unwrap();
+        fs::write(other.join("data"), "precious").unwrap();
+        ControlFlow::Continue(())
+    };
+    let error = write(&other, &config, &options, &source, &mut meanwhile).unwrap_err();
+    assert!(matches!(&error, CheckpointError::Exists { path } if *path == other), "{error}");
+    assert_eq!(fs::read_to_string(other.join("data")).unwrap(), "precious");
+    assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 2);
+    let error = StagedDirectory::refuse_existing(Path::new("..")).unwrap_err();
+    assert!(matches!(error, CheckpointError::NoName { .. }), "{error}");
 }
 
 #[test]

@@ -154,6 +154,12 @@ pub enum CheckpointError {
         /// The directory.
         path: PathBuf,
     },
+    /// A place without a name of its own, such as `.` or `/`.
+    #[error("{path} is no name that a directory can be given; name one to be made, such as {path}/model")]
+    NoName {
+        /// The place.
+        path: PathBuf,
+    },
     /// Whoever asked for the work has called it off.
     #[error("stopped before {path} was complete; nothing of it is left")]
     Interrupted {

@@ -36,11 +36,14 @@ impl StagedDirectory {
         Ok(Self { target: target.to_owned(), temporary, committed: false })
     }
 
-    /// Fails if there is something at `target`: a check to make before long work.
+    /// Fails if there is something at `target`, or it is no name at all, such as `.`: a check to make before long work.
     ///
     /// # Errors
-    /// [`CheckpointError::Exists`].
+    /// [`CheckpointError::Exists`] or [`CheckpointError::NoName`].
     pub fn refuse_existing(target: &Path) -> Result<(), CheckpointError> {
+        if target.file_name().is_none() {
+            return Err(CheckpointError::NoName { path: target.to_owned() });
+        }
         let empty = fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
         if target.symlink_metadata().is_ok() && !empty {
             return Err(CheckpointError::Exists { path: target.to_owned() });
@@ -63,6 +66,15 @@ impl StagedDirectory {
         written.map_err(at(&self.target.join(name)))
     }
 
+    /// Gives the directory its name, if nobody has made something of that name meanwhile.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Exists`] and [`CheckpointError::Io`]; nothing is left of the directory then.
+    pub fn commit_new(self) -> Result<(), CheckpointError> {
+        Self::refuse_existing(&self.target)?;
+        self.commit()
+    }
+
     /// Gives the directory its name, in the place of one that has it.
     ///
     /// # Errors
@@ -73,7 +85,7 @@ impl StagedDirectory {
         sync_directory(&self.temporary)?;
         // An empty directory is in nobody's way; where this fails there is something in it, or nothing at all.
         let _ = fs::remove_dir(&self.target);
-        let replaced = beside(&self.target, ".replaced");
+        let replaced = beside(&self.target, ".sanderling-replaced");
         let replaces = self.target.exists();
         if replaces {
             if replaced.exists() {

@@ -85,6 +85,9 @@ pub struct WriteOptions {
     pub special_tokens: SpecialTokens,
     /// Further files of the directory: name and content.
     pub files: Vec<(String, Vec<u8>)>,
+    /// Whether it takes the place of a directory of its name; otherwise that is an error, also when somebody made it
+    /// while this one was being written.
+    pub replaces: bool,
 }
 
 impl Default for WriteOptions {
@@ -94,6 +97,7 @@ impl Default for WriteOptions {
             shard_bytes_max: SHARD_BYTES_DEFAULT,
             special_tokens: SpecialTokens::default(),
             files: Vec::new(),
+            replaces: true,
         }
     }
 }
@@ -119,7 +123,7 @@ pub fn stored_bytes(config: &ModelConfig, stored_type: StoredType) -> u64 {
     plan(config).iter().map(|tensor| tensor.bytes(stored_type)).sum()
 }
 
-/// Writes a checkpoint: the directory appears when it is complete, in the place of one that is there.
+/// Writes a checkpoint: the directory appears when it is complete.
 ///
 /// `progress` is told the bytes of values written so far after every tensor, and may call the work off. The memory that
 /// is used is that of the largest tensor, as it is stored, and of what `source` needs to make it.
@@ -171,7 +175,7 @@ pub fn write(
         staged.write_file(GENERATION_FILE, options.special_tokens.generation_config().as_bytes())?;
     }
     staged.write_file(CONFIG_FILE, to_json(config, options).as_bytes())?;
-    staged.commit()
+    if options.replaces { staged.commit() } else { staged.commit_new() }
 }
 
 /// All tensors of the files, in the order of the layout.

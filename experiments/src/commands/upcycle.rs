@@ -90,7 +90,7 @@ pub fn upcycle(arguments: &Arguments) -> anyhow::Result<()> {
     files.push((CARD_FILE.to_owned(), card.into_bytes()));
     let special_tokens = dense.special_tokens().clone();
     let shard_bytes_max = arguments.stored_as.shard_bytes_max;
-    let options = WriteOptions { stored_type, shard_bytes_max, special_tokens, files };
+    let options = WriteOptions { stored_type, shard_bytes_max, special_tokens, files, replaces: false };
     let bytes = stored_bytes(&config, stored_type);
     let mut work = Work::begin("upcycling", bytes, Unit::Bytes)?;
     write(&arguments.out, &config, &options, &upcycled, &mut |done| work.at(done))?;
