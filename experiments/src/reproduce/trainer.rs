@@ -33,7 +33,14 @@ pub(super) struct Stretch {
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Point {
     pub(super) steps: u64,
+    /// Not a number once a run has diverged, for which JSON has `null`.
+    #[serde(deserialize_with = "number_or_nan")]
     pub(super) val_loss: f64,
+}
+
+fn number_or_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    let number: Option<f64> = serde::Deserialize::deserialize(deserializer)?;
+    Ok(number.unwrap_or(f64::NAN))
 }
 
 /// What a stretch led to.

@@ -29,7 +29,7 @@ use crate::work::{Unit, Work};
 /// Trains a small dense model on the bundled text, upcycles it in several ways, and trains each on with a fresh optimiser
 /// and learning rate, AdamW in one process: for the floating-point operations of the dense continuation (so the mixtures,
 /// which cost more per token, see fewer tokens) and for its tokens. The learning rate is chosen for every arm from the same
-/// values, by validation with the first seed. Finished runs are kept in the folder and not run again, so an interrupted
+/// values, by validation with the first seed, and from further ones as long as the best lies at the edge. Finished runs are kept in the folder and not run again, so an interrupted
 /// experiment goes on where it was.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -59,6 +59,7 @@ struct Settings {
     pretraining_steps: u64,
     /// Of the dense continuation.
     steps: u64,
+    /// Ascending; a single one is not chosen from, and not added to.
     rates: Vec<f64>,
     seeds: Vec<u64>,
 }
@@ -69,6 +70,8 @@ const PRETRAINING_RATE: f64 = 4e-3;
 const EVALUATIONS: u64 = 10;
 /// The first seed; the others follow.
 const FIRST_SEED: u64 = 1337;
+/// Learning rates that one arm may be tried with.
+const RATES_MAX: usize = 8;
 
 impl Settings {
     fn new(arguments: &Arguments, vocabulary: usize) -> anyhow::Result<Self> {
@@ -158,19 +161,8 @@ pub fn upcycling(arguments: &Arguments) -> anyhow::Result<()> {
 
     let started = Instant::now();
     let dense = experiment.pretrain_all()?;
-    let first = experiment.settings.seeds[0];
     let settings = &experiment.settings;
-    let sweep = contestants().into_iter().flat_map(|contestant| {
-        settings.rates.iter().map(move |&rate| (contestant, settings.key(contestant, first, rate)))
-    });
-    experiment.run_all("choosing learning rates", &dense, sweep.collect(), &results)?;
-    let chosen: Vec<_> = {
-        let results = results.lock().expect("no holder of the results panics");
-        contestants()
-            .into_iter()
-            .map(|contestant| (contestant, experiment.best_rate(contestant, &results)))
-            .collect()
-    };
+    let chosen = experiment.choose_rates(&dense, &results)?;
     let final_keys: Vec<_> = chosen
         .iter()
         .flat_map(|&(contestant, rate)| {
@@ -301,14 +293,37 @@ impl Experiment {
         Ok(results.into_iter().map(|result| result.expect("every run was made")).collect())
     }
 
-    /// The rate with the lowest validation loss of the first seed.
-    fn best_rate(&self, contestant: (Arm, Budget), results: &Results) -> f64 {
-        let loss = |rate: f64| {
-            let key = self.settings.key(contestant, self.settings.seeds[0], rate);
-            results.find(&key).expect("the sweep was run").best_val_loss
-        };
-        let rates = self.settings.rates.iter().copied();
-        rates.min_by(|&a, &b| loss(a).total_cmp(&loss(b))).expect("there are rates")
+    /// The rate of every contestant: the best of the settings' by validation with the first seed or, while that lies at
+    /// the edge of those tried, of further ones a factor of two apart.
+    fn choose_rates(
+        &self,
+        dense: &[Dense],
+        results: &Mutex<Results>,
+    ) -> anyhow::Result<Vec<((Arm, Budget), f64)>> {
+        let settings = &self.settings;
+        let key = |contestant, rate| settings.key(contestant, settings.seeds[0], rate);
+        let mut tried: Vec<_> =
+            contestants().into_iter().map(|contestant| (contestant, settings.rates.clone())).collect();
+        loop {
+            let sweep = tried.iter().flat_map(|(contestant, rates)| {
+                rates.iter().map(|&rate| (*contestant, key(*contestant, rate)))
+            });
+            self.run_all("choosing learning rates", dense, sweep.collect(), results)?;
+            let results = results.lock().expect("no holder of the results panics");
+            let loss = |contestant, rate| {
+                results.find(&key(contestant, rate)).expect("the sweep was run").best_val_loss
+            };
+            let mut is_widened = false;
+            for (contestant, rates) in &mut tried {
+                is_widened |= widen(rates, |rate| loss(*contestant, rate));
+            }
+            if !is_widened {
+                let best = |(contestant, rates): (_, Vec<f64>)| {
+                    (contestant, rates[best_place(&rates, |rate| loss(contestant, rate))])
+                };
+                return Ok(tried.into_iter().map(best).collect());
+            }
+        }
     }
 
     /// Table, verdict and plots; returns the text that is also written.
@@ -324,8 +339,8 @@ impl Experiment {
             .collect();
         let mut text = format!(
             "# Upcycling against the dense model trained on\n\nBundled text, characters; dense model of {} parameters, {} \
-             steps of pre-training and {} more (batch {} × {}); {} seed(s); AdamW, fresh optimiser and rate, the rate \
-             chosen from {:?} for every row by validation with the first seed. The text is small enough to overfit, so the \
+             steps of pre-training and {} more (batch {} × {}); {} seed(s); AdamW, fresh optimiser and rate, the \
+             best of {:?} for every row by validation with the first seed{}. The text is small enough to overfit, so the \
              best validation loss of each run counts. Losses are nats per character, mean ± standard deviation over seeds; \
              `steps` and `TFLOP` are those of the second phase.\n\n",
             settings.dense.layout()?.len(),
@@ -335,6 +350,11 @@ impl Experiment {
             settings.run.model.context,
             settings.seeds.len(),
             settings.rates,
+            if settings.rates.len() > 1 {
+                ", and of twice or half as much while the best lies at the edge"
+            } else {
+                ""
+            },
         );
         text.push_str(
             "| model | equal | parameters | active | steps | TFLOP | rate | start | best validation | test |\n\
@@ -372,6 +392,29 @@ impl Experiment {
         };
         Ok(plot_curves(path, title, (x, "cross-entropy, nats per character"), &curves)?)
     }
+}
+
+/// The place of the rate with the lowest loss.
+fn best_place(rates: &[f64], loss: impl Fn(f64) -> f64) -> usize {
+    let losses: Vec<f64> = rates.iter().map(|&rate| loss(rate)).collect();
+    let order = |&a: &usize, &b: &usize| losses[a].total_cmp(&losses[b]);
+    (0..rates.len()).min_by(order).expect("there are rates")
+}
+
+/// Adds a rate of twice the largest or half the smallest if that one is the best so far; returns whether it did.
+fn widen(rates: &mut Vec<f64>, loss: impl Fn(f64) -> f64) -> bool {
+    if !(2..RATES_MAX).contains(&rates.len()) {
+        return false;
+    }
+    let best = best_place(rates, loss);
+    if best == 0 {
+        rates.insert(0, rates[0] / 2.0);
+    } else if best == rates.len() - 1 {
+        rates.push(rates[best] * 2.0);
+    } else {
+        return false;
+    }
+    true
 }
 
 /// The runs of one contestant.
@@ -437,5 +480,24 @@ impl Row<'_> {
                 (point.steps as f64 * per_step, mean)
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_added_while_the_best_lies_at_the_edge() {
+        let search = |optimum: f64, mut rates: Vec<f64>| {
+            let loss = |rate: f64| (rate / optimum).ln().abs();
+            while widen(&mut rates, loss) {}
+            (rates[best_place(&rates, loss)], rates)
+        };
+        assert_eq!(search(2.0, vec![1.0, 2.0, 4.0]), (2.0, vec![1.0, 2.0, 4.0]));
+        assert_eq!(search(15.0, vec![1.0, 2.0, 4.0]), (16.0, vec![1.0, 2.0, 4.0, 8.0, 16.0, 32.0]));
+        assert_eq!(search(0.5, vec![1.0, 2.0]), (0.5, vec![0.25, 0.5, 1.0, 2.0]));
+        assert_eq!(search(1e9, vec![1.0, 2.0]).1.len(), RATES_MAX);
+        assert_eq!(search(1e9, vec![1.0]), (1.0, vec![1.0]));
     }
 }
