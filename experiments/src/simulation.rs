@@ -13,7 +13,7 @@ use sanderling_common::init::{Purpose, initial_parameters, normal_pair, stream, 
 use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::frame::{Reply, WireError};
 use sanderling_common::wire::{EvaluationJob, Push, Refusal, Work};
-use sanderling_server::core::{Base, SerialServer, ServerSettings, SessionsFull};
+use sanderling_server::core::{SerialServer, ServerSettings, SessionsFull};
 use sanderling_worker::core::{AnswerError, Diverged, WorkerCore, WorkerSettings};
 use sanderling_worker::engine::Engine;
 use sanderling_worker::model::ModelError;
@@ -160,9 +160,11 @@ struct Simulation {
     run: RunConfig,
     conditions: Conditions,
     engine: Engine,
+    /// θ0, which every worker would make of the seed.
+    initial: Vec<f32>,
     server: SerialServer,
     workers: Vec<SimulatedWorker>,
-    snapshots: BTreeMap<Step, Vec<f32>>,
+    snapshots: BTreeMap<Step, Arc<[f32]>>,
     schedule: BinaryHeap<Reverse<Due>>,
     scheduled: u64,
     sessions: u64,
@@ -179,6 +181,7 @@ impl Simulation {
             run: run.clone(),
             conditions: *conditions,
             engine,
+            initial: theta,
             server,
             workers: Vec::new(),
             snapshots: BTreeMap::new(),
@@ -210,7 +213,7 @@ impl Simulation {
         let session = SessionId(self.sessions);
         self.sessions += 1;
         let (id, step, base) = self.server.open_session(session)?;
-        let Base::Whole(base) = base else { unreachable!("a simulated run starts afresh") };
+        let base = base.onto(self.engine.layout(), self.initial.clone()).map_err(AnswerError::from)?;
         let mut rng = stream(self.run.run.seed, Purpose::Simulation, u64::from(id.0));
         let duration = libm::exp(self.conditions.speed_spread * normal_pair(&mut rng).0);
         let settings = WorkerSettings::from(&self.run);
@@ -289,7 +292,7 @@ impl Simulation {
         let push = Push::decode(&frame)?;
         let (reply, snapshot) = self.server.handle_push(&push)?;
         if let Some(parameters) = snapshot {
-            self.snapshots.insert(self.server.core().standing().step, parameters);
+            self.snapshots.insert(self.server.core().standing().step, parameters.into());
         }
         if self.happens(worker, self.conditions.lost_answers) {
             self.report.lost_answers += 1;
@@ -315,8 +318,10 @@ impl Simulation {
     }
 
     fn evaluate(&mut self, worker: usize, job: EvaluationJob) -> Result<(), SimulationError> {
-        let parameters = self.snapshots.get(&job.step).expect("snapshots are kept while they are wanted");
-        let report = self.engine.evaluate(parameters, job)?;
+        let target = self.snapshots.get(&job.step).expect("snapshots are kept while they are wanted");
+        let core = &self.workers[worker].core;
+        let payload = self.server.aside(core.session(), target).ok_or(Refusal::UnknownSession)?;
+        let report = self.engine.evaluate(&core.model_aside(&payload)?, job)?;
         self.server.core().report(&report);
         self.snapshots.retain(|&step, _| self.server.core().needs_snapshot(step));
         self.report.evaluations.push(report);

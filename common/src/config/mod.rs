@@ -368,6 +368,11 @@ impl RunConfig {
         self.upcycles() || !self.model.init.is_empty()
     }
 
+    /// Whether workers can make its first model themselves: by seeded initialisation, or of a dense checkpoint.
+    pub fn workers_make_initial(&self) -> bool {
+        self.upcycles() || self.model.init.is_empty()
+    }
+
     /// The recipe of a run that [`upcycles`](Self::upcycles).
     pub fn recipe(&self) -> Recipe {
         Recipe {

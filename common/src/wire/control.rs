@@ -111,8 +111,24 @@ pub struct Welcome {
 pub enum Initial {
     /// Not at all: it is sent the base of its session whole.
     Sent,
-    /// It makes it, and is sent what differs from it.
+    /// By seeded initialisation; it is sent what differs from that.
+    Seeded {
+        /// [`crate::init::parameters_hash`] of it.
+        sha256: [u8; 32],
+    },
+    /// It makes it of a dense model, and is sent what differs from it.
     Upcycled(Box<OnlineUpcycling>),
+}
+
+impl Initial {
+    /// The hash of the model that a worker makes, if it makes one.
+    pub fn sha256(&self) -> Option<[u8; 32]> {
+        match self {
+            Self::Sent => None,
+            Self::Seeded { sha256 } => Some(*sha256),
+            Self::Upcycled(upcycling) => Some(upcycling.sha256),
+        }
+    }
 }
 
 /// A mixture that server and workers each make of the same dense model.
@@ -133,7 +149,7 @@ pub struct OnlineUpcycling {
 pub struct Ready {
     /// The layout the worker derived.
     pub layout_hash: LayoutHash,
-    /// The hash of the mixture that it made, where it is to make one.
+    /// The hash of the initial model that it made, where it is to make one.
     pub initial_sha256: Option<[u8; 32]>,
 }
 
@@ -149,7 +165,7 @@ pub enum Start {
     Resume,
     /// The layouts differ; the two programs are not of the same version.
     LayoutMismatch,
-    /// The mixtures that the two made of the same dense model differ.
+    /// The initial models that the two made differ.
     InitialMismatch,
 }
 
@@ -207,7 +223,8 @@ pub enum BulkObject {
     /// The model this session starts from, little-endian `f32` in layout order; or of a run whose workers make the
     /// initial model, the tensor blocks of what is to be added to that.
     Base,
-    /// The server's model at an evaluation's step, likewise.
+    /// The tensor blocks of what is to be added to a copy of the session's model to make the server's at an evaluation's
+    /// step of it. They are as exact as the answers of the run: in 8 bits where those are.
     Snapshot(EvaluationJob),
     /// The text.
     Text,

@@ -101,6 +101,20 @@ async fn everyone_upcycles_to_the_same_bits() {
     );
 }
 
+/// A worker that makes the mixture itself is never sent the whole of it, also not to evaluate it twice and to test it.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_downloads_the_mixture() {
+    let (scene, _) = scene(6, upcycled(1));
+    let scene = scene.with("[training]\neval_every = 3");
+    let serving = Serving::start(&scene);
+    let has_it = worker(&serving.join);
+    let summary = serving.outcome().await.summary;
+    has_it.await.unwrap().unwrap();
+    assert!(summary.test_loss.is_some(), "{summary:?}");
+    let (sent_bytes, mixture_bytes) = (summary.traffic.bytes_down, 4 * summary.subject.parameters);
+    assert!(sent_bytes < mixture_bytes, "{sent_bytes} of {mixture_bytes} bytes");
+}
+
 /// The run's first model is the one that `upcycle` writes for the same recipe.
 #[tokio::test(flavor = "multi_thread")]
 async fn online_and_offline_upcycling_agree() {

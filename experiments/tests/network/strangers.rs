@@ -7,6 +7,7 @@ use std::time::Duration;
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use sanderling_common::ids::{BatchId, Seq, SessionId, Step};
 use sanderling_common::join::JoinString;
+use sanderling_common::layout::LayoutHash;
 use sanderling_common::wire::control::{
     BulkHeader, BulkObject, BulkRequest, Greeting, Hello, Ready, Request, Response, Start, StreamKind,
     Welcome,
@@ -42,7 +43,7 @@ async fn a_wrong_token_or_certificate_is_refused_at_once() {
 
     // The run is none the worse.
     worker(&serving.join).await.unwrap().unwrap();
-    assert_eq!(serving.outcome().await.summary.sessions, 1);
+    assert_eq!(serving.outcome().await.summary.steps, 5);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -162,10 +163,15 @@ impl Peer {
     }
 
     async fn begin(&mut self, welcome: &Welcome) {
-        let (up, down) = &mut self.control;
-        send(up, &Ready { layout_hash: welcome.layout_hash, initial_sha256: None }).await.unwrap();
-        let start: Start = receive(down).await.unwrap();
+        let start = self.ready(welcome.layout_hash, welcome.initial.sha256()).await;
         assert!(matches!(start, Start::Fetch { .. }));
+    }
+
+    /// Says what it has made of the server's description.
+    async fn ready(&mut self, layout_hash: LayoutHash, initial_sha256: Option<[u8; 32]>) -> Start {
+        let (up, down) = &mut self.control;
+        send(up, &Ready { layout_hash, initial_sha256 }).await.unwrap();
+        receive(down).await.unwrap()
     }
 
     /// Asks for work.
@@ -208,6 +214,22 @@ async fn garbage_ends_the_connection_and_nothing_else() {
         assert_eq!(peer.say(kind, bytes).await.filter(|answer| !answer.is_empty()), None, "kind {kind}");
         let closed = tokio::time::timeout(PATIENCE, peer.connection.closed());
         closed.await.expect("the server hangs up");
+    }
+    worker(&serving.join).await.unwrap().unwrap();
+    assert_eq!(serving.outcome().await.summary.steps, 5);
+}
+
+/// A program that lays the model out otherwise, or initialises it otherwise, takes no part.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_makes_another_model_is_sent_away() {
+    let scene = Scene::new(5);
+    let serving = Serving::start(&scene);
+    let (mut peer, welcome) = Peer::welcomed(&serving.join).await;
+    let start = peer.ready(LayoutHash([0; 32]), welcome.initial.sha256()).await;
+    assert_eq!(start, Start::LayoutMismatch);
+    for other in [None, Some([0; 32])] {
+        let (mut peer, welcome) = Peer::welcomed(&serving.join).await;
+        assert_eq!(peer.ready(welcome.layout_hash, other).await, Start::InitialMismatch);
     }
     worker(&serving.join).await.unwrap().unwrap();
     assert_eq!(serving.outcome().await.summary.steps, 5);

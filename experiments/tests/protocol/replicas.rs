@@ -1,5 +1,5 @@
 //! Invariants 1 and 2: the server knows every worker's model bit for bit, whatever is lost on the way, and without
-//! secondary compression that model is the server's.
+//! secondary compression that model is the server's. What is sent for an evaluation changes none of it.
 
 use proptest::prelude::*;
 use sanderling_common::method::Method;
@@ -70,6 +70,7 @@ fn play(
     let settings = worker_settings(method, 0.01, 0.7, up);
     let mut cluster = Cluster::new(&layout, &gradient(1), &server, settings, WORKERS);
     let mut answers = Vec::new();
+    let beginning = cluster.server.theta();
     for &(worker, event) in events {
         match event {
             Event::Exchange { seed } => {
@@ -91,7 +92,13 @@ fn play(
             }
             Event::Killed => cluster.replace(worker),
         }
-        (0..WORKERS).for_each(|worker| cluster.assert_replica(worker));
+        for worker in 0..WORKERS {
+            let format = secondary.map_or(ValueFormat::F32, |compression| compression.format);
+            let newest = cluster.server.theta();
+            assert_aside(&mut cluster, worker, &beginning, format);
+            assert_aside(&mut cluster, worker, &newest, format);
+            cluster.assert_replica(worker);
+        }
     }
     (answers, cluster.server.theta())
 }
@@ -102,6 +109,30 @@ fn assert_near(before: &[f32], worker: &[f32], server: &[f32]) {
         let bound = f64::from(server.abs().max(before.abs())) * f64::from(2.0_f32.powi(-22));
         let distance = (f64::from(worker) - f64::from(server)).abs();
         assert!(distance <= bound, "worker {worker}, server {server}, before {before}");
+    }
+}
+
+/// A worker can make any model of its own and of what the server sends aside, as exactly as values of the format are;
+/// it gets the same bytes again when it asks again.
+fn assert_aside(cluster: &mut Cluster, worker: usize, target: &[f32], format: ValueFormat) {
+    let session = cluster.members[worker].session;
+    let payload = cluster.server.aside(session, &target.into()).unwrap();
+    assert_eq!(cluster.server.aside(session, &target.into()).unwrap(), payload);
+    let core = &cluster.members[worker].core;
+    let model = core.model_aside(&payload).unwrap();
+    for tensor in cluster.layout.tensors() {
+        let apart = |index: usize| (target[index] - core.theta()[index]).abs();
+        let farthest = tensor.range().map(apart).fold(0.0, f32::max);
+        for index in tensor.range() {
+            let (made, wanted, before) = (model[index], target[index], core.theta()[index]);
+            let rounding = made.abs().max(before.abs()).max(wanted.abs()) * 2.0_f32.powi(-22);
+            let bound = match format {
+                ValueFormat::F32 => rounding,
+                ValueFormat::Bf16 => rounding + apart(index) / 256.0,
+                ValueFormat::Int8 => rounding + farthest / 250.0,
+            };
+            assert!((made - wanted).abs() <= bound, "made {made}, wanted {wanted}, before {before}");
+        }
     }
 }
 

@@ -67,7 +67,7 @@ impl From<&RunConfig> for ServerSettings {
             secondary: secondary_compression(run),
             sessions_max: run.server.sessions_max,
             shards: run.server.shards,
-            workers_have_initial: run.upcycles(),
+            workers_have_initial: run.workers_make_initial(),
         }
     }
 }
@@ -194,6 +194,18 @@ impl ServerCore {
         coordinator.join(session);
         enqueue(ShardJob::Open { worker });
         Ok((worker, step))
+    }
+
+    /// `enqueue` gets the job that makes what turns a session's model into `target`, which it is to evaluate; returns
+    /// whether the session exists.
+    ///
+    /// The worker asks between exchanges, when the replica is its model, and gets the same bytes until its next push.
+    pub fn aside(&self, session: SessionId, target: Arc<[f32]>, enqueue: impl FnOnce(ShardJob)) -> bool {
+        // A session that is closed loses its replica in this order too, so the job cannot come after that.
+        let _order = self.coordinator();
+        let Some(worker) = self.sessions.worker(session) else { return false };
+        enqueue(ShardJob::Aside { worker, target });
+        true
     }
 
     /// Ends a session: what it holds goes back, its replica goes away. Unknown sessions are ignored.
@@ -368,6 +380,16 @@ impl SerialServer {
     pub fn close_session(&mut self, session: SessionId) {
         let shards = &mut self.shards;
         self.core.close_session(session, |job| shards.iter_mut().for_each(|shard| drop(shard.handle(&job))));
+    }
+
+    /// The tensor blocks that turn a session's model into `target`; `None` if there is no such session.
+    pub fn aside(&mut self, session: SessionId, target: &Arc<[f32]>) -> Option<Vec<u8>> {
+        let shards = &mut self.shards;
+        let mut outputs = Vec::new();
+        let exists = self.core.aside(session, target.clone(), |job| {
+            outputs.extend(shards.iter_mut().map(|shard| vec![shard.handle(&job)]));
+        });
+        exists.then(|| PushOutput::join(outputs).payload)
     }
 
     /// A whole exchange: the reply frame, and the snapshot if one fell due.

@@ -42,6 +42,13 @@ pub enum ShardJob {
     },
     /// Copy the model.
     Snapshot,
+    /// Make the difference that turns a worker's model into one that it evaluates. Nothing is taken as sent.
+    Aside {
+        /// Whose.
+        worker: WorkerId,
+        /// The model of an earlier step, over all shards.
+        target: Arc<[f32]>,
+    },
     /// Hash a worker's replica.
     ReplicaHashes {
         /// Whose.
@@ -56,7 +63,7 @@ pub enum ShardOutput {
     Base(Base),
     /// Of `Close`.
     Closed,
-    /// Of `Apply`: the tensor blocks of the difference.
+    /// Of `Apply` and `Aside`: the tensor blocks of the difference.
     Difference(Vec<u8>),
     /// Of `Snapshot`: the part of the model.
     Snapshot(Vec<f32>),
@@ -160,7 +167,7 @@ impl<T: DifferenceTracker> Shard<T> {
     /// Does one job.
     ///
     /// # Panics
-    /// If the job names a worker that is not open.
+    /// If the job names a worker that is not open, or a target of another length than the layout's.
     pub fn handle(&mut self, job: &ShardJob) -> ShardOutput {
         match job {
             &ShardJob::Open { worker } => ShardOutput::Base(self.open(worker)),
@@ -172,6 +179,7 @@ impl<T: DifferenceTracker> Shard<T> {
                 ShardOutput::Difference(self.apply(*worker, update.as_deref()))
             }
             ShardJob::Snapshot => ShardOutput::Snapshot(self.theta.clone()),
+            ShardJob::Aside { worker, target } => ShardOutput::Difference(self.aside(*worker, target)),
             &ShardJob::ReplicaHashes { worker } => ShardOutput::ReplicaHashes(self.replica_hashes(worker)),
         }
     }
@@ -198,6 +206,13 @@ impl<T: DifferenceTracker> Shard<T> {
         }
         let mut payload = Vec::new();
         self.tracker.answer(worker, &self.layout, &self.theta, &mut payload);
+        payload
+    }
+
+    fn aside(&mut self, worker: WorkerId, target: &[f32]) -> Vec<u8> {
+        let part = &target[self.layout.elements(self.tensors.clone())];
+        let mut payload = Vec::new();
+        self.tracker.aside(worker, &self.layout, part, &mut payload);
         payload
     }
 

@@ -33,6 +33,13 @@ pub trait DifferenceTracker: Send {
     /// If the worker is unknown.
     fn answer(&mut self, worker: WorkerId, layout: &Layout, theta: &[f32], payload: &mut Vec<u8>);
 
+    /// Appends the tensor blocks of everything that differs between `target`, a model to be evaluated, and the worker's
+    /// model to `payload`. The worker adds it to a copy, so nothing is taken as sent.
+    ///
+    /// # Panics
+    /// If the worker is unknown.
+    fn aside(&mut self, worker: WorkerId, layout: &Layout, target: &[f32], payload: &mut Vec<u8>);
+
     /// The worker's model after the last answer, bit for bit.
     ///
     /// # Panics
@@ -79,17 +86,19 @@ impl Replicas {
     }
 }
 
-/// How much of a difference is sent.
+/// How much of a difference is sent, and whether the worker's model moves by it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Extent {
     /// What secondary compression keeps.
     Top,
     /// All of it.
     Everything,
+    /// All of it, to be added to a copy.
+    Aside,
 }
 
 impl Replicas {
-    /// G = θ − w_k; select and encode; w_k += decode(encode(G)), tensor by tensor.
+    /// G = θ − w_k; select and encode; w_k += decode(encode(G)) unless it goes aside, tensor by tensor.
     fn send(
         &mut self,
         extent: Extent,
@@ -99,7 +108,7 @@ impl Replicas {
     ) {
         let compressor = match extent {
             Extent::Top => &mut self.compressor,
-            Extent::Everything => &mut self.complete,
+            Extent::Everything | Extent::Aside => &mut self.complete,
         };
         let replica = self.replicas.get_mut(&worker).expect("updates come from workers that were opened");
         let start = layout.elements(self.tensors.clone()).start;
@@ -113,7 +122,9 @@ impl Replicas {
             compressor
                 .compress_into(layout, run, &self.difference, 1.0, payload, &mut self.sent)
                 .expect("the bound on updates keeps model and replicas finite");
-            self.sent.add_to(layout, replica);
+            if extent != Extent::Aside {
+                self.sent.add_to(layout, replica);
+            }
         }
     }
 }
@@ -134,6 +145,10 @@ impl DifferenceTracker for Replicas {
 
     fn answer(&mut self, worker: WorkerId, layout: &Layout, theta: &[f32], payload: &mut Vec<u8>) {
         self.send(Extent::Top, worker, (layout, theta), payload);
+    }
+
+    fn aside(&mut self, worker: WorkerId, layout: &Layout, target: &[f32], payload: &mut Vec<u8>) {
+        self.send(Extent::Aside, worker, (layout, target), payload);
     }
 
     fn replica(&self, worker: WorkerId) -> &[f32] {

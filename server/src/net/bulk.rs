@@ -42,11 +42,6 @@ impl Blob {
     pub(crate) fn of_corpus(corpus: &Corpus) -> Self {
         Self { bytes: Bytes::from_owner(corpus.bytes().clone()), sha256: corpus.sha256() }
     }
-
-    /// The parameters again.
-    pub(crate) fn parameters(&self) -> Vec<f32> {
-        self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-    }
 }
 
 /// Answers one request.
@@ -58,7 +53,7 @@ pub(super) async fn serve(
 ) -> Result<(), MessageError> {
     let blob = match request.object {
         BulkObject::Base => hub.base(session),
-        BulkObject::Snapshot(job) => hub.snapshot(job.step),
+        BulkObject::Snapshot(job) => hub.snapshot_for(session, job.step).await,
         BulkObject::Text => Some(hub.text()),
         BulkObject::Dense => hub.dense(),
     };

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use quinn::{Connection, Incoming, RecvStream, SendStream};
 use sanderling_common::ids::{SessionId, Step, WorkerId};
 use sanderling_common::wire::control::{
-    Goodbye, Greeting, Hello, Initial, Ready, Request, Response, Start, StreamKind, Welcome,
+    Goodbye, Greeting, Hello, Ready, Request, Response, Start, StreamKind, Welcome,
 };
 use sanderling_common::wire::frame::{Reply, WireError};
 use sanderling_common::wire::{Push, Refusal};
@@ -219,14 +219,10 @@ async fn confirm(seat: &Seat<'_>, (down, up): &mut Control) -> Result<(), PeerEr
             "its layout is not this run's; use the same release on both sides",
         ));
     }
-    let made = match hub.initial() {
-        Initial::Sent => None,
-        Initial::Upcycled(upcycling) => Some(upcycling.sha256),
-    };
-    if ready.initial_sha256 != made {
+    if ready.initial_sha256 != hub.initial().sha256() {
         send(down, &Start::InitialMismatch).await?;
         return Err(PeerError::NotAdmitted(
-            "it upcycles to another model; use the same release on both sides",
+            "it makes another initial model; use the same release on both sides",
         ));
     }
     let start = seat.new_from.map_or(Start::Resume, |step| Start::Fetch { step });

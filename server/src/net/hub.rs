@@ -87,7 +87,7 @@ pub(crate) struct Hub {
     bases: DashMap<SessionId, Blob>,
     text: Blob,
     /// The models that are to be evaluated, and the best.
-    snapshots: Mutex<BTreeMap<Step, Blob>>,
+    snapshots: Mutex<BTreeMap<Step, Arc<[f32]>>>,
     closed_bytes_up: AtomicU64,
     closed_bytes_down: AtomicU64,
     /// Woken when there may be work for those who wait, or the run is over.
@@ -107,6 +107,9 @@ impl Hub {
         Ok(Self {
             pipeline: Pipeline::start(&layout, &run, initial),
             initial: match &beginning.dense {
+                None if run.workers_make_initial() => {
+                    Initial::Seeded { sha256: parameters_hash(&layout, initial) }
+                }
                 None => Initial::Sent,
                 Some(dense) => Initial::Upcycled(Box::new(OnlineUpcycling {
                     dense: dense.config.clone(),
@@ -193,7 +196,7 @@ impl Hub {
     pub(crate) async fn stop_training(&self) {
         if let Some(snapshot) = self.pipeline.stop().await {
             self.note(&snapshot);
-            self.keep(&snapshot);
+            self.keep(snapshot);
         }
         self.changed.notify_waiters();
     }
@@ -335,7 +338,7 @@ impl Hub {
             });
         }
         if let Some(snapshot) = snapshot {
-            self.keep(&snapshot);
+            self.keep(snapshot);
         }
         if self.is_finished() {
             self.changed.notify_waiters();
@@ -384,18 +387,25 @@ impl Hub {
     }
 
     /// Keeps the model of a step that is to be evaluated.
-    fn keep(&self, snapshot: &Snapshot) {
-        self.snapshots().insert(snapshot.step, Blob::of_parameters(&snapshot.parameters));
-        self.pipeline.snapshot_ready(snapshot.step);
+    fn keep(&self, snapshot: Snapshot) {
+        let step = snapshot.step;
+        self.snapshots().insert(step, snapshot.parameters.into());
+        self.pipeline.snapshot_ready(step);
         self.changed.notify_waiters();
     }
 
-    /// The model of an evaluation, while it is wanted.
-    pub(super) fn snapshot(&self, step: Step) -> Option<Blob> {
+    /// The tensor blocks that turn a session's model into that of an evaluation, while it is wanted.
+    pub(super) async fn snapshot_for(&self, session: SessionId, step: Step) -> Option<Blob> {
+        let target = self.snapshot(step)?;
+        let payload = self.pipeline.aside(session, target).await?;
+        Some(Blob::of_bytes(payload.into()))
+    }
+
+    fn snapshot(&self, step: Step) -> Option<Arc<[f32]>> {
         self.snapshots().get(&step).cloned()
     }
 
-    fn snapshots(&self) -> MutexGuard<'_, BTreeMap<Step, Blob>> {
+    fn snapshots(&self) -> MutexGuard<'_, BTreeMap<Step, Arc<[f32]>>> {
         self.snapshots.lock().expect("no holder of the snapshots panics")
     }
 
@@ -410,7 +420,7 @@ impl Hub {
     }
 
     /// The best model by validation so far, with its step.
-    pub(crate) fn best(&self) -> Option<(Step, Blob)> {
+    pub(crate) fn best(&self) -> Option<(Step, Arc<[f32]>)> {
         let step = self.pipeline.best()?.step;
         // It may have been replaced between the two look-ups.
         Some((step, self.snapshot(step)?))

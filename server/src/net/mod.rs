@@ -250,12 +250,12 @@ impl Server {
             return;
         }
         self.finish_saving().await;
-        if let Some((step, blob)) = self.hub.best()
+        if let Some((step, parameters)) = self.hub.best()
             && self.saved != Some(step)
         {
             self.saved = Some(step);
             let write = self.checkpoint_writer();
-            self.saving = Some(tokio::task::spawn_blocking(move || write(&blob.parameters())));
+            self.saving = Some(tokio::task::spawn_blocking(move || write(&parameters)));
         }
     }
 
@@ -279,7 +279,7 @@ impl Server {
     async fn conclude(&mut self) -> Result<Outcome, ServerError> {
         self.finish_saving().await;
         let (step, parameters) = match self.hub.best() {
-            Some((step, blob)) => (Some(step), blob.parameters()),
+            Some((step, parameters)) => (Some(step), parameters.to_vec()),
             None => (None, self.hub.theta().await),
         };
         let parameters = if step.is_some() && self.saved == step {

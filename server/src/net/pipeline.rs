@@ -10,7 +10,7 @@ use sanderling_common::ids::{SessionId, Step, WorkerId};
 use sanderling_common::layout::Layout;
 use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::{Push, Refusal, Work};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::hub::{OpenError, Opened};
 use crate::core::{
@@ -23,6 +23,9 @@ const JOBS_PER_SESSION: usize = 5;
 
 /// Jobs that belong to no session: snapshots.
 const JOBS_WITHOUT_SESSION: usize = 16;
+
+/// Differences to models that are evaluated, in the making at a time. Whoever asks for another waits.
+const ASIDE_MAX: usize = 4;
 
 struct Task {
     job: ShardJob,
@@ -61,6 +64,7 @@ pub(super) struct News {
 pub(super) struct Pipeline {
     core: ServerCore,
     shards: Vec<SyncSender<Task>>,
+    aside: Semaphore,
 }
 
 impl Pipeline {
@@ -68,14 +72,15 @@ impl Pipeline {
     pub(super) fn start(layout: &Arc<Layout>, run: &RunConfig, initial: &[f32]) -> Self {
         let settings = ServerSettings::from(run);
         let (core, shards) = ServerCore::new(layout, initial, &settings);
-        let queue_max = JOBS_PER_SESSION * settings.sessions_max as usize + JOBS_WITHOUT_SESSION;
+        let queue_max = JOBS_PER_SESSION * settings.sessions_max as usize + JOBS_WITHOUT_SESSION + ASIDE_MAX;
         let start = |(number, shard): (usize, Shard)| {
             let (queue, tasks) = sync_channel(queue_max);
             let thread = std::thread::Builder::new().name(format!("shard {number}"));
             thread.spawn(move || work_off(shard, &tasks)).expect("the system has a thread for each shard");
             queue
         };
-        Self { core, shards: shards.into_iter().enumerate().map(start).collect() }
+        let shards = shards.into_iter().enumerate().map(start).collect();
+        Self { core, shards, aside: Semaphore::new(ASIDE_MAX) }
     }
 
     /// Queues jobs for every shard. Called while the order of steps is held, so it must not wait: the queues have
@@ -131,6 +136,17 @@ impl Pipeline {
         let mut pending = Pending::new();
         let step = self.core.stop(|job| self.enqueue(&[job], &mut pending))?;
         Some(Snapshot { step, parameters: snapshot(pending).await })
+    }
+
+    /// The tensor blocks that turn a session's model into `target`; `None` if there is no such session.
+    pub(super) async fn aside(&self, session: SessionId, target: Arc<[f32]>) -> Option<Vec<u8>> {
+        let _permit = self.aside.acquire().await.expect("the semaphore is never closed");
+        let mut pending = Pending::new();
+        let exists = self.core.aside(session, target, |job| self.enqueue(&[job], &mut pending));
+        if !exists {
+            return None;
+        }
+        Some(PushOutput::join(outputs(pending).await).payload)
     }
 
     /// The model as it is when the queued jobs are done.

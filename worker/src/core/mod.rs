@@ -24,7 +24,7 @@ use sanderling_common::init::parameters_hash;
 use sanderling_common::layout::Layout;
 use sanderling_common::method::MethodSettings;
 use sanderling_common::schedule::Schedule;
-use sanderling_common::sparse::{DecodeError, NonFinite, Update, decode_into};
+use sanderling_common::sparse::{DecodeError, NonFinite, Update, decode, decode_into};
 use sanderling_common::wire::{Answer, BatchRange, Push, UPDATE_MAGNITUDE_MAX, Work};
 
 use method::{CompressionMethod, Direction, clip_scale};
@@ -350,6 +350,21 @@ impl WorkerCore {
         self.view_is_current = false;
         self.counters.answers += 1;
         Ok(answer.work)
+    }
+
+    /// The model of an evaluation: θ_k plus what the server sent for it aside, which leaves θ_k as it is.
+    ///
+    /// # Errors
+    /// An [`AnswerError`] if that cannot be decoded, or the sum overflows.
+    ///
+    /// # Panics
+    /// If a push is pending: the server may have another θ_k by then.
+    pub fn model_aside(&self, payload: &[u8]) -> Result<Vec<f32>, AnswerError> {
+        assert!(!self.is_pending, "an evaluation began while a push was pending");
+        let difference = decode(&self.layout, 0..self.layout.tensors().len(), payload)?;
+        let mut model = self.theta.clone();
+        difference.add_to(&self.layout, &mut model);
+        if model.iter().all(|value| value.is_finite()) { Ok(model) } else { Err(AnswerError::NonFinite) }
     }
 
     /// Queues the batches of work that was asked for outside an exchange. The server then names what the session

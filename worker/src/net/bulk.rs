@@ -100,7 +100,7 @@ impl Download {
     }
 }
 
-/// The parameters in a base model or snapshot, little-endian `f32`; `None` unless there are exactly `count` finite
+/// The parameters in a base model, little-endian `f32`; `None` unless there are exactly `count` finite
 /// ones.
 pub(super) fn parameters(bytes: &[u8], count: usize) -> Option<Vec<f32>> {
     if bytes.len() != count * 4 {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use sanderling_common::checkpoint::Checkpoint;
 use sanderling_common::corpus::{Corpus, TEXT_BYTES_MAX};
 use sanderling_common::ids::{BatchId, SessionId, Step};
-use sanderling_common::init::parameters_hash;
+use sanderling_common::init::{initial_parameters, parameters_hash};
 use sanderling_common::layout::Layout;
 use sanderling_common::origin::Dense;
 use sanderling_common::sparse::{decode, payload_bytes_max};
@@ -114,6 +114,13 @@ impl Shelf {
     }
 }
 
+/// The initial model of a run that begins with seeded initialisation.
+async fn seeded(welcome: &Welcome) -> Result<Vec<f32>, Lost> {
+    let (model, seed) = (welcome.model.clone(), welcome.run.run.seed);
+    let made = tokio::task::spawn_blocking(move || initial_parameters(&model, seed)).await;
+    Ok(made.expect("initialisation does not panic").map_err(WorkerError::Model)?)
+}
+
 /// The dense model of this hash, if one of the places has it.
 fn find_dense(places: &[PathBuf], sha256: [u8; 32]) -> Option<Dense> {
     places.iter().find_map(|place| {
@@ -192,6 +199,7 @@ impl Member {
         let layout = engine.layout().clone();
         let initial = match &welcome.initial {
             Initial::Sent => None,
+            Initial::Seeded { .. } => Some(seeded(welcome).await?),
             Initial::Upcycled(upcycling) => Some(shelf.upcycled(link, (welcome, upcycling), options).await?),
         };
         Ok(Self {
@@ -405,16 +413,16 @@ impl Member {
         }
     }
 
-    /// Fetches the model of an evaluation, evaluates it and reports the result.
+    /// Fetches what the model of an evaluation differs by, evaluates it and reports the result.
     async fn evaluate(
         &mut self,
         link: &Link,
         options: &WorkerOptions,
         job: EvaluationJob,
     ) -> Result<(), Lost> {
-        let count = self.layout.len();
-        let fetched = link.fetch(&mut self.download, BulkObject::Snapshot(job), count as u64 * 4).await;
-        let bytes = match fetched {
+        let bytes_max = payload_bytes_max(&self.layout);
+        let fetched = link.fetch(&mut self.download, BulkObject::Snapshot(job), bytes_max).await;
+        let payload = match fetched {
             Err(BulkError::NotFound(_)) => {
                 warn!("the model of {} is gone; leaving its evaluation", job.step);
                 self.evaluation = None;
@@ -422,9 +430,8 @@ impl Member {
             }
             fetched => fetched?,
         };
-        let Some(model) = parameters(&bytes, count) else {
-            return Err(Lost::Session("a snapshot does not fit the layout".to_owned()));
-        };
+        let model = self.desk().core().model_aside(&payload);
+        let model = model.map_err(|error| Lost::Session(error.to_string()))?;
         let report = self.at_desk(options, move |desk| desk.engine.evaluate(&model, job)).await?;
         let session = self.session;
         self.ask(link, &Request::Evaluated(session, Box::new(report))).await?;

@@ -105,10 +105,8 @@ pub enum WorkerError {
     /// The dense model of the run cannot be upcycled.
     #[error("the server's dense model cannot be upcycled: {0}")]
     Upcycle(#[from] UpcycleError),
-    /// The two programs make different mixtures of the same dense model.
-    #[error(
-        "server and worker make different mixtures of the same dense model; use the same release on both sides"
-    )]
+    /// The two programs make different models of the same seed, or of the same dense model.
+    #[error("server and worker make different initial models; use the same release on both sides")]
     InitialMismatch,
     /// Its text cannot be used.
     #[error("the server's text cannot be used: {0}")]
