@@ -322,7 +322,7 @@ impl Simulation {
         let core = &self.workers[worker].core;
         let payload = self.server.aside(core.session(), target).ok_or(Refusal::UnknownSession)?;
         let report = self.engine.evaluate(&core.model_aside(&payload)?, job)?;
-        self.server.core().report(&report);
+        self.server.core().report(self.workers[worker].core.session(), &report);
         self.snapshots.retain(|&step, _| self.server.core().needs_snapshot(step));
         self.report.evaluations.push(report);
         self.ask(worker)

@@ -9,3 +9,4 @@ pub mod net;
 pub mod progress;
 pub mod recorder;
 pub mod results;
+pub mod storage;

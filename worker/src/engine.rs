@@ -69,10 +69,27 @@ impl Engine {
         parameters: &[f32],
         job: EvaluationJob,
     ) -> Result<EvaluationReport, ModelError> {
+        Ok(self.evaluate_while(parameters, job, &|| true)?.expect("it went on to the end"))
+    }
+
+    /// As [`evaluate`](Self::evaluate), for as long as `keep_going` says so, which is asked before every batch; `None` if
+    /// it said no.
+    ///
+    /// # Errors
+    /// A [`ModelError`] if the device fails.
+    pub fn evaluate_while(
+        &mut self,
+        parameters: &[f32],
+        job: EvaluationJob,
+        keep_going: &dyn Fn() -> bool,
+    ) -> Result<Option<EvaluationReport>, ModelError> {
         let text = self.corpus.held_out(job.split);
         let sequences = self.run.data.batch_size as usize;
         let mut sums = EvalSums::default();
         for batch in evaluation_batches(&text, sequences, self.run.model.context) {
+            if !keep_going() {
+                return Ok(None);
+            }
             sums.merge(&self.model.evaluate(parameters, batch.inputs.view(), batch.targets.view())?);
         }
         let share = |layer: &crate::model::RouterSums| {
@@ -80,7 +97,7 @@ impl Engine {
             let slots = counts.iter().sum::<u64>().max(1) as f64;
             counts.iter().map(|&count| (count as f64 / slots) as f32).collect()
         };
-        Ok(EvaluationReport {
+        Ok(Some(EvaluationReport {
             job,
             loss: sums.loss(),
             tokens: sums.tokens,
@@ -88,6 +105,6 @@ impl Engine {
             router_entropy: (sums.layers.iter())
                 .map(|layer| (layer.entropy_sum / sums.tokens as f64) as f32)
                 .collect(),
-        })
+        }))
     }
 }

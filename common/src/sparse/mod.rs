@@ -23,6 +23,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod aside;
 pub mod codec;
 mod compress;
 pub mod rice;
@@ -30,6 +31,7 @@ mod select;
 mod update;
 mod values;
 
+pub use aside::{aside_bytes_max, join_aside, split_aside};
 pub use codec::{DecodeError, decode, decode_into, payload_bytes_max};
 pub use compress::{Compressor, NonFinite};
 pub use select::Selector;

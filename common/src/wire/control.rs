@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use crate::config::RunConfig;
 use crate::ids::{SessionId, Step, WorkerId};
 use crate::layout::LayoutHash;
-use crate::model_config::ModelConfig;
+use crate::model_config::{FeedForward, ModelConfig};
 use crate::upcycle::Recipe;
 use crate::wire::{EvaluationJob, Work};
 
@@ -156,7 +156,7 @@ pub struct Ready {
 /// The server's answer to [`Ready`].
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum Start {
-    /// A new session: fetch the base model, then ask for work.
+    /// A session that has not pushed yet: fetch the base model, unless it is there already, then ask for work.
     Fetch {
         /// The server step of the base.
         step: Step,
@@ -206,6 +206,18 @@ pub struct EvaluationReport {
     pub router_entropy: Vec<f32>,
 }
 
+impl EvaluationReport {
+    /// Whether it has as many layers and experts as the model.
+    pub fn fits(&self, model: &ModelConfig) -> bool {
+        let (layers, experts) = match model.feed_forward {
+            FeedForward::Dense => (0, 0),
+            FeedForward::Moe { experts, .. } => (model.layers, experts),
+        };
+        (self.expert_share.len(), self.router_entropy.len()) == (layers, layers)
+            && self.expert_share.iter().all(|shares| shares.len() == experts)
+    }
+}
+
 /// Asks for bulk data from an offset on.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct BulkRequest {
@@ -223,8 +235,8 @@ pub enum BulkObject {
     /// The model this session starts from, little-endian `f32` in layout order; or of a run whose workers make the
     /// initial model, the tensor blocks of what is to be added to that.
     Base,
-    /// The tensor blocks of what is to be added to a copy of the session's model to make the server's at an evaluation's
-    /// step of it. They are as exact as the answers of the run: in 8 bits where those are.
+    /// What is to be added to a copy of the session's model to make the server's at an evaluation's step of it, in the two
+    /// parts of [`crate::sparse::join_aside`]. The server sends it only to the session that is to do the evaluation.
     Snapshot(EvaluationJob),
     /// The text.
     Text,

@@ -8,6 +8,7 @@ use anyhow::Context;
 use sanderling_common::config::cli::RunOptions;
 use sanderling_common::corpus::{Characters, Corpus, Vocabulary};
 use sanderling_common::join::JoinString;
+use sanderling_common::report::one_sentence;
 use sanderling_common::tokenizer::Tokenizer;
 use sanderling_server::net::{Outcome, Server};
 use sanderling_server::progress::ProgressView;
@@ -198,7 +199,7 @@ impl<'a> SampleText<'a> {
         match file.tokenizer_json().map(|json| Tokenizer::from_json(json, "the token file's tokenizer")) {
             Some(Ok(tokenizer)) => Self::Subwords(Box::new(tokenizer)),
             Some(Err(error)) => {
-                warn!("the sample is in token numbers: {error}");
+                warn!("the sample is in token numbers: {}", one_sentence(&error));
                 Self::Numbers
             }
             None => Self::Numbers,

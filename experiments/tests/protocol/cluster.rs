@@ -9,7 +9,7 @@ use sanderling_common::schedule::Schedule;
 use sanderling_common::sparse::{Compression, ValueFormat};
 use sanderling_common::wire::frame::Reply;
 use sanderling_common::wire::{Answer, Push, Refusal};
-use sanderling_server::core::{SerialServer, ServerSettings, WorkSettings};
+use sanderling_server::core::{Log, NoLog, SerialServer, ServerSettings, WorkSettings};
 use sanderling_worker::core::{WorkerCore, WorkerSettings};
 
 /// A worker and what the server calls it.
@@ -87,7 +87,20 @@ impl Cluster {
         settings: WorkerSettings,
         workers: usize,
     ) -> Self {
-        let server = SerialServer::new(layout, theta, server);
+        Self::with_log(layout, theta, server, settings, workers, Box::new(NoLog))
+    }
+
+    /// The same, with a log that is told everything from the beginning.
+    pub(crate) fn with_log(
+        layout: &Arc<Layout>,
+        theta: &[f32],
+        server: &ServerSettings,
+        settings: WorkerSettings,
+        workers: usize,
+        log: Box<dyn Log>,
+    ) -> Self {
+        let mut server = SerialServer::new(layout, theta, server);
+        server.set_log(log);
         let (layout, initial) = (layout.clone(), theta.to_vec());
         let mut cluster = Self { layout, server, members: Vec::new(), settings, initial, sessions: 0 };
         for _ in 0..workers {

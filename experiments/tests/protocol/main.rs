@@ -8,6 +8,7 @@ mod cluster;
 mod conservation;
 mod delivery;
 mod purity;
+mod recovery;
 mod replicas;
 mod simulation;
 mod traces;

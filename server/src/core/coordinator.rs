@@ -2,7 +2,7 @@
 
 use sanderling_common::ids::{BatchId, SessionId, Step};
 use sanderling_common::wire::control::EvaluationReport;
-use sanderling_common::wire::{Refusal, Work};
+use sanderling_common::wire::{EvaluationJob, Refusal, Work};
 
 use super::evaluations::{Best, Evaluated, Evaluations};
 use super::leases::LeasePool;
@@ -120,7 +120,7 @@ impl Coordinator {
         if self.is_finished() {
             return Work { finished: true, ..Work::default() };
         }
-        match self.evaluations.lease(session) {
+        match self.lease_evaluation(session) {
             Some(job) => Work { evaluation: Some(job), ..Work::default() },
             None => Work { batches: self.leases.lease(session), ..Work::default() },
         }
@@ -138,13 +138,23 @@ impl Coordinator {
             Work { finished: true, ..Work::default() }
         } else if held.evaluation.is_some() {
             held
-        } else if let Some(job) = self.evaluations.lease(session) {
+        } else if let Some(job) = self.lease_evaluation(session) {
             Work { evaluation: Some(job), ..held }
         } else if held.batches.is_some() {
             held
         } else {
             Work { batches: self.leases.lease(session), ..held }
         }
+    }
+
+    /// What a session that has ended were given, nobody would do.
+    fn lease_evaluation(&mut self, session: SessionId) -> Option<EvaluationJob> {
+        if self.leases.knows(session) { self.evaluations.lease(session) } else { None }
+    }
+
+    /// Whether the session is to do this evaluation.
+    pub(super) fn evaluates(&self, session: SessionId, job: EvaluationJob) -> bool {
+        self.evaluations.held(session) == Some(job)
     }
 
     pub(super) fn snapshot_ready(&mut self, step: Step) {
@@ -155,8 +165,8 @@ impl Coordinator {
         self.evaluations.needs_snapshot(step)
     }
 
-    pub(super) fn report(&mut self, report: &EvaluationReport) -> Evaluated {
-        self.evaluations.report(report)
+    pub(super) fn report(&mut self, session: SessionId, report: &EvaluationReport) -> Evaluated {
+        self.evaluations.report(session, report)
     }
 
     /// Leases nothing more; returns the current step if a snapshot of it is wanted.

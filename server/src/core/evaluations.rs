@@ -149,9 +149,9 @@ impl Evaluations {
         self.list.iter_mut().filter(held).for_each(|entry| entry.state = State::Free);
     }
 
-    /// Takes a result, from whoever brings it first: it is the same whoever computed it.
-    pub fn report(&mut self, report: &EvaluationReport) -> Evaluated {
-        let is_it = |entry: &Entry| entry.job == report.job && entry.state != State::AwaitsSnapshot;
+    /// Takes a result from the session that the evaluation is leased to.
+    pub fn report(&mut self, session: SessionId, report: &EvaluationReport) -> Evaluated {
+        let is_it = |entry: &Entry| entry.job == report.job && entry.state == State::Leased(session);
         let Some(position) = self.list.iter().position(is_it) else {
             return Evaluated::Ignored;
         };
@@ -208,18 +208,18 @@ mod tests {
             let job = evaluations.lease(A).unwrap();
             assert_eq!((job.step, job.split), (Step(step), Split::Validation));
             let is_best = step <= 20;
-            assert_eq!(evaluations.report(&report(job, loss)), Evaluated::Recorded { is_best });
+            assert_eq!(evaluations.report(A, &report(job, loss)), Evaluated::Recorded { is_best });
         }
         assert!(evaluations.reach_end(Step(45)));
         assert_eq!(evaluations.lease(A), None, "its snapshot is not there yet");
         evaluations.snapshot_ready(Step(45));
         let last = evaluations.lease(A).unwrap();
         assert!(!evaluations.is_over());
-        evaluations.report(&report(last, 2.5));
+        evaluations.report(A, &report(last, 2.5));
         let test = evaluations.lease(B).unwrap();
         assert_eq!((test.step, test.split), (Step(20), Split::Test));
         assert!(evaluations.needs_snapshot(Step(20)) && !evaluations.needs_snapshot(Step(45)));
-        evaluations.report(&report(test, 9.0));
+        evaluations.report(B, &report(test, 9.0));
         assert!(evaluations.is_over());
         assert_eq!(evaluations.best(), Some(Best { step: Step(20), loss: 2.0 }));
     }
@@ -230,7 +230,7 @@ mod tests {
         ready(&mut evaluations, 10);
         assert!(!evaluations.reach_end(Step(10)));
         let job = evaluations.lease(A).unwrap();
-        evaluations.report(&report(job, 1.0));
+        evaluations.report(A, &report(job, 1.0));
         assert_eq!(evaluations.lease(A).unwrap().split, Split::Test);
     }
 
@@ -243,8 +243,9 @@ mod tests {
         assert_eq!(evaluations.lease(B), None);
         evaluations.leave(A);
         assert_eq!(evaluations.lease(B), Some(job));
-        assert_eq!(evaluations.report(&report(job, 1.0)), Evaluated::Recorded { is_best: true });
-        assert_eq!(evaluations.report(&report(job, 0.5)), Evaluated::Ignored);
+        assert_eq!(evaluations.report(A, &report(job, 0.1)), Evaluated::Ignored, "it is no longer A's");
+        assert_eq!(evaluations.report(B, &report(job, 1.0)), Evaluated::Recorded { is_best: true });
+        assert_eq!(evaluations.report(B, &report(job, 0.5)), Evaluated::Ignored);
     }
 
     #[test]
@@ -261,7 +262,7 @@ mod tests {
         assert!(evaluations.reach_end(Step(0)));
         evaluations.snapshot_ready(Step(0));
         let job = evaluations.lease(A).unwrap();
-        evaluations.report(&report(job, f64::INFINITY));
+        evaluations.report(A, &report(job, f64::INFINITY));
         assert!(evaluations.is_over());
     }
 }

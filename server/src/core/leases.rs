@@ -77,6 +77,11 @@ impl LeasePool {
         self.check();
     }
 
+    /// Whether the session was admitted and has not left.
+    pub fn knows(&self, session: SessionId) -> bool {
+        self.held.contains_key(&session)
+    }
+
     /// Whether the session holds the batch.
     pub fn holds(&self, session: SessionId, batch: BatchId) -> bool {
         self.held.get(&session).is_some_and(|held| held.contains(&batch.0))

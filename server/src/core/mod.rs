@@ -11,14 +11,20 @@
 //!
 //! The state is thus a fold over the sequence of jobs. [`SerialServer`] makes the three calls one after the other for
 //! tests and simulation; the network driver has a thread per shard.
+//!
+//! Every decision that the order of steps holds is told to a [`Log`]; [`Replay`] makes the same decisions of the same
+//! records again, which is how a server that was killed comes back.
 
 mod coordinator;
 mod evaluations;
 mod leases;
+mod record;
+mod replay;
 mod sessions;
 mod shard;
 mod tracker;
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
@@ -29,15 +35,17 @@ use sanderling_common::layout::Layout;
 use sanderling_common::sparse::{Compression, Update, decode};
 use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::frame::Reply;
-use sanderling_common::wire::{Answer, Push, Refusal, UPDATE_MAGNITUDE_MAX, Work};
+use sanderling_common::wire::{Answer, EvaluationJob, Push, Refusal, UPDATE_MAGNITUDE_MAX, Work};
 
 use coordinator::{Coordinator, Placement};
 pub use coordinator::{Standing, WorkSettings};
 pub use evaluations::{Best, EVALUATIONS_MAX, Evaluated, Evaluations};
 pub use leases::LeasePool;
+pub use record::{Log, NoLog, Note, Record, RecordError};
+pub use replay::{Recovered, Replay, ReplayError};
 pub use sessions::SessionsFull;
 use sessions::{SessionTable, Turn};
-pub use shard::{BASE_MAGNITUDE_MAX, Base, Shard, ShardJob, ShardOutput, secondary_compression};
+pub use shard::{BASE_MAGNITUDE_MAX, Base, Shard, ShardJob, ShardOutput, aside_bytes, secondary_compression};
 pub use tracker::{DifferenceTracker, Replicas};
 
 /// What the core needs to know of a run.
@@ -82,7 +90,7 @@ pub enum Admitted {
 }
 
 /// A push between its step and its answer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Ticket {
     session: SessionId,
     seq: Seq,
@@ -139,7 +147,9 @@ impl PushOutput {
                 ShardOutput::Difference(blocks) => joined.payload.extend(blocks),
                 ShardOutput::Snapshot(part) => joined.snapshot.get_or_insert_default().extend(part),
                 ShardOutput::ReplicaHashes(part) => hashes.extend(part),
-                ShardOutput::Base(_) | ShardOutput::Closed => unreachable!("a push has no such job"),
+                ShardOutput::Base(_) | ShardOutput::Closed | ShardOutput::Aside(..) => {
+                    unreachable!("a push has no such job")
+                }
             }
         }
         joined.replica_hash = (!hashes.is_empty()).then(|| combine_tensor_hashes(hashes));
@@ -155,6 +165,7 @@ pub struct ServerCore {
     /// One lock for everything that has an order. It is held for look-ups and for queueing jobs, never while decoding,
     /// applying or encoding, so a map of finer locks would gain nothing.
     coordinator: Mutex<Coordinator>,
+    log: Box<dyn Log>,
 }
 
 impl ServerCore {
@@ -167,8 +178,19 @@ impl ServerCore {
             layout: layout.clone(),
             sessions: SessionTable::new(settings.sessions_max),
             coordinator: Mutex::new(Coordinator::new(&settings.work)),
+            log: Box::new(NoLog),
         };
         (core, Shard::cut(layout, theta, settings))
+    }
+
+    /// From now on, decisions are told to `log`.
+    pub fn set_log(&mut self, log: Box<dyn Log>) {
+        self.log = log;
+    }
+
+    /// Called while the coordinator is held, so that records have the order of the decisions.
+    fn note(&self, _order: &Coordinator, note: Note) {
+        self.log.append(&Record::Noted(Cow::Owned(note)));
     }
 
     fn coordinator(&self) -> MutexGuard<'_, Coordinator> {
@@ -192,6 +214,7 @@ impl ServerCore {
         let step = coordinator.step();
         let worker = self.sessions.open(session, step)?;
         coordinator.join(session);
+        self.note(&coordinator, Note::Opened(session));
         enqueue(ShardJob::Open { worker });
         Ok((worker, step))
     }
@@ -213,8 +236,19 @@ impl ServerCore {
         let mut coordinator = self.coordinator();
         if let Some(worker) = self.sessions.remove(session) {
             coordinator.leave(session);
+            self.note(&coordinator, Note::Closed(session));
             enqueue(ShardJob::Close { worker });
         }
+    }
+
+    /// Whether the session is to do this evaluation.
+    pub fn evaluates(&self, session: SessionId, job: EvaluationJob) -> bool {
+        self.coordinator().evaluates(session, job)
+    }
+
+    /// All sessions, in ascending order.
+    pub fn sessions(&self) -> Vec<SessionId> {
+        self.sessions.all()
     }
 
     /// The worker of a session, if it exists.
@@ -255,6 +289,7 @@ impl ServerCore {
             update: update.filter(|_| placement.applies),
             replica_hash: push.replica_hash,
         };
+        self.log.append(&Record::Pushed(Cow::Borrowed(push)));
         enqueue(&ticket);
         Ok(Admitted::New(ticket))
     }
@@ -275,7 +310,14 @@ impl ServerCore {
         if ticket.replica_hash.is_some() && ticket.replica_hash != output.replica_hash {
             return Err(Refusal::ReplicaMismatch);
         }
-        let work = self.coordinator().work_with_answer(ticket.session);
+        let work = {
+            let mut coordinator = self.coordinator();
+            // Sessions are closed in this order too; one that is gone must not be given work that nobody would do.
+            self.sessions.worker(ticket.session).ok_or(Refusal::UnknownSession)?;
+            let work = coordinator.work_with_answer(ticket.session);
+            self.note(&coordinator, Note::Answered(ticket.session, ticket.seq));
+            work
+        };
         let mut frame = Vec::new();
         Reply::Answer(Answer {
             seq: ticket.seq,
@@ -293,12 +335,20 @@ impl ServerCore {
     /// What an idle session is to do; `None` if there is no such session.
     pub fn work(&self, session: SessionId) -> Option<Work> {
         self.sessions.worker(session)?;
-        Some(self.coordinator().work_on_request(session))
+        let mut coordinator = self.coordinator();
+        let work = coordinator.work_on_request(session);
+        self.note(&coordinator, Note::Asked(session));
+        Some(work)
     }
 
-    /// Takes the result of an evaluation, from whoever brings it first: it is the same whoever computed it.
-    pub fn report(&self, report: &EvaluationReport) -> Evaluated {
-        self.coordinator().report(report)
+    /// Takes the result of an evaluation from the session that was to do it.
+    pub fn report(&self, session: SessionId, report: &EvaluationReport) -> Evaluated {
+        let mut coordinator = self.coordinator();
+        let evaluated = coordinator.report(session, report);
+        if evaluated != Evaluated::Ignored {
+            self.note(&coordinator, Note::Reported(session, Box::new(report.clone())));
+        }
+        evaluated
     }
 
     /// Whether the snapshot of a step may still be asked for.
@@ -311,6 +361,7 @@ impl ServerCore {
     pub fn stop(&self, enqueue: impl FnOnce(ShardJob)) -> Option<Step> {
         let mut coordinator = self.coordinator();
         let step = coordinator.stop();
+        self.note(&coordinator, Note::Stopped);
         if step.is_some() {
             enqueue(ShardJob::Snapshot);
         }
@@ -325,7 +376,9 @@ impl ServerCore {
 
     /// The snapshot of a step can be fetched from now on.
     pub fn snapshot_ready(&self, step: Step) {
-        self.coordinator().snapshot_ready(step);
+        let mut coordinator = self.coordinator();
+        coordinator.snapshot_ready(step);
+        self.note(&coordinator, Note::SnapshotReady(step));
     }
 
     /// Ends the run, whatever is still to be done.
@@ -358,9 +411,19 @@ impl SerialServer {
         Self { core, shards }
     }
 
+    /// A server that was made again of its records.
+    pub fn from_recovered(recovered: Recovered) -> Self {
+        Self { core: recovered.core, shards: recovered.shards }
+    }
+
     /// The part that decides.
     pub fn core(&self) -> &ServerCore {
         &self.core
+    }
+
+    /// From now on, decisions are told to `log`.
+    pub fn set_log(&mut self, log: Box<dyn Log>) {
+        self.core.set_log(log);
     }
 
     /// Opens a session and returns its worker, the step and what it begins with.
@@ -382,14 +445,14 @@ impl SerialServer {
         self.core.close_session(session, |job| shards.iter_mut().for_each(|shard| drop(shard.handle(&job))));
     }
 
-    /// The tensor blocks that turn a session's model into `target`; `None` if there is no such session.
+    /// What turns a session's model into `target`; `None` if there is no such session.
     pub fn aside(&mut self, session: SessionId, target: &Arc<[f32]>) -> Option<Vec<u8>> {
         let shards = &mut self.shards;
         let mut outputs = Vec::new();
         let exists = self.core.aside(session, target.clone(), |job| {
-            outputs.extend(shards.iter_mut().map(|shard| vec![shard.handle(&job)]));
+            outputs.extend(shards.iter_mut().map(|shard| shard.handle(&job)));
         });
-        exists.then(|| PushOutput::join(outputs).payload)
+        exists.then(|| aside_bytes(outputs))
     }
 
     /// A whole exchange: the reply frame, and the snapshot if one fell due.

@@ -88,6 +88,13 @@ impl SessionTable {
         Ok(worker)
     }
 
+    /// All sessions, in ascending order.
+    pub(super) fn all(&self) -> Vec<SessionId> {
+        let mut all: Vec<_> = self.sessions.iter().map(|entry| *entry.key()).collect();
+        all.sort_unstable();
+        all
+    }
+
     /// The worker of a session.
     pub(super) fn worker(&self, session: SessionId) -> Option<WorkerId> {
         self.sessions.get(&session).map(|entry| entry.worker)

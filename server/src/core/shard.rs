@@ -7,7 +7,7 @@ use sanderling_common::config::RunConfig;
 use sanderling_common::ids::WorkerId;
 use sanderling_common::init::tensor_hash;
 use sanderling_common::layout::Layout;
-use sanderling_common::sparse::{Compression, DecodeError, Update, decode};
+use sanderling_common::sparse::{Compression, DecodeError, Update, decode, join_aside};
 
 use super::ServerSettings;
 use super::tracker::{DifferenceTracker, Replicas};
@@ -63,10 +63,12 @@ pub enum ShardOutput {
     Base(Base),
     /// Of `Close`.
     Closed,
-    /// Of `Apply` and `Aside`: the tensor blocks of the difference.
+    /// Of `Apply`: the tensor blocks of the difference.
     Difference(Vec<u8>),
     /// Of `Snapshot`: the part of the model.
     Snapshot(Vec<f32>),
+    /// Of `Aside`: the tensor blocks of the difference, and of what their values leave over.
+    Aside(Vec<u8>, Vec<u8>),
     /// Of `ReplicaHashes`: one hash per tensor.
     ReplicaHashes(Vec<[u8; 32]>),
 }
@@ -152,6 +154,21 @@ impl Shard {
     }
 }
 
+/// What an evaluating worker is sent, of what the shards returned for [`ShardJob::Aside`], in their order: see
+/// [`join_aside`].
+///
+/// # Panics
+/// If they are outputs of another job.
+pub fn aside_bytes(outputs: impl IntoIterator<Item = ShardOutput>) -> Vec<u8> {
+    let (mut first, mut second) = (Vec::new(), Vec::new());
+    for output in outputs {
+        let ShardOutput::Aside(blocks, rest) = output else { unreachable!("the job was Aside") };
+        first.extend(blocks);
+        second.extend(rest);
+    }
+    join_aside(&first, &second)
+}
+
 impl<T: DifferenceTracker> Shard<T> {
     /// A shard of the given tensors.
     ///
@@ -179,7 +196,7 @@ impl<T: DifferenceTracker> Shard<T> {
                 ShardOutput::Difference(self.apply(*worker, update.as_deref()))
             }
             ShardJob::Snapshot => ShardOutput::Snapshot(self.theta.clone()),
-            ShardJob::Aside { worker, target } => ShardOutput::Difference(self.aside(*worker, target)),
+            ShardJob::Aside { worker, target } => self.aside(*worker, target),
             &ShardJob::ReplicaHashes { worker } => ShardOutput::ReplicaHashes(self.replica_hashes(worker)),
         }
     }
@@ -209,11 +226,11 @@ impl<T: DifferenceTracker> Shard<T> {
         payload
     }
 
-    fn aside(&mut self, worker: WorkerId, target: &[f32]) -> Vec<u8> {
+    fn aside(&mut self, worker: WorkerId, target: &[f32]) -> ShardOutput {
         let part = &target[self.layout.elements(self.tensors.clone())];
-        let mut payload = Vec::new();
-        self.tracker.aside(worker, &self.layout, part, &mut payload);
-        payload
+        let (mut first, mut second) = (Vec::new(), Vec::new());
+        self.tracker.aside(worker, &self.layout, part, &mut first, &mut second);
+        ShardOutput::Aside(first, second)
     }
 
     fn replica_hashes(&self, worker: WorkerId) -> Vec<[u8; 32]> {

@@ -34,11 +34,19 @@ pub trait DifferenceTracker: Send {
     fn answer(&mut self, worker: WorkerId, layout: &Layout, theta: &[f32], payload: &mut Vec<u8>);
 
     /// Appends the tensor blocks of everything that differs between `target`, a model to be evaluated, and the worker's
-    /// model to `payload`. The worker adds it to a copy, so nothing is taken as sent.
+    /// model to `first`, and of what its values leave over to `second`. The worker adds both to a copy, so nothing is
+    /// taken as sent.
     ///
     /// # Panics
     /// If the worker is unknown.
-    fn aside(&mut self, worker: WorkerId, layout: &Layout, target: &[f32], payload: &mut Vec<u8>);
+    fn aside(
+        &mut self,
+        worker: WorkerId,
+        layout: &Layout,
+        target: &[f32],
+        first: &mut Vec<u8>,
+        second: &mut Vec<u8>,
+    );
 
     /// The worker's model after the last answer, bit for bit.
     ///
@@ -58,6 +66,8 @@ pub struct Replicas {
     compressor: Compressor,
     /// As the compressor, but it keeps everything.
     complete: Compressor,
+    /// Keeps everything as it is.
+    exact: Compressor,
     replicas: HashMap<WorkerId, Vec<f32>>,
     /// G of one tensor at a time, so that it stays in the cache between the scan, the selection and the addition.
     difference: Vec<f32>,
@@ -79,6 +89,7 @@ impl Replicas {
             tensors,
             compressor: compressor(None),
             complete: compressor(Some(1.0)),
+            exact: Compressor::nonzero(),
             replicas: HashMap::new(),
             difference: Vec::new(),
             sent: Update::default(),
@@ -86,19 +97,21 @@ impl Replicas {
     }
 }
 
-/// How much of a difference is sent, and whether the worker's model moves by it.
+fn largest(values: &[f32]) -> f32 {
+    values.iter().fold(0.0, |largest, value| largest.max(value.abs()))
+}
+
+/// How much of a difference is sent.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Extent {
     /// What secondary compression keeps.
     Top,
     /// All of it.
     Everything,
-    /// All of it, to be added to a copy.
-    Aside,
 }
 
 impl Replicas {
-    /// G = θ − w_k; select and encode; w_k += decode(encode(G)) unless it goes aside, tensor by tensor.
+    /// G = θ − w_k; select and encode; w_k += decode(encode(G)), tensor by tensor.
     fn send(
         &mut self,
         extent: Extent,
@@ -108,7 +121,7 @@ impl Replicas {
     ) {
         let compressor = match extent {
             Extent::Top => &mut self.compressor,
-            Extent::Everything | Extent::Aside => &mut self.complete,
+            Extent::Everything => &mut self.complete,
         };
         let replica = self.replicas.get_mut(&worker).expect("updates come from workers that were opened");
         let start = layout.elements(self.tensors.clone()).start;
@@ -122,9 +135,7 @@ impl Replicas {
             compressor
                 .compress_into(layout, run, &self.difference, 1.0, payload, &mut self.sent)
                 .expect("the bound on updates keeps model and replicas finite");
-            if extent != Extent::Aside {
-                self.sent.add_to(layout, replica);
-            }
+            self.sent.add_to(layout, replica);
         }
     }
 }
@@ -147,8 +158,36 @@ impl DifferenceTracker for Replicas {
         self.send(Extent::Top, worker, (layout, theta), payload);
     }
 
-    fn aside(&mut self, worker: WorkerId, layout: &Layout, target: &[f32], payload: &mut Vec<u8>) {
-        self.send(Extent::Aside, worker, (layout, target), payload);
+    fn aside(
+        &mut self,
+        worker: WorkerId,
+        layout: &Layout,
+        target: &[f32],
+        first: &mut Vec<u8>,
+        second: &mut Vec<u8>,
+    ) {
+        let replica = &self.replicas[&worker];
+        let start = layout.elements(self.tensors.clone()).start;
+        for tensor in self.tensors.clone() {
+            let elements = layout.elements(tensor..tensor + 1);
+            let elements = elements.start - start..elements.end - start;
+            let (target, replica) = (&target[elements.clone()], &replica[elements]);
+            self.difference.clear();
+            self.difference.extend(target.iter().zip(replica).map(|(target, replica)| target - replica));
+            // Where the worker is farther from the target than that is from zero, as of a model that diverged since, even
+            // two parts of 8 bits would show.
+            let is_far = largest(&self.difference) > largest(target);
+            let compressor = if is_far { &mut self.exact } else { &mut self.complete };
+            let run = tensor..tensor + 1;
+            let finite = "the bound on updates keeps model and replicas finite";
+            compressor
+                .compress_into(layout, run.clone(), &self.difference, 1.0, first, &mut self.sent)
+                .expect(finite);
+            self.sent.subtract_from(layout, &mut self.difference);
+            self.complete
+                .compress_into(layout, run, &self.difference, 1.0, second, &mut self.sent)
+                .expect(finite);
+        }
     }
 
     fn replica(&self, worker: WorkerId) -> &[f32] {

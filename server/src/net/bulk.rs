@@ -51,9 +51,18 @@ pub(super) async fn serve(
     request: BulkRequest,
     down: &mut SendStream,
 ) -> Result<(), MessageError> {
+    // Each is made for its session alone, so there is one at a time, until it is sent.
+    let aside = match request.object {
+        BulkObject::Snapshot(_) => Some(hub.aside(session)),
+        _ => None,
+    };
+    let _turn = match &aside {
+        Some(aside) => Some(aside.lock().await),
+        None => None,
+    };
     let blob = match request.object {
         BulkObject::Base => hub.base(session),
-        BulkObject::Snapshot(job) => hub.snapshot_for(session, job.step).await,
+        BulkObject::Snapshot(job) => hub.snapshot_for(session, job).await,
         BulkObject::Text => Some(hub.text()),
         BulkObject::Dense => hub.dense(),
     };

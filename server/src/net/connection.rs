@@ -146,8 +146,10 @@ struct Seat<'a> {
     connection: &'a Connection,
     session: SessionId,
     worker: WorkerId,
-    /// The step of the base model of a session that begins; none for one that is resumed.
-    new_from: Option<Step>,
+    /// Whether the session was there before this connection.
+    resumed: bool,
+    /// The step of the session's base model; none for one that has pushed already, and so has had it.
+    base_step: Option<Step>,
     /// Whether the session ends with the connection: one that never began is of no use to anybody, nor is one that was
     /// said goodbye to.
     for_good: bool,
@@ -173,14 +175,17 @@ async fn place<'a>(
     if let Some(session) = hello.resume
         && let Some(worker) = hub.resume(session, connection)
     {
-        return Ok(Seat { hub, connection, session, worker, new_from: None, for_good: false });
+        // The start of an earlier connection may have been lost on the way.
+        let base_step = hub.base_step(session);
+        return Ok(Seat { hub, connection, session, worker, resumed: true, base_step, for_good: false });
     }
     let session = SessionId(random_u64());
     // It is there before the session, which opening takes a while for.
-    let mut seat = Seat { hub, connection, session, worker: WorkerId(0), new_from: None, for_good: true };
+    let (worker, resumed, base_step, for_good) = (WorkerId(0), false, None, true);
+    let mut seat = Seat { hub, connection, session, worker, resumed, base_step, for_good };
     match hub.open(session, connection).await {
         Ok(Opened { worker, step }) => {
-            (seat.worker, seat.new_from) = (worker, Some(step));
+            (seat.worker, seat.base_step) = (worker, Some(step));
             Ok(seat)
         }
         Err(OpenError::Full { sessions_max }) => {
@@ -201,7 +206,7 @@ async fn confirm(seat: &Seat<'_>, (down, up): &mut Control) -> Result<(), PeerEr
     let welcome = Welcome {
         worker: seat.worker,
         session: seat.session,
-        resumed: seat.new_from.is_none(),
+        resumed: seat.resumed,
         run: hub.run().clone(),
         text_sha256: hub.corpus().sha256(),
         model: hub.model().clone(),
@@ -225,7 +230,7 @@ async fn confirm(seat: &Seat<'_>, (down, up): &mut Control) -> Result<(), PeerEr
             "it makes another initial model; use the same release on both sides",
         ));
     }
-    let start = seat.new_from.map_or(Start::Resume, |step| Start::Fetch { step });
+    let start = seat.base_step.map_or(Start::Resume, |step| Start::Fetch { step });
     Ok(send(down, &start).await?)
 }
 
@@ -307,7 +312,7 @@ async fn respond(hub: &Arc<Hub>, session: SessionId, request: Request) -> Result
         return Err(PeerError::ForeignSession);
     }
     if let Request::Evaluated(_, report) = request {
-        hub.evaluated(&report);
+        hub.evaluated(session, &report);
     }
     let deadline = Instant::now() + hub.lease() / WORK_WAIT_SHARE;
     Ok(hub.wait_for_work(session, deadline).await.map_or(Response::UnknownSession, Response::Work))

@@ -24,7 +24,7 @@ use sanderling_common::model_config::{ModelConfig, ModelConfigError};
 use sanderling_common::origin::Beginning;
 use sanderling_common::wire::control::{EvaluationReport, Initial, OnlineUpcycling, dense_bytes};
 use sanderling_common::wire::frame::frame_bytes_max;
-use sanderling_common::wire::{Push, Refusal, Work};
+use sanderling_common::wire::{EvaluationJob, Push, Refusal, Work};
 use sanderling_transport::{CloseCode, IDLE_MAX};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
@@ -84,7 +84,8 @@ pub(crate) struct Hub {
     started: Instant,
     recorder: Mutex<Recorder>,
     attached: DashMap<SessionId, Attached>,
-    bases: DashMap<SessionId, Blob>,
+    bases: DashMap<SessionId, (Step, Blob)>,
+    asides: DashMap<SessionId, Arc<tokio::sync::Mutex<()>>>,
     text: Blob,
     /// The models that are to be evaluated, and the best.
     snapshots: Mutex<BTreeMap<Step, Arc<[f32]>>>,
@@ -129,6 +130,7 @@ impl Hub {
             recorder: Mutex::new(recorder),
             attached: DashMap::new(),
             bases: DashMap::new(),
+            asides: DashMap::new(),
             text: Blob::of_corpus(&corpus),
             snapshots: Mutex::default(),
             closed_bytes_up: AtomicU64::new(0),
@@ -228,7 +230,7 @@ impl Hub {
         let (opened, base) = self.pipeline.open(session).await?;
         // Copying and hashing a large model takes a while.
         let base = tokio::task::spawn_blocking(move || Blob::of_base(base)).await;
-        self.bases.insert(session, base.expect("making a blob does not panic"));
+        self.bases.insert(session, (opened.step, base.expect("making a blob does not panic")));
         self.attach(session, opened.worker, connection);
         self.recorder().session_opened();
         Ok(opened)
@@ -280,6 +282,7 @@ impl Hub {
 
     fn close(&self, session: SessionId) {
         self.bases.remove(&session);
+        self.asides.remove(&session);
         self.pipeline.close(session);
         self.changed.notify_waiters();
     }
@@ -363,15 +366,19 @@ impl Hub {
         }
     }
 
-    /// Notes the result of an evaluation; one that is not on the list, or came twice, changes nothing.
-    pub(super) fn evaluated(&self, report: &EvaluationReport) {
+    /// Notes the result of an evaluation; one that is not the session's to do, came twice, or is not of this model changes
+    /// nothing.
+    pub(super) fn evaluated(&self, session: SessionId, report: &EvaluationReport) {
+        if !report.fits(&self.model) {
+            return warn!("{session}: an evaluation of another model was left out");
+        }
         if !report.loss.is_finite() {
             warn!("the loss at {} is not finite: the model has diverged", report.job.step);
         }
         {
             // Whoever sees that the run is finished, and then looks into the books, finds its last result there.
             let mut recorder = self.recorder();
-            if self.pipeline.report(report) == Evaluated::Ignored {
+            if self.pipeline.report(session, report) == Evaluated::Ignored {
                 return;
             }
             recorder.evaluated(report);
@@ -394,11 +401,17 @@ impl Hub {
         self.changed.notify_waiters();
     }
 
-    /// The tensor blocks that turn a session's model into that of an evaluation, while it is wanted.
-    pub(super) async fn snapshot_for(&self, session: SessionId, step: Step) -> Option<Blob> {
-        let target = self.snapshot(step)?;
+    /// What turns a session's model into that of an evaluation, if the session is to do that.
+    pub(super) async fn snapshot_for(&self, session: SessionId, job: EvaluationJob) -> Option<Blob> {
+        let target = self.snapshot(job.step).filter(|_| self.pipeline.evaluates(session, job))?;
         let payload = self.pipeline.aside(session, target).await?;
-        Some(Blob::of_bytes(payload.into()))
+        let blob = tokio::task::spawn_blocking(move || Blob::of_bytes(payload.into())).await;
+        Some(blob.expect("making a blob does not panic"))
+    }
+
+    /// Held by whoever sends a session what it evaluates.
+    pub(super) fn aside(&self, session: SessionId) -> Arc<tokio::sync::Mutex<()>> {
+        self.asides.entry(session).or_default().clone()
     }
 
     fn snapshot(&self, step: Step) -> Option<Arc<[f32]>> {
@@ -411,7 +424,12 @@ impl Hub {
 
     /// The model a session starts from, until its first push.
     pub(super) fn base(&self, session: SessionId) -> Option<Blob> {
-        self.bases.get(&session).map(|blob| blob.clone())
+        self.bases.get(&session).map(|base| base.1.clone())
+    }
+
+    /// The step of that model, likewise.
+    pub(super) fn base_step(&self, session: SessionId) -> Option<Step> {
+        self.bases.get(&session).map(|base| base.0)
     }
 
     /// The text.

@@ -17,6 +17,7 @@ use sanderling_common::ids::Step;
 use sanderling_common::join::{JoinString, Token, hex};
 use sanderling_common::model_config::{ModelConfig, ModelConfigError};
 use sanderling_common::origin::{Origin, OriginError};
+use sanderling_common::report::one_sentence;
 use sanderling_transport::{Certificate, CloseCode, EndpointError, TlsError, secure_random, server_endpoint};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -263,7 +264,7 @@ impl Server {
     async fn finish_saving(&mut self) {
         let Some(saving) = self.saving.take() else { return };
         if let Err(error) = saving.await.expect("writing a checkpoint does not panic") {
-            warn!("the best model so far is not saved: {error}");
+            warn!("the best model so far is not saved: {}", one_sentence(&error));
             self.saved = None;
         }
     }
@@ -274,8 +275,8 @@ impl Server {
         move |parameters| folder.write_checkpoint(&model, parameters, (&corpus, &origin))
     }
 
-    /// Writes the checkpoint, unless the best model is there already or, when none was evaluated, the last one; then the
-    /// summary.
+    /// Writes the checkpoint, unless the best model is there already or, when none was evaluated, the last one; and the
+    /// summary, which is small, also where there is no room for the checkpoint.
     async fn conclude(&mut self) -> Result<Outcome, ServerError> {
         self.finish_saving().await;
         let (step, parameters) = match self.hub.best() {
@@ -283,14 +284,15 @@ impl Server {
             None => (None, self.hub.theta().await),
         };
         let parameters = if step.is_some() && self.saved == step {
-            parameters
+            Ok(parameters)
         } else {
             let write = self.checkpoint_writer();
             let written = tokio::task::spawn_blocking(move || write(&parameters).map(|()| parameters)).await;
-            written.expect("writing a checkpoint does not panic")?
+            written.expect("writing a checkpoint does not panic")
         };
         let summary = self.hub.summary(self.started.elapsed().as_secs_f64());
         self.folder.write_summary(&summary)?;
+        let parameters = parameters?;
         Ok(Outcome {
             summary,
             evaluations: self.hub.evaluations(),

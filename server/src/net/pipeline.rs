@@ -9,13 +9,13 @@ use sanderling_common::config::RunConfig;
 use sanderling_common::ids::{SessionId, Step, WorkerId};
 use sanderling_common::layout::Layout;
 use sanderling_common::wire::control::EvaluationReport;
-use sanderling_common::wire::{Push, Refusal, Work};
+use sanderling_common::wire::{EvaluationJob, Push, Refusal, Work};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::hub::{OpenError, Opened};
 use crate::core::{
     Admitted, Base, Best, Evaluated, PushOutput, ServerCore, ServerSettings, SessionsFull, Shard, ShardJob,
-    ShardOutput, Standing, Ticket,
+    ShardOutput, Standing, Ticket, aside_bytes,
 };
 
 /// Jobs that one session can have queued: the three of a push, and its opening and closing.
@@ -138,7 +138,7 @@ impl Pipeline {
         Some(Snapshot { step, parameters: snapshot(pending).await })
     }
 
-    /// The tensor blocks that turn a session's model into `target`; `None` if there is no such session.
+    /// What turns a session's model into `target`; `None` if there is no such session.
     pub(super) async fn aside(&self, session: SessionId, target: Arc<[f32]>) -> Option<Vec<u8>> {
         let _permit = self.aside.acquire().await.expect("the semaphore is never closed");
         let mut pending = Pending::new();
@@ -146,7 +146,7 @@ impl Pipeline {
         if !exists {
             return None;
         }
-        Some(PushOutput::join(outputs(pending).await).payload)
+        Some(aside_bytes(outputs(pending).await.into_iter().flatten()))
     }
 
     /// The model as it is when the queued jobs are done.
@@ -164,8 +164,12 @@ impl Pipeline {
         self.core.work(session)
     }
 
-    pub(super) fn report(&self, report: &EvaluationReport) -> Evaluated {
-        self.core.report(report)
+    pub(super) fn report(&self, session: SessionId, report: &EvaluationReport) -> Evaluated {
+        self.core.report(session, report)
+    }
+
+    pub(super) fn evaluates(&self, session: SessionId, job: EvaluationJob) -> bool {
+        self.core.evaluates(session, job)
     }
 
     pub(super) fn snapshot_ready(&self, step: Step) {

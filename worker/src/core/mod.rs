@@ -24,7 +24,7 @@ use sanderling_common::init::parameters_hash;
 use sanderling_common::layout::Layout;
 use sanderling_common::method::MethodSettings;
 use sanderling_common::schedule::Schedule;
-use sanderling_common::sparse::{DecodeError, NonFinite, Update, decode, decode_into};
+use sanderling_common::sparse::{DecodeError, NonFinite, Update, decode, decode_into, split_aside};
 use sanderling_common::wire::{Answer, BatchRange, Push, UPDATE_MAGNITUDE_MAX, Work};
 
 use method::{CompressionMethod, Direction, clip_scale};
@@ -111,6 +111,9 @@ pub enum AnswerError {
     /// The difference cannot be decoded.
     #[error("the difference cannot be decoded: {0}")]
     Payload(#[from] DecodeError),
+    /// What was sent for an evaluation does not come in two parts.
+    #[error("what was sent for an evaluation is cut off")]
+    Aside,
     /// The difference makes the model overflow.
     #[error("the difference makes the model overflow")]
     NonFinite,
@@ -286,7 +289,7 @@ impl WorkerCore {
         payload.clear();
         let usable = clip_scale(gradient, self.settings.method.clip_norm).filter(|_| loss.is_finite());
         if let Some(scale) = usable {
-            let entered_at = Step(self.view_step.0 + u64::from(staleness));
+            let entered_at = Step(self.view_step.0.saturating_add(u64::from(staleness)));
             let rate = self.settings.schedule.rate(entered_at, staleness);
             let theta = if self.method.uses_local_view() { &self.view } else { &self.theta };
             let direction = Direction { gradient, scale, rate, theta };
@@ -361,9 +364,11 @@ impl WorkerCore {
     /// If a push is pending: the server may have another θ_k by then.
     pub fn model_aside(&self, payload: &[u8]) -> Result<Vec<f32>, AnswerError> {
         assert!(!self.is_pending, "an evaluation began while a push was pending");
-        let difference = decode(&self.layout, 0..self.layout.tensors().len(), payload)?;
+        let (first, second) = split_aside(payload).ok_or(AnswerError::Aside)?;
         let mut model = self.theta.clone();
-        difference.add_to(&self.layout, &mut model);
+        for part in [first, second] {
+            decode(&self.layout, 0..self.layout.tensors().len(), part)?.add_to(&self.layout, &mut model);
+        }
         if model.iter().all(|value| value.is_finite()) { Ok(model) } else { Err(AnswerError::NonFinite) }
     }
 

@@ -140,6 +140,15 @@ impl Link {
         download.fetch(&self.connection, self.session, object, bytes_max).await
     }
 
+    /// Tells whether the server has closed the connection because the run is over.
+    pub(super) fn run_is_over(&self) -> impl Fn() -> bool + Send + 'static {
+        let connection = self.connection.clone();
+        move || {
+            let closed = connection.close_reason();
+            closed.is_some_and(|reason| CloseCode::of(&reason) == Some(CloseCode::Finished))
+        }
+    }
+
     /// The newest step that the server announced, if any announcement has arrived.
     pub(super) fn announced_step(&self) -> Option<Step> {
         Some(self.announced_step.load(Ordering::Relaxed)).filter(|&step| step > 0).map(Step)

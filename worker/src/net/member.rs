@@ -10,7 +10,8 @@ use sanderling_common::ids::{BatchId, SessionId, Step};
 use sanderling_common::init::{initial_parameters, parameters_hash};
 use sanderling_common::layout::Layout;
 use sanderling_common::origin::Dense;
-use sanderling_common::sparse::{decode, payload_bytes_max};
+use sanderling_common::report::one_sentence;
+use sanderling_common::sparse::{aside_bytes_max, decode, payload_bytes_max};
 use sanderling_common::wire::control::{
     BulkObject, Initial, OnlineUpcycling, Ready, Request, Response, Welcome, dense_bytes_max,
     dense_parameters,
@@ -128,7 +129,7 @@ fn find_dense(places: &[PathBuf], sha256: [u8; 32]) -> Option<Dense> {
         let dense = match Dense::load(&checkpoint) {
             Ok(dense) => dense,
             Err(error) => {
-                warn!("the dense model in {} cannot be read: {error}", place.display());
+                warn!("the dense model in {} cannot be read: {}", place.display(), one_sentence(&error));
                 return None;
             }
         };
@@ -233,6 +234,16 @@ impl Member {
         self.awaited_base = Some(step);
     }
 
+    /// Whether the base model is still to be fetched.
+    pub(super) fn awaits_base(&self) -> bool {
+        self.awaited_base.is_some()
+    }
+
+    /// Whether the base model is here.
+    pub(super) fn has_begun(&self) -> bool {
+        self.desk.as_ref().is_some_and(|desk| desk.core.is_some())
+    }
+
     /// Fetches the base model, if it has not arrived yet; a lost connection is made good by calling again.
     pub(super) async fn fetch_base(&mut self, link: &Link) -> Result<(), Lost> {
         let Some(step) = self.awaited_base else { return Ok(()) };
@@ -250,6 +261,9 @@ impl Member {
                 let difference = decode(&self.layout, tensors, &payload).map_err(|_| misfit())?;
                 let mut base = self.initial.take().expect("it is there");
                 difference.add_to(&self.layout, &mut base);
+                if base.iter().any(|value| !value.is_finite()) {
+                    return Err(misfit());
+                }
                 base
             }
         };
@@ -278,15 +292,19 @@ impl Member {
             if pending {
                 self.exchange(link, options, report).await?;
             } else if let Some(job) = self.evaluation {
-                self.evaluate(link, options, job).await?;
+                self.evaluate(link, options, job, stop).await?;
             } else if let Some(batch) = next_batch {
                 if self.computed.is_none() {
                     self.compute(options, batch).await?;
                 }
                 self.push(link)?;
             } else {
+                // The server holds its answer back for a while when there is nothing to do.
                 let request = Request::Work(self.session);
-                self.ask(link, &request).await?;
+                tokio::select! {
+                    asked = self.ask(link, &request) => asked?,
+                    () = stopped(stop) => {}
+                }
             }
             if reported.elapsed() >= REPORT_EVERY {
                 reported = Instant::now();
@@ -413,15 +431,20 @@ impl Member {
         }
     }
 
-    /// Fetches what the model of an evaluation differs by, evaluates it and reports the result.
+    /// Fetches what the model of an evaluation differs by, evaluates it and reports the result; gives up when it is told
+    /// to stop, or the run is over.
     async fn evaluate(
         &mut self,
         link: &Link,
         options: &WorkerOptions,
         job: EvaluationJob,
+        stop: &watch::Receiver<bool>,
     ) -> Result<(), Lost> {
-        let bytes_max = payload_bytes_max(&self.layout);
-        let fetched = link.fetch(&mut self.download, BulkObject::Snapshot(job), bytes_max).await;
+        let bytes_max = aside_bytes_max(&self.layout);
+        let fetched = tokio::select! {
+            fetched = link.fetch(&mut self.download, BulkObject::Snapshot(job), bytes_max) => fetched,
+            () = stopped(stop) => return Ok(()),
+        };
         let payload = match fetched {
             Err(BulkError::NotFound(_)) => {
                 warn!("the model of {} is gone; leaving its evaluation", job.step);
@@ -430,14 +453,29 @@ impl Member {
             }
             fetched => fetched?,
         };
-        let model = self.desk().core().model_aside(&payload);
-        let model = model.map_err(|error| Lost::Session(error.to_string()))?;
-        let report = self.at_desk(options, move |desk| desk.engine.evaluate(&model, job)).await?;
+        let (stop, is_over) = (stop.clone(), link.run_is_over());
+        let keep_going = move || !*stop.borrow() && !is_over();
+        let evaluated = self.at_desk(options, move |desk| {
+            Ok(match desk.core().model_aside(&payload) {
+                Ok(model) => Ok(desk.engine.evaluate_while(&model, job, &keep_going)?),
+                Err(error) => Err(error),
+            })
+        });
+        let evaluated = evaluated.await?.map_err(|error| Lost::Session(error.to_string()))?;
+        let Some(report) = evaluated else { return Ok(()) };
         let session = self.session;
         self.ask(link, &Request::Evaluated(session, Box::new(report))).await?;
         // A new evaluation may have come with the answer.
         self.evaluation = self.evaluation.filter(|next| next.id != job.id);
         Ok(())
+    }
+}
+
+/// Waits until a worker is told to stop.
+async fn stopped(stop: &watch::Receiver<bool>) {
+    if stop.clone().wait_for(|stop| *stop).await.is_err() {
+        // Nobody is left to tell it.
+        std::future::pending().await
     }
 }
 

@@ -264,12 +264,15 @@ async fn taken_in(
         None => slot.insert(Member::prepare(link, welcome, options, shelf).await?),
     };
     match link.confirm(member.ready()).await? {
-        Some(step) => {
-            report.sessions += 1;
+        Some(step) if !member.has_begun() => {
+            report.sessions += u64::from(!member.awaits_base());
             member.await_base(step);
             info!("{} begins at {step}", welcome.worker);
         }
-        None => info!("{} resumes its session", welcome.worker),
+        None if !member.has_begun() => {
+            return Err(Lost::Session("the server resumes a session that has not begun".to_owned()));
+        }
+        _ => info!("{} resumes its session", welcome.worker),
     }
     let mut stopped = stop.clone();
     tokio::select! {
