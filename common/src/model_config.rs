@@ -97,7 +97,7 @@ pub const TENSORS_MAX: usize = 1 << 20;
 pub const ROTARY_ELEMENTS_MAX: usize = 1 << 28;
 
 /// Why a model configuration cannot be built.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error, PartialEq)]
 pub enum ModelConfigError {
     /// A size that must be positive is zero.
     #[error("{0} must be at least 1")]
@@ -133,6 +133,14 @@ pub enum ModelConfigError {
         value: usize,
         /// The limit.
         most: usize,
+    },
+    /// Wavelengths would have to be stretched and left as they are at once.
+    #[error("low_freq_factor {low} must be below high_freq_factor {high}")]
+    RopeFrequencies {
+        /// The lower one, which is not.
+        low: f64,
+        /// The other.
+        high: f64,
     },
     /// A constant that is not a usable number.
     #[error("{0} must be a positive finite number")]
@@ -191,7 +199,25 @@ impl ModelConfig {
         if !(self.rope_theta > 0.0 && self.rope_theta.is_finite()) {
             return Err(ModelConfigError::NotPositive("rope_theta"));
         }
-        Ok(())
+        self.check_rope_scaling()
+    }
+
+    fn check_rope_scaling(&self) -> Result<(), ModelConfigError> {
+        let Some(rope) = &self.rope_llama3 else { return Ok(()) };
+        for (name, value) in [
+            ("the rotary factor", rope.factor),
+            ("low_freq_factor", rope.low_freq_factor),
+            ("high_freq_factor", rope.high_freq_factor),
+        ] {
+            if !(value > 0.0 && value.is_finite()) {
+                return Err(ModelConfigError::NotPositive(name));
+            }
+        }
+        if rope.original_context == 0 {
+            return Err(ModelConfigError::Zero("original_max_position_embeddings"));
+        }
+        let (low, high) = (rope.low_freq_factor, rope.high_freq_factor);
+        if low < high { Ok(()) } else { Err(ModelConfigError::RopeFrequencies { low, high }) }
     }
 
     /// The named limits.

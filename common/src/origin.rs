@@ -51,6 +51,19 @@ pub enum OriginError {
         /// The run's text.
         text: String,
     },
+    /// A token file of another tokenizer than the checkpoint's.
+    #[error(
+        "{text} was made with another tokenizer than that of the checkpoint {path}: they number {token:?} differently; \
+         tokenise its text with the checkpoint's tokenizer.json"
+    )]
+    OtherTokenizer {
+        /// The token file.
+        text: String,
+        /// The checkpoint.
+        path: PathBuf,
+        /// A token that shows it.
+        token: String,
+    },
     /// The model does not fit the run.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -192,9 +205,20 @@ impl Origin {
         let text = || run.data.text.clone();
         let failed = |source| OriginError::Corpus { text: text(), source };
         let corpus = run.corpus().map_err(failed)?;
-        let (Some(checkpoint), Vocabulary::Characters(_)) = (self.checkpoint(), corpus.vocabulary()) else {
+        let Some(checkpoint) = self.checkpoint() else { return Ok(corpus) };
+        if let Vocabulary::Tokens(file) = corpus.vocabulary() {
+            if let (Some(json), Some(own)) = (file.tokenizer_json(), checkpoint.read_file(TOKENIZER_FILE)?) {
+                let read =
+                    |json: &[u8], name: &str| Tokenizer::from_json(json, name).map_err(CorpusError::from);
+                let own = read(&own, TOKENIZER_FILE).map_err(failed)?;
+                let theirs = read(json, "the token file's tokenizer").map_err(failed)?;
+                if let Some(token) = own.differs_from(&theirs) {
+                    let path = checkpoint.directory().to_owned();
+                    return Err(OriginError::OtherTokenizer { text: text(), path, token });
+                }
+            }
             return Ok(corpus);
-        };
+        }
         let path = checkpoint.directory().join(TOKENIZER_FILE);
         let Some(json) = checkpoint.read_file(TOKENIZER_FILE)? else {
             return Err(OriginError::NoTokenizer { path, text: text() });

@@ -305,8 +305,97 @@ fn work_that_is_called_off_leaves_nothing_and_keeps_what_was_there() {
     assert!(matches!(&error, CheckpointError::Exists { path } if *path == other), "{error}");
     assert_eq!(fs::read_to_string(other.join("data")).unwrap(), "precious");
     assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 2);
+    // A link is not followed, and not replaced.
+    #[cfg(unix)]
+    {
+        let (link, elsewhere) = (parent.path().join("link"), parent.path().join("elsewhere"));
+        fs::create_dir(&elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &link).unwrap();
+        let error = StagedDirectory::refuse_existing(&link).unwrap_err();
+        assert!(matches!(&error, CheckpointError::Exists { path } if *path == link), "{error}");
+    }
     let error = StagedDirectory::refuse_existing(Path::new("..")).unwrap_err();
     assert!(matches!(error, CheckpointError::NoName { .. }), "{error}");
+}
+
+/// Whoever comes second is told so, and neither gets in the other's way.
+#[test]
+fn two_writers_of_one_directory_are_told_apart() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("model");
+    let config = dense();
+    let values = parameters(&config);
+    let first = StagedDirectory::create(&directory).unwrap();
+    first.write_file("note", b"first").unwrap();
+    let error = save(&directory, &config, &values, &[]).unwrap_err();
+    assert!(matches!(&error, CheckpointError::Busy { path } if *path == directory), "{error}");
+    first.commit().unwrap();
+    assert_eq!(fs::read(directory.join("note")).unwrap(), b"first");
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 1);
+    save(&directory, &config, &values, &[]).unwrap();
+    assert_eq!(load(&directory).unwrap().1, values);
+    assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+
+    // Many at once: one at least gets through, and what is there in the end is whole.
+    let writers: Vec<_> = (0..6)
+        .map(|_| {
+            let (directory, config, values) = (directory.clone(), config.clone(), values.clone());
+            std::thread::spawn(move || save(&directory, &config, &values, &[]))
+        })
+        .collect();
+    let written = writers.into_iter().filter_map(|writer| writer.join().unwrap().ok()).count();
+    assert!(written >= 1);
+    assert_eq!(load(&directory).unwrap().1, values);
+    assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn values_that_no_model_has_are_refused_by_tensor() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("model");
+    let config = dense();
+    let norm = config.layout().unwrap().find("model.norm.weight").unwrap().offset;
+    for value in [f32::NAN, f32::NEG_INFINITY, 2e30] {
+        let mut values = parameters(&config);
+        values[norm + 3] = value;
+        save(&directory, &config, &values, &[]).unwrap();
+        let error = load(&directory).unwrap_err().to_string();
+        assert!(error.contains("model.norm.weight") && error.contains("model.safetensors"), "{error}");
+    }
+}
+
+/// Some files name the kind of rotary scaling in both spellings; one that makes no sense is refused.
+#[test]
+fn rotary_scaling_is_read_in_either_spelling_and_checked() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("model");
+    let read = |scaling: &str| {
+        save(&directory, &dense(), &parameters(&dense()), &[]).unwrap();
+        let path = directory.join(CONFIG_FILE);
+        let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        json["rope_parameters"] = serde_json::Value::Null;
+        json["rope_scaling"] = serde_json::from_str(scaling).unwrap();
+        fs::write(&path, json.to_string()).unwrap();
+        Checkpoint::open(&directory).map(|checkpoint| checkpoint.config().rope_llama3)
+    };
+    let rest =
+        r#""factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 64"#;
+    let kinds =
+        [r#""rope_type": "llama3""#, r#""type": "llama3""#, r#""type": "llama3", "rope_type": "llama3""#];
+    for kind in kinds {
+        let found = read(&format!("{{{kind}, {rest}}}")).unwrap().unwrap();
+        assert_eq!((found.factor, found.original_context), (8.0, 64));
+    }
+    for (from, to, part) in [
+        ("\"factor\": 8", "\"factor\": 0", "factor"),
+        ("\"low_freq_factor\": 1", "\"low_freq_factor\": 4", "low_freq_factor"),
+        ("\"high_freq_factor\": 4", "\"high_freq_factor\": -4", "high_freq_factor"),
+        ("embeddings\": 64", "embeddings\": 0", "original_max_position_embeddings"),
+    ] {
+        let error = read(&format!("{{{}, {}}}", kinds[0], rest.replace(from, to))).unwrap_err();
+        let error = sanderling_common::report::one_sentence(&error);
+        assert!(error.contains("config.json") && error.contains(part), "{error}");
+    }
 }
 
 #[test]

@@ -9,8 +9,13 @@ use sanderling_common::model_config::{FeedForward, ModelConfig, RouterOrder};
 pub const CARD_FILE: &str = "README.md";
 
 /// A model card in the form that model hubs read: a heading, a table of the model, and `made`, a paragraph or more on
-/// how it came to be.
-pub fn model_card(title: &str, config: &ModelConfig, stored_type: StoredType, made: &str) -> String {
+/// how it came to be. What a program has to write depends on whether there is a tokenizer.
+pub fn model_card(
+    title: &str,
+    config: &ModelConfig,
+    (stored_type, has_tokenizer): (StoredType, bool),
+    made: &str,
+) -> String {
     let mut card = format!(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- sanderling\n---\n\n# {title}\n\n"
     );
@@ -22,8 +27,12 @@ pub fn model_card(title: &str, config: &ModelConfig, stored_type: StoredType, ma
     let _ = write!(card, "\n## How it was made\n\n{}\n", made.trim_end());
     card.push_str(
         "\n## Use\n\n    from transformers import AutoModelForCausalLM, AutoTokenizer\n    model = \
-         AutoModelForCausalLM.from_pretrained(\".\")\n    tokenizer = AutoTokenizer.from_pretrained(\".\")\n",
+         AutoModelForCausalLM.from_pretrained(\".\")\n",
     );
+    card.push_str(match has_tokenizer {
+        true => "    tokenizer = AutoTokenizer.from_pretrained(\".\")\n",
+        false => "\nThere is no tokenizer here: the model takes the tokens that it was trained on.\n",
+    });
     card
 }
 

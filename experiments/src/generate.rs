@@ -10,6 +10,9 @@ use sanderling_worker::model::{Cache, Model, ModelError};
 /// The most tokens that a generator keeps in sight, whatever the model's context: bounds the memory of its cache.
 pub const SIGHT_MAX: usize = 8192;
 
+/// Tokens of a prompt that are read at a time; between them the receiver may end the stream.
+const PROMPT_TOKENS: usize = 256;
+
 /// How a token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
@@ -55,8 +58,14 @@ impl<'a> Generator<'a> {
         Ok(Self { model, parameters, cache })
     }
 
+    /// Tokens that are in sight at a time.
+    pub fn sight(&self) -> usize {
+        self.cache.capacity()
+    }
+
     /// Hands up to `count` tokens that follow `prompt` to `on_token`, each as soon as it is drawn, until one of
-    /// `stop_tokens` comes or `on_token` breaks. Of a prompt that is longer than the cache, its end is seen.
+    /// `stop_tokens` comes or `on_token` breaks, which is also asked, with nothing, while a long prompt is read. Of a
+    /// prompt that is longer than the cache, its end is seen.
     ///
     /// # Errors
     /// A [`ModelError`] for a prompt that is empty or has a token outside the vocabulary.
@@ -66,7 +75,7 @@ impl<'a> Generator<'a> {
         options: &Sampling,
         count: usize,
         stop_tokens: &[u32],
-        mut on_token: impl FnMut(u32) -> ControlFlow<()>,
+        mut on_token: impl FnMut(Option<u32>) -> ControlFlow<()>,
     ) -> Result<Ending, ModelError> {
         let mut rng = stream(options.seed, Purpose::Generation, 0);
         let capacity = self.cache.capacity();
@@ -78,13 +87,20 @@ impl<'a> Generator<'a> {
                 seen.drain(..seen.len() - capacity.div_ceil(2));
                 self.cache.clear();
             }
+            while seen.len() - self.cache.len() > PROMPT_TOKENS {
+                let some = self.cache.len()..self.cache.len() + PROMPT_TOKENS;
+                self.model.extend(self.parameters, &mut self.cache, &seen[some])?;
+                if on_token(None).is_break() {
+                    return Ok(Ending::Receiver);
+                }
+            }
             let new = &seen[self.cache.len()..];
             let logits = self.model.extend(self.parameters, &mut self.cache, new)?;
             let token = draw(logits, options, uniform(&mut rng));
             if stop_tokens.contains(&token) {
                 return Ok(Ending::StopToken(token));
             }
-            if on_token(token).is_break() {
+            if on_token(Some(token)).is_break() {
                 return Ok(Ending::Receiver);
             }
             seen.push(token);
@@ -104,7 +120,7 @@ impl<'a> Generator<'a> {
     ) -> Result<Vec<u32>, ModelError> {
         let mut tokens = Vec::new();
         self.stream(prompt, options, count, &[], |token| {
-            tokens.push(token);
+            tokens.extend(token);
             ControlFlow::Continue(())
         })?;
         Ok(tokens)
@@ -272,7 +288,7 @@ mod tests {
         let first = made.iter().position(|&token| token == stop).unwrap();
         let mut received = Vec::new();
         let ending = generator.stream(&[1, 2], &options, 30, &[stop], |token| {
-            received.push(token);
+            received.extend(token);
             ControlFlow::Continue(())
         });
         assert_eq!((ending.unwrap(), &received[..]), (Ending::StopToken(stop), &made[..first]));

@@ -8,6 +8,7 @@ use sanderling::commands::{UsageError, eval, export, generate, inspect, tokenize
 use sanderling::reproduce;
 use sanderling_common::config::cli::{RunOptionsError, with_defaults};
 use sanderling_common::report::one_sentence;
+use sanderling_server::net::ServerError;
 use tracing::level_filters::LevelFilter;
 
 /// Train mixture-of-experts language models asynchronously, with tens of times fewer bytes
@@ -79,7 +80,9 @@ fn main() -> ExitCode {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
-            let other = if error.is::<UsageError>() { 2 } else { 1 };
+            let is_usage =
+                matches!(error.downcast_ref(), Some(ServerError::Listen(_))) || error.is::<UsageError>();
+            let other = if is_usage { 2 } else { 1 };
             ExitCode::from(error.downcast_ref().map_or(other, RunOptionsError::exit_code))
         }
     }

@@ -108,6 +108,10 @@ fn a_run_is_exported_with_its_tokenizer_and_its_story() {
     assert_eq!(2 * half["bytes"].as_u64().unwrap(), description["bytes"].as_u64().unwrap());
     assert!(half["files"].as_u64().unwrap() > 1, "{half}");
     assert!((loss(folder, "half", &[]) - loss(folder, "dense", &[])).abs() < 0.02);
+    // What bfloat16 would round of exactly scaled weights is kept.
+    let exact = ["upcycle", "--dense", "half", "--experts", "6", "--top-k", "2", "--granularity", "2"];
+    says(folder, &[&exact[..], &["--scaling", "exact", "--out", "scaled"]].concat());
+    assert!((loss(folder, "scaled", &[]) - loss(folder, "half", &[])).abs() < 1e-5);
 }
 
 #[test]
@@ -285,6 +289,14 @@ fn broken_checkpoints_are_named_with_file_and_tensor() {
         &["top_k (3)"],
     );
     fails(folder, &["upcycle", "--dense", "dense", "--out", "dense"], &["dense", "exists"]);
+    // A token file in which the numbers stand for other characters.
+    let far: String = (0x400..0x430).filter_map(char::from_u32).collect();
+    fs::write(folder.join("far.txt"), far.repeat(40)).unwrap();
+    let tokenizer = sanderling_common::corpus::Characters::of(&far).tokenizer_json();
+    fs::write(folder.join("far.json"), tokenizer.to_string()).unwrap();
+    says(folder, &["tokenize", "far.txt", "--tokenizer", "far.json", "--out", "far.tok"]);
+    fails(folder, &["eval", "--model", "dense", "--data", "far.tok"], &["far.tok", "another tokenizer"]);
+    fails(folder, &["train", "--init", "dense", "--text", "far.tok"], &["far.tok", "another tokenizer"]);
     fails(folder, &["export", "--run", "runs/none", "--out", "x"], &["runs/none"]);
     fails(folder, &["inspect", "nowhere"], &["nowhere/config.json"]);
 }

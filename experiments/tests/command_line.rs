@@ -74,14 +74,17 @@ fn bad_texts_and_places_are_named() {
     fs::write(folder.path().join("empty.txt"), "").unwrap();
     fs::write(folder.path().join("latin1.txt"), [0xe9; 5000]).unwrap();
     fs::write(folder.path().join("file"), "").unwrap();
-    let fails = |arguments, words| drop(fails(folder.path(), arguments, 1, words));
+    for (arguments, words) in [(["--listen", "nowhere"], "nowhere"), (["--granularity", "2"], "granularity")]
+    {
+        fails(folder.path(), &arguments, 2, words);
+    }
+    let fails = |arguments: &[&str], words| drop(fails(folder.path(), arguments, 1, words));
     fails(&["--text", "absent.txt"], "absent.txt");
     fails(&["--text", "empty.txt"], "empty.txt");
     fails(&["--text", "latin1.txt"], "latin1.txt");
     fails(&["--text", "."], "not a regular file");
     #[cfg(unix)]
     fails(&["--text", "/dev/zero"], "not a regular file");
-    fails(&["--listen", "nowhere"], "nowhere");
     fails(&["--runs-dir", "file/runs"], "file/runs");
     let taken = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();

@@ -9,7 +9,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use sanderling_common::config::cli::{RunOptions, RunOptionsError, with_defaults};
 use sanderling_common::join::{JoinError, Token};
 use sanderling_common::report::one_sentence;
-use sanderling_server::net::Server;
+use sanderling_server::net::{Server, ServerError};
 use sanderling_server::progress::ProgressView;
 use sanderling_transport::stop_on_interrupt;
 use tracing::{info, level_filters::LevelFilter};
@@ -62,7 +62,9 @@ fn main() -> ExitCode {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
-            let other = if error.is::<JoinError>() { 2 } else { 1 };
+            let is_usage =
+                matches!(error.downcast_ref(), Some(ServerError::Listen(_))) || error.is::<JoinError>();
+            let other = if is_usage { 2 } else { 1 };
             ExitCode::from(error.downcast_ref().map_or(other, RunOptionsError::exit_code))
         }
     }

@@ -4,7 +4,9 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{ClientConfig, Endpoint, EndpointConfig, ServerConfig, TokioRuntime, TransportConfig, VarInt};
+use quinn::{
+    ClientConfig, Connection, Endpoint, EndpointConfig, ServerConfig, TokioRuntime, TransportConfig, VarInt,
+};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::tls::{Certificate, TlsError, client_tls, server_tls};
@@ -22,6 +24,9 @@ const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 
 /// Bytes one connection may have under way unread, which bounds what a peer can make this side buffer.
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+
+/// The same of a peer that has not shown the token yet: room for a hello.
+const STRANGER_WINDOW_BYTES: u32 = 64 << 10;
 
 /// A worker sends something at least this often, whatever it computes; the server's lease is at least twice that.
 const KEEP_ALIVE: Duration = Duration::from_millis(400);
@@ -58,8 +63,15 @@ pub fn server_endpoint(
     idle: Duration,
 ) -> Result<Endpoint, EndpointError> {
     let mut config = ServerConfig::with_crypto(Arc::new(server_tls(certificate)?));
-    config.transport_config(Arc::new(transport(idle)));
+    let mut transport = transport(idle);
+    transport.receive_window(STRANGER_WINDOW_BYTES.into());
+    config.transport_config(Arc::new(transport));
     open(address, Some(config))
+}
+
+/// Lets a peer that has shown the token send as much at a time as any.
+pub fn trust(connection: &Connection) {
+    connection.set_receive_window(CONNECTION_WINDOW_BYTES.into());
 }
 
 /// An endpoint that connects to the server with this certificate pin. A connection that is silent for `idle`, at most

@@ -11,7 +11,7 @@ mod message;
 mod tls;
 
 pub use close::{CloseCode, describe};
-pub use endpoint::{EndpointError, IDLE_MAX, client_endpoint, server_endpoint};
+pub use endpoint::{EndpointError, IDLE_MAX, client_endpoint, server_endpoint, trust};
 pub use interrupt::stop_on_interrupt;
-pub use message::{MessageError, read_kind, receive, receive_rest, send};
+pub use message::{MessageError, read_kind, receive, receive_at_most, receive_rest, send};
 pub use tls::{Certificate, TlsError, client_tls, secure_random, server_tls};

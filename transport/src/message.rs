@@ -52,10 +52,21 @@ pub async fn send(stream: &mut SendStream, message: &impl Serialize) -> Result<(
 /// # Errors
 /// A [`MessageError`]; a length over [`CONTROL_BYTES_MAX`] is refused before any allocation.
 pub async fn receive<T: DeserializeOwned>(stream: &mut RecvStream) -> Result<T, MessageError> {
+    receive_at_most(stream, CONTROL_BYTES_MAX).await
+}
+
+/// Receives one control message of a peer that is trusted with no more than `bytes_max` bytes.
+///
+/// # Errors
+/// As [`receive`].
+pub async fn receive_at_most<T: DeserializeOwned>(
+    stream: &mut RecvStream,
+    bytes_max: usize,
+) -> Result<T, MessageError> {
     let mut length = [0; 4];
     stream.read_exact(&mut length).await?;
     let length = u32::from_le_bytes(length) as usize;
-    if length > CONTROL_BYTES_MAX {
+    if length > bytes_max {
         return Err(ControlError::TooLong(length).into());
     }
     let mut body = vec![0; length];

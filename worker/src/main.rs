@@ -39,7 +39,8 @@ struct Arguments {
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     #[arg(value_parser = clap::value_parser!(u64).range(..=GIVE_UP_AFTER_S_MAX))]
     give_up_after_s: u64,
-    /// The dense checkpoint of a run that upcycles one, if it is on this machine; otherwise the server sends it
+    /// The dense checkpoint of a run that upcycles one, if it is on this machine. The path that the run names is tried
+    /// too; where neither holds that model, the server sends it
     #[arg(long, value_name = "DIR")]
     dense: Option<PathBuf>,
     /// Say more (-v), or everything (-vv)

@@ -171,8 +171,9 @@ struct File {
 #[derive(Deserialize)]
 struct Rope {
     rope_theta: Option<f64>,
-    #[serde(alias = "type")]
+    /// The older spelling is `type`; some files have both.
     rope_type: Option<String>,
+    r#type: Option<String>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
@@ -336,7 +337,7 @@ impl Reader<'_> {
         if let Some(factor) = rope.partial_rotary_factor.filter(|&factor| factor != 1.0) {
             return Err(self.unsupported("partial_rotary_factor", factor, "whole heads are rotated"));
         }
-        match rope.rope_type.as_deref() {
+        match rope.rope_type.as_deref().or(rope.r#type.as_deref()) {
             None | Some("default") => Ok((theta, None)),
             Some("llama3") => {
                 let scaling = Llama3Rope {

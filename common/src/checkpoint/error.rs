@@ -160,6 +160,22 @@ pub enum CheckpointError {
         /// The place.
         path: PathBuf,
     },
+    /// Values that no model has.
+    #[error(
+        "{path} holds a value in tensor {name} that is not a number, infinite or above 2^100; the model is damaged"
+    )]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor, by the model's name.
+        name: String,
+    },
+    /// A directory that another process is filling.
+    #[error("another process is writing {path}")]
+    Busy {
+        /// The directory.
+        path: PathBuf,
+    },
     /// Whoever asked for the work has called it off.
     #[error("stopped before {path} was complete; nothing of it is left")]
     Interrupted {

@@ -79,6 +79,10 @@ pub fn row_shape(shape: &[usize]) -> (usize, usize) {
     }
 }
 
+/// The largest magnitude of a parameter that is read, 2¹⁰⁰: far above any that a model computes with, and what a server
+/// begins with so that no number of updates makes a model infinite.
+pub const PARAMETER_MAGNITUDE_MAX: f32 = (1_u128 << 100) as f32;
+
 /// A flat parameter vector as a source.
 #[derive(Clone, Copy, Debug)]
 pub struct FlatParameters<'a> {

@@ -11,8 +11,8 @@ use safetensors::{Dtype, SafeTensors};
 use super::error::at;
 use super::names::{decides, is_derived, neutral_tensors, stored_name};
 use super::{
-    Architecture, CONFIG_FILE, CheckpointError, GENERATION_FILE, INDEX_FILE, SpecialTokens, TENSORS_FILE,
-    TensorSource, flatten, parse_config, row_shape,
+    Architecture, CONFIG_FILE, CheckpointError, GENERATION_FILE, INDEX_FILE, PARAMETER_MAGNITUDE_MAX,
+    SpecialTokens, TENSORS_FILE, TensorSource, flatten, parse_config, row_shape,
 };
 use crate::layout::Layout;
 use crate::mapped::MappedFile;
@@ -251,6 +251,10 @@ impl TensorSource for Checkpoint {
             let mapped = MappedFile::open_range(path, start as u64, bytes as u64).map_err(at(path))?;
             for row in mapped.chunks_exact(row_bytes) {
                 widen(place.dtype, row, &mut values);
+                // What is not a number is not in range either.
+                if !values.iter().all(|value| value.abs() <= PARAMETER_MAGNITUDE_MAX) {
+                    return Err(CheckpointError::NotFinite { path: path.clone(), name: name.to_owned() });
+                }
                 sink(&values);
             }
         }
@@ -273,11 +277,15 @@ fn widen(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     }
 }
 
+fn not_regular() -> std::io::Error {
+    std::io::Error::other("it is not a regular file")
+}
+
 /// A file that is read whole.
 pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>, CheckpointError> {
     let metadata = fs::metadata(path).map_err(at(path))?;
     if !metadata.is_file() {
-        return Err(at(path)(std::io::Error::other("it is not a regular file")));
+        return Err(at(path)(not_regular()));
     }
     let bytes = metadata.len();
     if bytes > JSON_BYTES_MAX {
@@ -332,6 +340,9 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, CheckpointError> 
 
 /// The tensors that a file's header announces; the length of the file must be what the header says.
 fn header(path: &Path, file: usize) -> Result<HashMap<String, Place>, CheckpointError> {
+    if !fs::metadata(path).map_err(at(path))?.is_file() {
+        return Err(at(path)(not_regular()));
+    }
     let mapped = MappedFile::open(path).map_err(at(path))?;
     let (header_bytes, metadata) = SafeTensors::read_metadata(&mapped).map_err(|source| {
         wrong_length(path, &mapped).unwrap_or(CheckpointError::SafeTensors { path: path.to_owned(), source })

@@ -21,6 +21,11 @@ pub enum AdoptError {
         /// What does not fit.
         source: UpcycleError,
     },
+    /// A recipe, and nothing to apply it to.
+    #[error(
+        "a granularity or scaling is stated, but no checkpoint to upcycle; name one as dense, or leave them out"
+    )]
+    NothingToUpcycle,
     /// A setting that says something else than the checkpoint.
     #[error("{key} = {stated}, but the checkpoint {path} has {decided}; leave the setting out")]
     Conflict {
@@ -73,6 +78,9 @@ impl RunPartial {
         }
         let named = |setting: &Option<String>| setting.clone().filter(|path| !path.is_empty());
         match (named(&self.model.init), named(&self.upcycle.dense)) {
+            (None, None) if recipe_stated && self.upcycle.dense.is_none() => {
+                return Err(AdoptError::NothingToUpcycle);
+            }
             (None, None) => {}
             (Some(_), Some(_)) => return Err(AdoptError::Both),
             (Some(init), None) => {

@@ -164,6 +164,19 @@ impl Tokenizer {
         self.pipeline.token_to_id(text)
     }
 
+    /// A token of both that the two number differently, or one of `other` that this one does not know; `None` if `other`
+    /// can stand for this one.
+    pub fn differs_from(&self, other: &Self) -> Option<String> {
+        if self.json == other.json {
+            return None;
+        }
+        let own = self.pipeline.get_vocab(true);
+        let theirs = other.pipeline.get_vocab(true).into_iter();
+        // The first by number, so that messages do not depend on the order of a hash table.
+        let different = theirs.filter(|(token, id)| own.get(token) != Some(id));
+        different.min_by_key(|(_, id)| *id).map(|(token, _)| token)
+    }
+
     /// Checks that a model with `vocabulary_size` tokens has all of this vocabulary.
     ///
     /// # Errors

@@ -72,6 +72,12 @@ impl<'a> Upcycled<'a> {
         &self.layout
     }
 
+    /// Whether weights are scaled by powers of two only, or not at all, which any floating-point format holds exactly.
+    pub fn scales_by_powers_of_two(&self) -> bool {
+        let Scales { gate, up, down } = self.scales;
+        [gate, up, down].iter().all(|&scale| libm::frexp(scale).0 == 0.5)
+    }
+
     /// All its parameters, flat.
     ///
     /// # Errors

@@ -40,7 +40,7 @@ pub struct Recipe {
 }
 
 /// Why a recipe does not fit a dense model.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error, PartialEq)]
 pub enum UpcycleError {
     /// There is nothing to upcycle.
     #[error("the model is a mixture of experts already; only a dense one can be upcycled")]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use sanderling_common::checkpoint::{Checkpoint, TOKENIZER_FILE};
 use sanderling_common::config::BUNDLED_TEXT;
 use sanderling_common::corpus::SHAKESPEARE;
@@ -109,6 +109,22 @@ fn is_token_file(path: &Path) -> anyhow::Result<bool> {
     Ok(TokenFile::is_one(&MappedFile::open(path).with_context(unreadable)?))
 }
 
+/// Tokens of another tokenizer than the model's mean something else to it.
+fn check_tokenizers(arguments: &Arguments, checkpoint: &Checkpoint, file: &TokenFile) -> anyhow::Result<()> {
+    let has_own = arguments.tokenizer.is_some() || checkpoint.directory().join(TOKENIZER_FILE).is_file();
+    let (true, Some(json)) = (has_own, file.tokenizer_json()) else { return Ok(()) };
+    let (data, model) = (arguments.data.display(), arguments.model.display());
+    let theirs = Tokenizer::from_json(json, &format!("the tokenizer in {data}"))?;
+    let different = tokenizer(arguments, checkpoint)?.differs_from(&theirs);
+    match different {
+        None => Ok(()),
+        Some(token) => bail!(
+            "{data} was made with another tokenizer than that of {model}: they number {token:?} differently; tokenise \
+             its text with the model's tokenizer.json"
+        ),
+    }
+}
+
 /// The tokens of the data, and the bytes of text they stand for where that is known.
 fn tokens(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<(Tokens, Option<u64>)> {
     let path = &arguments.data;
@@ -117,6 +133,7 @@ fn tokens(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<(Tok
         let file = TokenFile::open(path)?;
         let (found, path) = (file.vocabulary_size(), path.display());
         ensure!(found <= vocab_size, "{path} has a vocabulary of {found}, the model one of {vocab_size}");
+        check_tokenizers(arguments, checkpoint, &file)?;
         return Ok((file.tokens(), None));
     }
     let text = match path.to_str() {
@@ -166,6 +183,11 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
         work.at(done as u64)
     })?;
     work.end();
+    ensure!(
+        score.loss().is_finite(),
+        "the loss of {} is not a number: its computation overflows",
+        arguments.model.display()
+    );
     let seconds = started.elapsed().as_secs_f64();
     let bits_per_byte = text_bytes.map(|bytes| score.loss_sum / std::f64::consts::LN_2 / bytes as f64);
     let LanguageScore { tokens, .. } = score;
@@ -173,7 +195,8 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
         return say(&format!(
             "{:#}\n",
             json!({
-                "task": "lm", "model": arguments.model, "data": arguments.data, "loss": score.loss(),
+                "task": "lm", "model": arguments.model.display().to_string(),
+                "data": arguments.data.display().to_string(), "loss": score.loss(),
                 "perplexity": score.perplexity(), "bits_per_byte": bits_per_byte, "tokens": tokens,
                 "window": length, "stride": stride, "seconds": seconds,
             })
@@ -252,7 +275,8 @@ fn multiple_choice(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Re
         return say(&format!(
             "{:#}\n",
             json!({
-                "task": "multiple-choice", "model": arguments.model, "data": arguments.data, "accuracy": overall,
+                "task": "multiple-choice", "model": arguments.model.display().to_string(),
+                "data": arguments.data.display().to_string(), "accuracy": overall,
                 "standard_error": error, "questions": total, "right": right, "seconds": seconds,
                 "files": files.collect::<Vec<_>>(),
             })

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use sanderling_common::checkpoint::{Checkpoint, StagedDirectory, WriteOptions, stored_bytes, write};
+use sanderling_common::checkpoint::{
+    Checkpoint, StagedDirectory, TOKENIZER_FILE, WriteOptions, stored_bytes, write,
+};
 use sanderling_common::config::parse;
 use sanderling_server::progress::bytes as show_bytes;
 use serde_json::{Value, json};
@@ -57,7 +59,9 @@ pub fn export(arguments: &Arguments) -> anyhow::Result<()> {
     let stored_type = arguments.stored_as.stored_type(&checkpoint);
     let name = arguments.out.file_name().unwrap_or(arguments.out.as_os_str()).to_string_lossy();
     let mut files = checkpoint.carried_files()?;
-    let card = model_card(&name, config, stored_type, &made(&summary, &beginning(&arguments.run)));
+    let has_tokenizer = files.iter().any(|(name, _)| name == TOKENIZER_FILE);
+    let made = made(&summary, &beginning(&arguments.run));
+    let card = model_card(&name, config, (stored_type, has_tokenizer), &made);
     files.push((CARD_FILE.to_owned(), card.into_bytes()));
     let special_tokens = checkpoint.special_tokens().clone();
     let shard_bytes_max = arguments.stored_as.shard_bytes_max;
@@ -70,7 +74,7 @@ pub fn export(arguments: &Arguments) -> anyhow::Result<()> {
         return say(&format!(
             "{:#}\n",
             json!({
-                "out": arguments.out, "bytes": bytes, "stored_type": stored_type.name(),
+                "out": arguments.out.display().to_string(), "bytes": bytes, "stored_type": stored_type.name(),
                 "architecture": checkpoint.architecture().class(), "parameters": checkpoint.layout().len(),
             })
         ));
@@ -105,10 +109,10 @@ fn beginning(run: &Path) -> String {
     match (named(upcycle.dense), named(settings.model.init)) {
         (Some(dense), _) => format!(
             "from a mixture upcycled of the dense checkpoint `{dense}` (SHA-256 of its parameters {}, granularity {}, \
-             scaling {:?}, seed {})",
+             scaling {}, seed {})",
             upcycle.dense_sha256.unwrap_or_default(),
             upcycle.granularity.unwrap_or(1),
-            upcycle.scaling.unwrap_or_default(),
+            super::upcycle::scaling_name(upcycle.scaling.unwrap_or_default()),
             settings.run.seed.unwrap_or_default(),
         ),
         (None, Some(init)) => format!("from the checkpoint `{init}`"),

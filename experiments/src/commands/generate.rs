@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use sanderling_common::checkpoint::{Checkpoint, TOKENIZER_FILE};
 use sanderling_common::tokenizer::Tokenizer;
 use serde_json::json;
+use tracing::warn;
 
 use super::say;
 use crate::generate::{Generator, Sampling};
@@ -18,7 +19,7 @@ use crate::work::Stop;
 ///
 /// The prompt is tokenised as `transformers` would, with the special tokens that tokenizer.json says to put around a text.
 /// The same model, prompt, options and seed give the same text. At the end of the model's context the older half of the
-/// text is forgotten. Generation ends at the model's end-of-text token, if it has one, or after --max-new-tokens.
+/// text is forgotten; at most 8192 tokens are seen. Generation ends at the model's end-of-text token, if it has one, or after --max-new-tokens.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -84,7 +85,14 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
     let started = Instant::now();
     let sampling = Sampling { temperature, top_p, seed: arguments.seed };
     let mut decoding = Ok(());
+    if prompt.len() > generator.sight() {
+        let (most, all) = (generator.sight(), prompt.len());
+        warn!("the prompt has {all} tokens; only its last {most} are seen");
+    }
     generator.stream(&prompt, &sampling, arguments.max_new_tokens, &special.eos, |token| {
+        let Some(token) = token else {
+            return if stop.is_asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        };
         tokens.push(token);
         let piece = match decoder.push(token) {
             Ok(piece) => piece,

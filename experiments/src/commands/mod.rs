@@ -17,7 +17,8 @@ use sanderling_common::tokenizer::Tokenizer;
 /// How a command that writes a checkpoint stores its values.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct StoredAs {
-    /// How values are stored [default: as in the checkpoint that is read]
+    /// How values are stored [default: as in the checkpoint that is read; float32 where weights are scaled exactly by
+    /// what bfloat16 would round]
     #[arg(long, value_enum, value_name = "TYPE")]
     dtype: Option<StoredType>,
     /// Bytes of values in one file; a larger model is written as shards with an index
@@ -30,8 +31,13 @@ impl StoredAs {
     /// The number format: as asked for, or bfloat16 if the checkpoint has nothing else, or float32, which holds
     /// everything that is read.
     fn stored_type(&self, checkpoint: &Checkpoint) -> StoredType {
-        let all_bfloat16 = || checkpoint.stored().values.keys().all(|format| format == "BF16");
-        self.dtype.unwrap_or_else(|| if all_bfloat16() { StoredType::Bfloat16 } else { StoredType::Float32 })
+        self.stored_type_of(checkpoint, true)
+    }
+
+    /// The same for values made of those of the checkpoint; `keeps_bits` tells whether its format holds them too.
+    fn stored_type_of(&self, checkpoint: &Checkpoint, keeps_bits: bool) -> StoredType {
+        let bfloat16 = || keeps_bits && checkpoint.stored().values.keys().all(|format| format == "BF16");
+        self.dtype.unwrap_or_else(|| if bfloat16() { StoredType::Bfloat16 } else { StoredType::Float32 })
     }
 }
 

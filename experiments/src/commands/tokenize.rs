@@ -126,7 +126,7 @@ fn report(arguments: &Arguments, outcome: &Outcome) {
     let bytes_per_token = outcome.text_bytes as f64 / outcome.tokens as f64;
     let line = if arguments.json {
         serde_json::json!({
-            "file": arguments.out,
+            "file": arguments.out.display().to_string(),
             "tokens": outcome.tokens,
             "documents": outcome.documents,
             "vocabulary_size": outcome.vocabulary_size,

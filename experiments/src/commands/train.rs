@@ -157,7 +157,8 @@ fn report(outcome: &Outcome) -> anyhow::Result<()> {
         outcome.checkpoint.display(),
     ));
     let sample = sample(outcome)?;
-    print(&format!("\nA sample of the best model:\n{}\n", sample.trim_end()));
+    let whose = if outcome.summary.best_val_loss.is_some() { "best" } else { "last" };
+    print(&format!("\nA sample of the {whose} model:\n{}\n", sample.trim_end()));
     std::fs::write(outcome.folder.join("sample.txt"), format!("{}\n", sample.trim_end()))
         .with_context(|| format!("cannot write to {}", outcome.folder.display()))?;
     let (plot, unit) = (outcome.folder.join(PLOT_FILE), outcome.corpus.vocabulary().unit());

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use sanderling_common::checkpoint::{
-    Architecture, Checkpoint, StagedDirectory, WriteOptions, stored_bytes, write,
+    Architecture, Checkpoint, StagedDirectory, TOKENIZER_FILE, WriteOptions, stored_bytes, write,
 };
 use sanderling_common::init::INIT_STD;
 use sanderling_common::model_config::RouterOrder;
@@ -84,9 +84,13 @@ pub fn upcycle(arguments: &Arguments) -> anyhow::Result<()> {
     let upcycled = upcycled.with_context(|| format!("{} cannot be upcycled", arguments.dense.display()))?;
     checked_tokenizer(&dense)?;
     let config = upcycled.config().clone();
-    let stored_type = arguments.stored_as.stored_type(&dense);
-    let card = model_card(&title(arguments), &config, stored_type, &made(&arguments.dense, &recipe));
+    // Products that bfloat16 does not hold would cost what exact scaling is for.
+    let keeps_bits = recipe.scaling != Scaling::Exact || upcycled.scales_by_powers_of_two();
+    let stored_type = arguments.stored_as.stored_type_of(&dense, keeps_bits);
     let mut files = dense.carried_files()?;
+    let has_tokenizer = files.iter().any(|(name, _)| name == TOKENIZER_FILE);
+    let made = made(&arguments.dense, &recipe);
+    let card = model_card(&title(arguments), &config, (stored_type, has_tokenizer), &made);
     files.push((CARD_FILE.to_owned(), card.into_bytes()));
     let special_tokens = dense.special_tokens().clone();
     let shard_bytes_max = arguments.stored_as.shard_bytes_max;
@@ -103,7 +107,7 @@ pub fn upcycle(arguments: &Arguments) -> anyhow::Result<()> {
         return say(&format!(
             "{:#}\n",
             json!({
-                "out": arguments.out, "architecture": class, "parameters": parameters, "active_parameters": active,
+                "out": arguments.out.display().to_string(), "architecture": class, "parameters": parameters, "active_parameters": active,
                 "bytes": bytes, "stored_type": stored_type.name(), "recipe": recipe, "seconds": seconds,
             })
         ));
@@ -120,7 +124,7 @@ fn title(arguments: &Arguments) -> String {
     name.to_string_lossy().into_owned()
 }
 
-fn scaling_name(scaling: Scaling) -> &'static str {
+pub(super) fn scaling_name(scaling: Scaling) -> &'static str {
     match scaling {
         Scaling::Paper => "paper",
         Scaling::Exact => "exact",

@@ -4,6 +4,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use ndarray::Array2;
 use sanderling_common::tokenizer::{Tokenizer, TokenizerError};
 
@@ -218,12 +219,16 @@ pub fn answer_all(
         &batches,
         |model, parameters, batch| {
             let scores = log_likelihoods(model, parameters, batch)?;
-            Ok(scores.iter().zip(*batch).filter(|(scores, (_, answer))| best(scores) == *answer).count())
+            let is_right =
+                |(scores, (_, answer)): (&[f64; CHOICES], &(Asked, usize))| best(scores) == *answer;
+            let are_numbers = scores.iter().flatten().all(|score| score.is_finite());
+            Ok(are_numbers.then(|| scores.iter().zip(*batch).filter(|&pair| is_right(pair)).count()))
         },
         &mut |batches| progress(if batches == 0 { 0 } else { done[batches - 1] }),
     )?;
-    let (subject, questions) = (subject.to_owned(), questions.len());
-    Ok(FileScore { subject, right: right.into_iter().sum(), questions })
+    let right: Option<usize> = right.into_iter().sum();
+    let right = right.context("the model's scores are not numbers: their computation overflows")?;
+    Ok(FileScore { subject: subject.to_owned(), right, questions: questions.len() })
 }
 
 /// The log-likelihood of each answer of each question.

@@ -20,7 +20,7 @@ pub struct Scoring<'a> {
     pub config: &'a ModelConfig,
     /// Its parameters, flat.
     pub parameters: &'a [f32],
-    /// Threads to use; at least 1.
+    /// Threads to use, as far as there are items for them; at least 1.
     pub threads: usize,
 }
 
@@ -50,7 +50,8 @@ impl Scoring<'_> {
             Ok(())
         };
         std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..self.threads.max(1)).map(|_| scope.spawn(work)).collect();
+            let threads: Vec<_> =
+                (0..self.threads.clamp(1, items.len().max(1))).map(|_| scope.spawn(work)).collect();
             let mut scored: Vec<Option<R>> = items.iter().map(|_| None).collect();
             let mut done = 0;
             // A thread that fails ends without a result, so waiting for results alone would not end.

@@ -80,7 +80,7 @@ async fn getting_ready_may_take_longer_than_the_lease_and_giving_up_on_it_frees_
     drop(slow);
     let stalled = loop {
         let (endpoint, connection) = Peer::connect(&serving.join).await;
-        if let Ok(stalled) = Peer::hello(endpoint, connection, &serving.join).await {
+        if let Ok(stalled) = Peer::hello(endpoint, connection, &serving.join, None).await {
             break stalled;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -136,11 +136,12 @@ impl Peer {
         endpoint: Endpoint,
         connection: Connection,
         join: &JoinString,
+        resume: Option<SessionId>,
     ) -> Result<(Self, Welcome), Greeting> {
         let (mut up, mut down) = connection.open_bi().await.unwrap();
         up.write_all(&[StreamKind::Control as u8]).await.unwrap();
         let token = join.token.reveal().to_owned();
-        send(&mut up, &Hello { token, resume: None, software: "a test".to_owned() }).await.unwrap();
+        send(&mut up, &Hello { token, resume, software: "a test".to_owned() }).await.unwrap();
         match receive(&mut down).await.unwrap() {
             Greeting::Welcome(welcome) => {
                 Ok((Self { connection, control: (up, down), _endpoint: endpoint }, *welcome))
@@ -151,7 +152,7 @@ impl Peer {
 
     async fn welcomed(join: &JoinString) -> (Self, Welcome) {
         let (endpoint, connection) = Self::connect(join).await;
-        let welcomed = Self::hello(endpoint, connection, join).await;
+        let welcomed = Self::hello(endpoint, connection, join, None).await;
         welcomed.unwrap_or_else(|greeting| panic!("not admitted: {greeting:?}"))
     }
 
@@ -215,6 +216,24 @@ async fn garbage_ends_the_connection_and_nothing_else() {
         let closed = tokio::time::timeout(PATIENCE, peer.connection.closed());
         closed.await.expect("the server hangs up");
     }
+    worker(&serving.join).await.unwrap().unwrap();
+    assert_eq!(serving.outcome().await.summary.steps, 5);
+}
+
+/// A worker that never heard how its session starts hears it when it comes back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_was_lost_is_told_again() {
+    let scene = Scene::new(5);
+    let serving = Serving::start(&scene);
+    let (peer, first) = Peer::admitted(&serving.join).await;
+    drop(peer);
+    let (endpoint, connection) = Peer::connect(&serving.join).await;
+    let hello = Peer::hello(endpoint, connection, &serving.join, Some(first.session)).await;
+    let (mut peer, again) = hello.unwrap_or_else(|greeting| panic!("not admitted: {greeting:?}"));
+    assert!(again.resumed && again.session == first.session);
+    let start = peer.ready(again.layout_hash, again.initial.sha256()).await;
+    assert_eq!(start, Start::Fetch { step: Step(0) });
+    drop(peer);
     worker(&serving.join).await.unwrap().unwrap();
     assert_eq!(serving.outcome().await.summary.steps, 5);
 }

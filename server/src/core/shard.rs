@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use sanderling_common::checkpoint::PARAMETER_MAGNITUDE_MAX;
 use sanderling_common::config::RunConfig;
 use sanderling_common::ids::WorkerId;
 use sanderling_common::init::tensor_hash;
@@ -18,7 +19,7 @@ use super::tracker::{DifferenceTracker, Replicas};
 /// |θ0| ≤ 2¹⁰⁰ and |g| ≤ 2⁶⁴ follows |θ_t| ≤ 2¹⁰⁰ + t·2⁶⁴, which stays below 2¹²⁷ for all of the 2⁶⁴ steps that can be
 /// counted. A replica lies no further from θ than θ has moved, so that it is finite too, and so is every difference.
 /// Workers that compute real gradients stay below 2⁴⁰ by far.
-pub const BASE_MAGNITUDE_MAX: f32 = (1_u128 << 100) as f32;
+pub const BASE_MAGNITUDE_MAX: f32 = PARAMETER_MAGNITUDE_MAX;
 
 /// Something to do for every shard, in the order of the server's steps.
 #[derive(Clone, Debug)]

@@ -11,7 +11,8 @@ use sanderling_common::wire::control::{
 use sanderling_common::wire::frame::{Reply, WireError};
 use sanderling_common::wire::{Push, Refusal};
 use sanderling_transport::{
-    CloseCode, MessageError, describe, read_kind, receive, receive_rest, secure_random, send,
+    CloseCode, MessageError, describe, read_kind, receive, receive_at_most, receive_rest, secure_random,
+    send, trust,
 };
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{timeout, timeout_at};
@@ -28,6 +29,9 @@ const WORK_WAIT_SHARE: u32 = 4;
 /// after it may take any time, since a worker may have to fetch and build a large model; one that falls silent meanwhile
 /// loses its connection like any other.
 const HELLO_WAIT: Duration = Duration::from_secs(20);
+
+/// The largest hello: a token and a name.
+const HELLO_BYTES_MAX: usize = 4096;
 
 /// A worker that was told to finish may take this long to close its connection.
 const GOODBYE_WAIT: Duration = Duration::from_secs(2);
@@ -132,11 +136,12 @@ async fn introduce(hub: &Hub, connection: &Connection) -> Result<(Hello, Control
     if read_kind(&mut up).await? != StreamKind::Control {
         return Err(PeerError::NoControlStream);
     }
-    let hello: Hello = receive(&mut up).await?;
+    let hello: Hello = receive_at_most(&mut up, HELLO_BYTES_MAX).await?;
     if !hub.token().matches(&hello.token) {
         send(&mut down, &Greeting::WrongToken).await?;
         return Err(PeerError::NotAdmitted("wrong token"));
     }
+    trust(connection);
     Ok((hello, (down, up)))
 }
 

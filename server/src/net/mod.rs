@@ -318,6 +318,12 @@ impl Server {
 async fn accept(hub: Arc<Hub>, endpoint: Endpoint) {
     let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
     while let Some(incoming) = endpoint.accept().await {
+        // When many come at once, those whose address may be forged are asked to show that it is theirs.
+        if strangers.available_permits() < STRANGERS_MAX / 2 && !incoming.remote_address_validated() {
+            // It can be asked, since its address is not validated yet.
+            let _ = incoming.retry();
+            continue;
+        }
         match strangers.clone().try_acquire_owned() {
             Ok(stranger) => drop(tokio::spawn(connection::serve(hub.clone(), incoming, stranger))),
             // A worker that is refused so tries again.

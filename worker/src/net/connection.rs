@@ -49,13 +49,13 @@ pub(super) enum Reception {
 }
 
 impl Link {
-    /// Connects and says hello; waits at most `patience` for the server to answer the first packets.
+    /// Connects, each attempt to the next address of the host, and says hello; waits at most `patience` for the server to answer the first packets.
     pub(super) async fn open(
         join: &JoinString,
         resume: Option<SessionId>,
-        patience: Duration,
+        (attempt, patience): (u64, Duration),
     ) -> Result<Reception, Lost> {
-        let address = resolve(join).await?;
+        let address = resolve(join, attempt).await?;
         let endpoint = client_endpoint(address, join.pin, IDLE_MAX).map_err(WorkerError::Endpoint)?;
         let connecting = endpoint
             .connect(address, "sanderling")
@@ -173,12 +173,15 @@ async fn listen_for_steps(connection: Connection, newest: Arc<AtomicU64>) {
     }
 }
 
-async fn resolve(join: &JoinString) -> Result<SocketAddr, Lost> {
+async fn resolve(join: &JoinString, attempt: u64) -> Result<SocketAddr, Lost> {
     let (host, port) = (join.host.clone(), join.port);
     let found = tokio::task::spawn_blocking(move || (host.as_str(), port).to_socket_addrs()).await;
-    let addresses = found.expect("the look-up does not panic");
-    let first = addresses.ok().and_then(|mut addresses| addresses.next());
-    first.ok_or_else(|| Lost::ForNow(format!("the host {} cannot be found", join.host)))
+    let addresses: Vec<SocketAddr> =
+        found.expect("the look-up does not panic").map_or(Vec::new(), Iterator::collect);
+    // A host may have addresses that the server does not listen on, or this machine cannot reach.
+    let place = attempt.checked_rem(addresses.len() as u64).unwrap_or(0);
+    let address = addresses.get(place as usize).copied();
+    address.ok_or_else(|| Lost::ForNow(format!("the host {} cannot be found", join.host)))
 }
 
 /// A server with another certificate or protocol will be no other on the next try. Anything else may be: one that

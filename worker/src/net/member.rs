@@ -76,10 +76,17 @@ impl Shelf {
     ) -> Result<Vec<f32>, Lost> {
         let wanted = upcycling.dense_sha256;
         if self.dense.as_ref().is_none_or(|dense| dense.sha256 != wanted) {
-            let places = options.dense.iter().map(PathBuf::as_path);
-            let places: Vec<PathBuf> =
-                places.chain([Path::new(&welcome.run.upcycle.dense)]).map(Path::to_owned).collect();
-            let found = tokio::task::spawn_blocking(move || find_dense(&places, wanted)).await;
+            let (named, served) = (options.dense.clone(), welcome.run.upcycle.dense.clone());
+            let found = tokio::task::spawn_blocking(move || {
+                if let Some(named) = &named
+                    && !named.is_dir()
+                {
+                    warn!("there is no checkpoint in {}", named.display());
+                }
+                let places = named.iter().map(PathBuf::as_path).chain([Path::new(&served)]);
+                find_dense(places.filter(|place| place.is_dir()), wanted)
+            })
+            .await;
             let found = found.expect("reading a checkpoint does not panic");
             self.dense = Some(match found {
                 Some(dense) => dense,
@@ -123,10 +130,10 @@ async fn seeded(welcome: &Welcome) -> Result<Vec<f32>, Lost> {
 }
 
 /// The dense model of this hash, if one of the places has it.
-fn find_dense(places: &[PathBuf], sha256: [u8; 32]) -> Option<Dense> {
-    places.iter().find_map(|place| {
-        let checkpoint = Checkpoint::open(place).ok()?;
-        let dense = match Dense::load(&checkpoint) {
+fn find_dense<'a>(mut places: impl Iterator<Item = &'a Path>, sha256: [u8; 32]) -> Option<Dense> {
+    places.find_map(|place| {
+        let loaded = Checkpoint::open(place).and_then(|checkpoint| Dense::load(&checkpoint));
+        let dense = match loaded {
             Ok(dense) => dense,
             Err(error) => {
                 warn!("the dense model in {} cannot be read: {}", place.display(), one_sentence(&error));

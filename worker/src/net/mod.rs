@@ -226,7 +226,7 @@ async fn connected(
     let patience = options.give_up_after.saturating_sub(last_contact.elapsed()).max(PATIENCE_MIN);
     let mut stopped = stop.clone();
     let reception = tokio::select! {
-        reception = Link::open(join, resume, patience) => reception?,
+        reception = Link::open(join, resume, (report.reconnects, patience)) => reception?,
         _ = stopped.wait_for(|stop| *stop) => return Ok(()),
     };
     let (mut link, welcome) = match reception {
