@@ -364,6 +364,18 @@ fn values_that_no_model_has_are_refused_by_tensor() {
     }
 }
 
+/// Some configurations say -1 for a token that there is not.
+#[test]
+fn tokens_that_cannot_be_are_left_out() {
+    let parent = tempfile::tempdir().unwrap();
+    let directory = parent.path().join("model");
+    save(&directory, &dense(), &parameters(&dense()), &[]).unwrap();
+    edit(&directory, "\"eos_token_id\": null", "\"eos_token_id\": -1");
+    assert!(Checkpoint::open(&directory).unwrap().special_tokens().eos.is_empty());
+    edit(&directory, "\"eos_token_id\": -1", "\"eos_token_id\": [-1, 7]");
+    assert_eq!(Checkpoint::open(&directory).unwrap().special_tokens().eos, [7]);
+}
+
 /// Some files name the kind of rotary scaling in both spellings; one that makes no sense is refused.
 #[test]
 fn rotary_scaling_is_read_in_either_spelling_and_checked() {

@@ -246,12 +246,20 @@ fn broken_checkpoints_are_named_with_file_and_tensor() {
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, text.replace("\"intermediate_size\": 128", "\"intermediate_size\": 96")).unwrap();
     });
+    let untyped = spoiled("untyped", |copy| {
+        let path = copy.join("model.safetensors");
+        let mut bytes = fs::read(&path).unwrap();
+        let place = bytes.windows(5).position(|window| window == b"\"F32\"").unwrap();
+        bytes[place..place + 5].copy_from_slice(b"\"F16\"");
+        fs::write(&path, bytes).unwrap();
+    });
     let squared = spoiled("squared", |copy| {
         let path = copy.join("config.json");
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, text.replace("\"silu\"", "\"relu2\"")).unwrap();
     });
-    let cases: [(&Path, &[&str]); 5] = [
+    let cases: [(&Path, &[&str]); 6] = [
+        (&untyped, &["untyped/model.safetensors", "tensor", "weight", "F16"]),
         (&truncated, &["truncated", "model.safetensors", "cut off"]),
         (&lying, &["lying", "model.safetensors"]),
         (&other, &["other", "GPTNeoXForCausalLM", "MixtralForCausalLM"]),

@@ -114,19 +114,21 @@ impl SpecialTokens {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 enum OneOrMore {
-    One(u32),
-    More(Vec<u32>),
+    One(i64),
+    More(Vec<i64>),
 }
 
 /// For messages.
 const KNOWN_CLASSES: &str = "LlamaForCausalLM, MixtralForCausalLM and Qwen2MoeForCausalLM are";
 
 impl OneOrMore {
+    /// Those that can be tokens; some models say -1 for none.
     fn into_list(self) -> Vec<u32> {
-        match self {
+        let tokens = match self {
             Self::One(token) => vec![token],
             Self::More(tokens) => tokens,
-        }
+        };
+        tokens.into_iter().filter_map(|token| u32::try_from(token).ok()).collect()
     }
 }
 

@@ -87,6 +87,16 @@ pub enum CheckpointError {
         /// What is broken.
         source: safetensors::SafeTensorError,
     },
+    /// A header that says of a tensor what cannot be.
+    #[error("{path} describes tensor {name} wrongly: {what}")]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// What is wrong.
+        what: String,
+    },
     /// A tensor file is shorter, or longer, than its header says.
     #[error(
         "{path} has {found} bytes, but its header announces {expected}{}",

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
 
 use super::error::at;
 use super::names::{decides, is_derived, neutral_tensors, stored_name};
@@ -345,7 +346,8 @@ fn header(path: &Path, file: usize) -> Result<HashMap<String, Place>, Checkpoint
     }
     let mapped = MappedFile::open(path).map_err(at(path))?;
     let (header_bytes, metadata) = SafeTensors::read_metadata(&mapped).map_err(|source| {
-        wrong_length(path, &mapped).unwrap_or(CheckpointError::SafeTensors { path: path.to_owned(), source })
+        let known = misdescribed(path, &mapped).or_else(|| wrong_length(path, &mapped));
+        known.unwrap_or(CheckpointError::SafeTensors { path: path.to_owned(), source })
     })?;
     let start = 8 + header_bytes;
     let place = |info: &safetensors::tensor::TensorInfo| Place {
@@ -357,16 +359,53 @@ fn header(path: &Path, file: usize) -> Result<HashMap<String, Place>, Checkpoint
     Ok(metadata.tensors().into_iter().map(|(name, info)| (name, place(info))).collect())
 }
 
+/// What a file's header announces, as far as it can be read.
+fn announced(bytes: &[u8]) -> Option<(u64, BTreeMap<String, serde_json::Value>)> {
+    let header_bytes = u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?);
+    let start = header_bytes.checked_add(8)?;
+    let header = bytes.get(8..usize::try_from(start).ok()?)?;
+    let mut announced: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
+    announced.remove("__metadata__");
+    Some((start, announced))
+}
+
+/// The first tensor that a header says something impossible of.
+fn misdescribed(path: &Path, bytes: &[u8]) -> Option<CheckpointError> {
+    let (_, announced) = announced(bytes)?;
+    announced.into_iter().find_map(|(name, value)| {
+        let what = contradiction(&value)?;
+        Some(CheckpointError::Header { path: path.to_owned(), name, what })
+    })
+}
+
+fn contradiction(value: &serde_json::Value) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Offsets {
+        data_offsets: (u64, u64),
+    }
+    #[derive(serde::Deserialize)]
+    struct Shape {
+        shape: Vec<u64>,
+    }
+    let dtype = Dtype::deserialize(&value["dtype"]);
+    let (Ok(dtype), Ok(Offsets { data_offsets: (begin, end) }), Ok(Shape { shape })) =
+        (dtype, Offsets::deserialize(value), Shape::deserialize(value))
+    else {
+        return Some(value.to_string());
+    };
+    let bits = shape.iter().try_fold(dtype.bitsize() as u64, |bits, &size| bits.checked_mul(size));
+    let fits = bits
+        .is_some_and(|bits| end.checked_sub(begin).and_then(|length| length.checked_mul(8)) == Some(bits));
+    (!fits).then(|| format!("{shape:?} values of {dtype:?} in bytes {begin} to {end}"))
+}
+
 /// Says so if a file has another length than the tensors of its header take, and names the first that is cut off.
 fn wrong_length(path: &Path, bytes: &[u8]) -> Option<CheckpointError> {
     #[derive(serde::Deserialize)]
     struct Announced {
         data_offsets: (u64, u64),
     }
-    let header_bytes = u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?);
-    let start = header_bytes.checked_add(8)?;
-    let header = bytes.get(8..usize::try_from(start).ok()?)?;
-    let announced: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
+    let (start, announced) = announced(bytes)?;
     let ends = announced.into_iter().filter_map(|(name, value)| {
         let Announced { data_offsets: (_, end) } = serde_json::from_value(value).ok()?;
         Some((start.checked_add(end)?, name))

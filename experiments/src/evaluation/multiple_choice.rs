@@ -18,6 +18,9 @@ const LETTERS: [char; CHOICES] = ['A', 'B', 'C', 'D'];
 /// The most questions of one file.
 const QUESTIONS_MAX: usize = 1 << 20;
 
+/// The most bytes of one file, which is read whole.
+const QUESTIONS_BYTES_MAX: u64 = 1 << 30;
+
 /// A question with its choices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
@@ -66,7 +69,7 @@ pub enum QuestionError {
     #[error("{0} has no questions")]
     Empty(PathBuf),
     /// More questions than are read.
-    #[error("{0} has more than {QUESTIONS_MAX} questions")]
+    #[error("{0} has more than {QUESTIONS_MAX} questions, or more than {QUESTIONS_BYTES_MAX} bytes")]
     TooMany(PathBuf),
     /// A text that cannot be tokenised.
     #[error(transparent)]
@@ -98,21 +101,33 @@ pub fn accuracy(right: usize, questions: usize) -> (f64, f64) {
     (p, (p * (1.0 - p) / (questions as f64 - 1.0)).sqrt())
 }
 
+/// The line, from 1, of what begins at a byte of a text, ends of lines in front of it passed over.
+fn line_of(text: &[u8], byte: u64) -> u64 {
+    let byte = text.len().min(byte as usize);
+    let blank = text[byte..].iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+    1 + text[..byte + blank].iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
 /// Reads a file of questions. A heading line (whose last field is no letter, but "answer") is passed over.
 ///
 /// # Errors
 /// A [`QuestionError`] that names the file and the line.
 pub fn read_questions(path: &Path) -> Result<Vec<Question>, QuestionError> {
     let unreadable = |source| QuestionError::Csv { path: path.to_owned(), source };
-    let mut reader =
-        csv::ReaderBuilder::new().has_headers(false).flexible(true).from_path(path).map_err(unreadable)?;
+    let io = |source: std::io::Error| unreadable(csv::Error::from(source));
+    if std::fs::metadata(path).map_err(io)?.len() > QUESTIONS_BYTES_MAX {
+        return Err(QuestionError::TooMany(path.to_owned()));
+    }
+    let text = std::fs::read(path).map_err(io)?;
+    let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(&text[..]);
     let mut questions = Vec::new();
     for (number, record) in reader.records().enumerate() {
         let record = record.map_err(unreadable)?;
-        let line = record.position().map_or(number as u64 + 1, csv::Position::line);
+        // The library's own count is one behind where lines end with CR and LF.
+        let line = || line_of(&text, record.position().map_or(0, csv::Position::byte));
         let fields: Vec<&str> = record.iter().collect();
         let Ok([question, a, b, c, d, answer]) = <[&str; CHOICES + 2]>::try_from(fields) else {
-            return Err(QuestionError::Fields { path: path.to_owned(), line, found: record.len() });
+            return Err(QuestionError::Fields { path: path.to_owned(), line: line(), found: record.len() });
         };
         if number == 0 && answer.trim().eq_ignore_ascii_case("answer") {
             continue;
@@ -121,7 +136,7 @@ pub fn read_questions(path: &Path) -> Result<Vec<Question>, QuestionError> {
         let place = LETTERS.iter().position(|known| letter.len() == 1 && letter.starts_with(*known));
         let answer = place.ok_or_else(|| QuestionError::Answer {
             path: path.to_owned(),
-            line,
+            line: line(),
             found: answer.to_owned(),
         })?;
         questions.push(Question {
@@ -328,6 +343,7 @@ mod tests {
         check("", &["no questions"]);
         check("q,a,b,c,d,A\nq,a,b,c,A\n", &["line 2", "5 fields"]);
         check("q,a,b,c,d,A\nq,a,b,c,d,E\n", &["line 2", "\"E\""]);
+        check("q,a,b,c,d,A\r\n\"two\r\nlines\",a,b,c,d,A\r\nq,a,b,c,d,E\r\n", &["line 4", "\"E\""]);
     }
 
     #[test]
