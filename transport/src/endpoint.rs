@@ -7,6 +7,8 @@ use std::time::Duration;
 use quinn::{
     ClientConfig, Connection, Endpoint, EndpointConfig, ServerConfig, TokioRuntime, TransportConfig, VarInt,
 };
+use quinn_proto::HashedConnectionIdGenerator;
+use ring::hmac;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::tls::{Certificate, TlsError, client_tls, server_tls};
@@ -52,6 +54,9 @@ pub enum EndpointError {
 
 /// An endpoint that accepts workers. A connection that is silent for `idle`, at most [`IDLE_MAX`], is lost.
 ///
+/// A server that was killed and is started again with the same certificate tells whoever still sends to the old one at once
+/// that its connections are gone (RFC 9000, section 10.3), instead of leaving them to time out.
+///
 /// # Errors
 /// An [`EndpointError`].
 ///
@@ -66,7 +71,12 @@ pub fn server_endpoint(
     let mut transport = transport(idle);
     transport.receive_window(STRANGER_WINDOW_BYTES.into());
     config.transport_config(Arc::new(transport));
-    open(address, Some(config))
+    let reset_key = hmac::Key::new(hmac::HMAC_SHA256, &certificate.derived("stateless reset"));
+    let mut endpoint = EndpointConfig::new(Arc::new(reset_key));
+    let id_key = certificate.derived("connection ids");
+    let id_key = u64::from_le_bytes(id_key[..8].try_into().expect("eight bytes"));
+    endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
+    open(address, endpoint, Some(config))
 }
 
 /// Lets a peer that has shown the token send as much at a time as any.
@@ -89,7 +99,7 @@ pub fn client_endpoint(server: SocketAddr, pin: [u8; 32], idle: Duration) -> Res
         SocketAddr::V4(_) => SocketAddr::from(([0; 4], 0)),
         SocketAddr::V6(_) => SocketAddr::from(([0; 16], 0)),
     };
-    let mut endpoint = open(any, None)?;
+    let mut endpoint = open(any, EndpointConfig::default(), None)?;
     endpoint.set_default_client_config(config);
     Ok(endpoint)
 }
@@ -108,7 +118,11 @@ fn transport(idle: Duration) -> TransportConfig {
     transport
 }
 
-fn open(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoint, EndpointError> {
+fn open(
+    address: SocketAddr,
+    endpoint: EndpointConfig,
+    server: Option<ServerConfig>,
+) -> Result<Endpoint, EndpointError> {
     let failed = |source| EndpointError::Bind { address, source };
     let socket =
         Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP)).map_err(failed)?;
@@ -117,5 +131,5 @@ fn open(address: SocketAddr, server: Option<ServerConfig>) -> Result<Endpoint, E
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
     socket.bind(&address.into()).map_err(failed)?;
     let socket: UdpSocket = socket.into();
-    Endpoint::new(EndpointConfig::default(), server, socket, Arc::new(TokioRuntime)).map_err(failed)
+    Endpoint::new(endpoint, server, socket, Arc::new(TokioRuntime)).map_err(failed)
 }

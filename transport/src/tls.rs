@@ -45,6 +45,22 @@ impl Certificate {
         })
     }
 
+    /// One that was made before, of its DER form and that of its key (PKCS #8).
+    pub fn from_der(certificate: Vec<u8>, key: Vec<u8>) -> Self {
+        Self { der: CertificateDer::from(certificate), key: PrivatePkcs8KeyDer::from(key) }
+    }
+
+    /// Its DER form and that of its key, to be kept secret.
+    pub fn to_der(&self) -> (Vec<u8>, Vec<u8>) {
+        (self.der.to_vec(), self.key.secret_pkcs8_der().to_vec())
+    }
+
+    /// 32 bytes that only whoever has the key can make, for one purpose: the same whenever the certificate is used.
+    pub(crate) fn derived(&self, purpose: &str) -> [u8; 32] {
+        let secret = Sha256::new().chain_update(self.key.secret_pkcs8_der());
+        Sha256::new().chain_update(secret.finalize()).chain_update(purpose).finalize().into()
+    }
+
     /// The SHA-256 by which workers recognise it.
     pub fn pin(&self) -> [u8; 32] {
         Sha256::digest(&self.der).into()

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::{AdoptError, ConfigError, RunConfig, RunPartial, parse};
+use super::{AdoptError, ConfigError, RunConfig, RunPartial, STATE_RUN_FILE, parse};
 use crate::method::Method;
 
 /// The options that describe a run, for flattening into a program's own.
@@ -63,7 +63,15 @@ impl RunOptions {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "{notice}");
         }
-        Ok(self.settings.or(file).adopt()?.resolve()?)
+        let stated = self.settings.or(file);
+        // A state folder with a run in it says whatever else that run is.
+        let state = stated.server.state_dir.as_deref().filter(|path| !path.is_empty());
+        let there = state.map(|folder| Path::new(folder).join(STATE_RUN_FILE)).filter(|path| path.is_file());
+        match there {
+            None => Ok(stated.adopt()?.resolve()?),
+            // It was adopted and resolved when it began.
+            Some(path) => Ok(stated.or(read(&path)?).resolve()?),
+        }
     }
 }
 

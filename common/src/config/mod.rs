@@ -30,6 +30,9 @@ use crate::upcycle::{Recipe, Scaling};
 /// Experts active per token, unless there are fewer or the run says otherwise.
 const TOP_K: usize = 2;
 
+/// The name of the run file in a state folder.
+pub const STATE_RUN_FILE: &str = "run.toml";
+
 /// The value of `text` that stands for the bundled Shakespeare.
 pub const BUNDLED_TEXT: &str = "shakespeare";
 
@@ -178,7 +181,28 @@ settings! {
         sessions_max: u32 = 256;
         /// Threads that apply updates, each to its own part of the model
         shards: usize = 1;
+        /// A folder of this machine's from which a server that was killed goes on with its run; empty: none
+        state_dir: String = String::new();
+        /// When an update is kept in that folder: group: synced before it is acknowledged, many in one go; async: written
+        /// before, synced within 0.2 s; none: not at all, and a server that was killed starts the run anew
+        durability: Durability = Durability::Group;
     }
+}
+
+/// When an update is kept, where there is a folder to keep it in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum Durability {
+    /// Synced to the disk before it is acknowledged; updates that come together share a sync. Nothing that was
+    /// acknowledged is lost.
+    #[default]
+    Group,
+    /// Written before it is acknowledged, and synced soon after. A program that is killed loses nothing, a machine that
+    /// loses power the last moments.
+    Async,
+    /// Not at all.
+    None,
 }
 
 /// A run, fully resolved.
@@ -448,6 +472,40 @@ impl RunConfig {
                 *path = absolute;
             }
         }
+    }
+
+    /// The first setting in which `other` is another run, with the value here and there; `None` if it is the same run, only
+    /// served otherwise: the address, the lease, the number of shards, the state folder, its durability and the folder of
+    /// results do not matter to it, nor does the name.
+    pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
+        let essence = |run: &Self| {
+            let mut run = run.clone();
+            run.make_paths_absolute();
+            let served = ServerSettings {
+                lease_batches: run.server.lease_batches,
+                sessions_max: run.server.sessions_max,
+                ..ServerPart::default().resolve(())
+            };
+            (run.server, run.run.name, run.run.runs_dir) = (served, String::new(), String::new());
+            // A checkpoint that is named without its hash is taken as it is.
+            toml::Table::try_from(run).expect("every setting has a TOML form")
+        };
+        let (ours, theirs) = (essence(self), essence(other));
+        let empty = toml::Table::new();
+        for (section, _) in SECTIONS {
+            let keys = |run: &toml::Table| run.get(section).and_then(|keys| keys.as_table().cloned());
+            let (ours, theirs) =
+                (keys(&ours).unwrap_or(empty.clone()), keys(&theirs).unwrap_or(empty.clone()));
+            for (key, value) in &ours {
+                let other = theirs.get(key);
+                let is_open = key == "dense_sha256" && other.is_some_and(|other| other.as_str() == Some(""));
+                if other != Some(value) && !is_open {
+                    let other = other.map_or(String::new(), ToString::to_string);
+                    return Some((key.clone(), value.to_string(), other));
+                }
+            }
+        }
+        None
     }
 
     /// The run as a TOML file that resolves to the same run.

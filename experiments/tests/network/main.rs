@@ -4,6 +4,7 @@
 
 mod beginnings;
 mod faults;
+mod recovery;
 mod relay;
 mod runs;
 mod strangers;

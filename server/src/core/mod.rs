@@ -42,7 +42,7 @@ pub use coordinator::{Standing, WorkSettings};
 pub use evaluations::{Best, EVALUATIONS_MAX, Evaluated, Evaluations};
 pub use leases::LeasePool;
 pub use record::{Log, NoLog, Note, Record, RecordError};
-pub use replay::{Recovered, Replay, ReplayError};
+pub use replay::{Recovered, Replay, ReplayError, Replayed};
 pub use sessions::SessionsFull;
 use sessions::{SessionTable, Turn};
 pub use shard::{BASE_MAGNITUDE_MAX, Base, Shard, ShardJob, ShardOutput, aside_bytes, secondary_compression};

@@ -50,6 +50,29 @@ pub struct Replay {
     snapshots: BTreeMap<Step, Vec<f32>>,
 }
 
+/// What a record was, beyond what it says itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Replayed {
+    /// A push.
+    Pushed {
+        /// The step it was given.
+        step: Step,
+        /// Its staleness.
+        staleness: u32,
+        /// Whether its update was applied.
+        applies: bool,
+        /// Whether the model after it is to be evaluated.
+        snapshot: bool,
+    },
+    /// The end of training.
+    Stopped {
+        /// The step of the model that is still to be evaluated, if it is.
+        snapshot: Option<Step>,
+    },
+    /// Anything else.
+    Noted,
+}
+
 /// What the records came to.
 #[derive(Debug)]
 pub struct Recovered {
@@ -79,14 +102,14 @@ impl Replay {
     ///
     /// # Errors
     /// A [`ReplayError`]; the state is of no use then.
-    pub fn apply(&mut self, record: &Record<'_>) -> Result<(), ReplayError> {
+    pub fn apply(&mut self, record: &Record<'_>) -> Result<Replayed, ReplayError> {
         match record {
             Record::Pushed(push) => self.pushed(push),
             Record::Noted(note) => self.noted(note),
         }
     }
 
-    fn pushed(&mut self, push: &Push) -> Result<(), ReplayError> {
+    fn pushed(&mut self, push: &Push) -> Result<Replayed, ReplayError> {
         let session = push.session;
         let SerialServer { core, shards } = &mut self.server;
         let mut outputs = Vec::new();
@@ -99,16 +122,18 @@ impl Replay {
             Admitted::Repeat(_) => Err(ReplayError::Repeated(session)),
             Admitted::New(ticket) => {
                 let mut output = PushOutput::join(outputs);
+                let (step, staleness, applies) = (ticket.step(), ticket.staleness(), ticket.applies());
+                let snapshot = output.snapshot.is_some();
                 if let Some(snapshot) = output.snapshot.take() {
                     self.snapshots.insert(ticket.step(), snapshot);
                 }
                 self.unanswered.insert(session, Unanswered { ticket, output });
-                Ok(())
+                Ok(Replayed::Pushed { step, staleness, applies, snapshot })
             }
         }
     }
 
-    fn noted(&mut self, note: &Note) -> Result<(), ReplayError> {
+    fn noted(&mut self, note: &Note) -> Result<Replayed, ReplayError> {
         match note {
             &Note::Opened(session) => drop(self.server.open_session(session)?),
             &Note::Closed(session) => {
@@ -140,9 +165,10 @@ impl Replay {
                     };
                     self.snapshots.insert(step, parts.into_iter().flat_map(part).collect());
                 }
+                return Ok(Replayed::Stopped { snapshot: step });
             }
         }
-        Ok(())
+        Ok(Replayed::Noted)
     }
 
     /// The state after the last record. What was decided then and not yet done is done now, and told to `log` like

@@ -20,7 +20,7 @@ use sanderling_common::ids::{SessionId, Step, WorkerId};
 use sanderling_common::init::parameters_hash;
 use sanderling_common::join::Token;
 use sanderling_common::layout::{Layout, LayoutHash};
-use sanderling_common::model_config::{ModelConfig, ModelConfigError};
+use sanderling_common::model_config::ModelConfig;
 use sanderling_common::origin::Beginning;
 use sanderling_common::wire::control::{EvaluationReport, Initial, OnlineUpcycling, dense_bytes};
 use sanderling_common::wire::frame::frame_bytes_max;
@@ -31,11 +31,13 @@ use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use super::bulk::Blob;
+use super::durable::{Beginnings, Clock};
 use super::pipeline::{News, Pipeline, Snapshot};
 use crate::core::Evaluated;
 use crate::progress::Progress;
 use crate::recorder::{PushRecord, Recorder};
 use crate::results::{Evaluation, Summary};
+use crate::storage::JournalFailed;
 
 /// A worker is told of new steps at most this often; between two notices its estimate of its staleness lags by the
 /// updates that fall between them.
@@ -81,7 +83,7 @@ pub(crate) struct Hub {
     dense: Option<Blob>,
     token: Token,
     pipeline: Pipeline,
-    started: Instant,
+    clock: Arc<Clock>,
     recorder: Mutex<Recorder>,
     attached: DashMap<SessionId, Attached>,
     bases: DashMap<SessionId, (Step, Blob)>,
@@ -101,12 +103,13 @@ impl Hub {
         corpus: Corpus,
         token: Token,
         beginning: &Beginning,
-    ) -> Result<Self, ModelConfigError> {
+        layout: Arc<Layout>,
+        beginnings: Beginnings,
+    ) -> Self {
         let (model, initial) = (beginning.model.clone(), &beginning.parameters);
-        let layout = Arc::new(model.layout()?);
-        let recorder = Recorder::new(run.clone(), layout.len(), model.active_parameters()?);
-        Ok(Self {
-            pipeline: Pipeline::start(&layout, &run, initial),
+        let Beginnings { core, shards, recorder, snapshots, stamp, clock, keeper, sessions: _ } = beginnings;
+        Self {
+            pipeline: Pipeline::start(core, shards, &run, keeper),
             initial: match &beginning.dense {
                 None if run.workers_make_initial() => {
                     Initial::Seeded { sha256: parameters_hash(&layout, initial) }
@@ -126,19 +129,19 @@ impl Hub {
             model,
             layout,
             token,
-            started: Instant::now(),
+            clock,
             recorder: Mutex::new(recorder),
             attached: DashMap::new(),
             bases: DashMap::new(),
             asides: DashMap::new(),
             text: Blob::of_corpus(&corpus),
-            snapshots: Mutex::default(),
-            closed_bytes_up: AtomicU64::new(0),
-            closed_bytes_down: AtomicU64::new(0),
+            snapshots: Mutex::new(snapshots),
+            closed_bytes_up: AtomicU64::new(stamp.bytes_up),
+            closed_bytes_down: AtomicU64::new(stamp.bytes_down),
             changed: Notify::new(),
             run,
             corpus,
-        })
+        }
     }
 
     pub(crate) fn run(&self) -> &RunConfig {
@@ -209,8 +212,9 @@ impl Hub {
         self.changed.notify_waiters();
     }
 
-    fn seconds(&self) -> f64 {
-        self.started.elapsed().as_secs_f64()
+    /// Seconds that the run has been served.
+    pub(super) fn seconds(&self) -> f64 {
+        self.clock.seconds()
     }
 
     fn recorder(&self) -> MutexGuard<'_, Recorder> {
@@ -358,6 +362,7 @@ impl Hub {
             let changed = self.changed.notified();
             let work = self.pipeline.work(session)?;
             if work != Work::default() {
+                self.pipeline.kept().await;
                 return Some(work);
             }
             if tokio::time::timeout_at(deadline.into(), changed).await.is_err() {
@@ -449,9 +454,34 @@ impl Hub {
         self.pipeline.theta().await
     }
 
+    /// Waits until decisions cannot be kept any more, if that ever happens.
+    pub(crate) async fn failed(&self) -> JournalFailed {
+        self.pipeline.keeper().failed().await
+    }
+
+    /// Keeps what was decided by now, and nothing that is decided from now on.
+    pub(crate) fn close_journal(&self) {
+        self.pipeline.keeper().close();
+    }
+
+    /// Sessions of an earlier server that do not come back within the lease are closed.
+    pub(super) fn await_return(self: &Arc<Self>, sessions: Vec<SessionId>) {
+        for session in sessions {
+            let hub = self.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(hub.lease()).await;
+                if !hub.attached.contains_key(&session) && hub.pipeline.worker(session).is_some() {
+                    info!("{session} did not come back after the server did; its batches go to others");
+                    hub.close(session);
+                }
+            });
+        }
+    }
+
     /// Where the run stands.
     pub(crate) fn progress(&self) -> Progress {
         let (up, down) = self.bytes();
+        self.clock.set_bytes(up, down);
         self.recorder().progress(self.connected(), up, down)
     }
 

@@ -2,6 +2,7 @@
 
 mod bulk;
 mod connection;
+mod durable;
 mod hub;
 mod pipeline;
 
@@ -14,6 +15,7 @@ use quinn::{Endpoint, VarInt};
 use sanderling_common::config::RunConfig;
 use sanderling_common::corpus::Corpus;
 use sanderling_common::ids::Step;
+use sanderling_common::init::parameters_hash;
 use sanderling_common::join::{JoinString, Token, hex};
 use sanderling_common::model_config::{ModelConfig, ModelConfigError};
 use sanderling_common::origin::{Origin, OriginError};
@@ -25,7 +27,10 @@ use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
 
 use crate::progress::Progress;
+use crate::recorder::Recorder;
 use crate::results::{Evaluation, ResultsError, RunFolder, Summary};
+use crate::storage::{Identity, JournalError, JournalFailed, RunId, StateError, StateFolder};
+use durable::Beginnings;
 use hub::{Hub, NOTICE_EVERY, idle};
 
 /// How often progress is shown.
@@ -59,6 +64,28 @@ pub enum ServerError {
     /// What the run starts from, or trains on, cannot be used.
     #[error(transparent)]
     Origin(#[from] OriginError),
+    /// The state folder cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The token in the state folder is none.
+    #[error("the token in the state folder is damaged; give it with --token")]
+    Token,
+    /// The journal cannot be read, or begun.
+    #[error("the journal cannot be used: {0}")]
+    Journal(JournalError),
+    /// The journal cannot be written any more.
+    #[error(transparent)]
+    JournalFailed(#[from] JournalFailed),
+    /// A record of the journal does not follow from those before it.
+    #[error(
+        "record {position} of the journal is of no use ({what}): it is damaged, or this program has changed"
+    )]
+    Record {
+        /// Its position.
+        position: u64,
+        /// What is wrong with it.
+        what: String,
+    },
     /// Results cannot be written.
     #[error(transparent)]
     Results(#[from] ResultsError),
@@ -101,7 +128,8 @@ pub struct Server {
     saved: Option<Step>,
     /// At most one checkpoint is being written, on a blocking thread.
     saving: Option<JoinHandle<Result<(), ResultsError>>>,
-    started: Instant,
+    /// Locked for as long as the server lives.
+    _state: Option<StateFolder>,
     /// Accepting and announcing; they end with the server.
     _tasks: JoinSet<()>,
 }
@@ -109,6 +137,8 @@ pub struct Server {
 impl Drop for Server {
     /// Workers learn at once that the server is gone.
     fn drop(&mut self) {
+        // What its connections still decide is nobody's to learn.
+        self.hub.close_journal();
         self.endpoint.close(VarInt::from_u32(CloseCode::ServerStopping as u32), b"the server stops");
     }
 }
@@ -122,19 +152,39 @@ impl Server {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn start(mut run: RunConfig, token: Option<Token>) -> Result<Self, ServerError> {
-        let started = Instant::now();
+        let state = match std::mem::take(&mut run.server.state_dir).as_str() {
+            "" => None,
+            path => Some(StateFolder::open(path.as_ref())?),
+        };
+        let known = state.as_ref().map(StateFolder::identity).transpose()?.flatten();
+        if let (Some(state), Some(_)) = (&state, &known) {
+            state.check_run(&run)?;
+        }
         let origin = Origin::open(&run)?;
         let corpus = origin.corpus(&run)?;
         let beginning = origin.begin(&run, corpus.vocabulary().len())?;
         if let Some(dense) = &beginning.dense {
             run.upcycle.dense_sha256 = hex(&dense.sha256);
         }
-        let address = listen_address(&run.server.listen)?;
-        let certificate = Certificate::generate()?;
+        let mut address = listen_address(&run.server.listen)?;
+        let certificate = match &known {
+            Some(known) => {
+                // Workers look for the server where it was.
+                if address.port() == 0 {
+                    address.set_port(known.address.port());
+                }
+                Certificate::from_der(known.certificate.clone(), known.key.clone())
+            }
+            None => Certificate::generate()?,
+        };
         let endpoint = server_endpoint(address, &certificate, idle(&run))?;
         let bound = endpoint.local_addr()?;
         let token = match token {
             Some(token) => token,
+            None if known.is_some() => {
+                let kept = known.as_ref().map_or("", |known| &known.token);
+                kept.parse().map_err(|_| ServerError::Token)?
+            }
             None => hex(&secure_random::<16>()).parse().expect("32 hexadecimal digits are a token"),
         };
         let local_join = JoinString {
@@ -147,9 +197,36 @@ impl Server {
             "" => local_join.clone(),
             host => JoinString { host: host.to_owned(), ..local_join.clone() },
         };
-        let folder = Arc::new(RunFolder::create(&mut run)?);
+        let folder = Arc::new(match &known {
+            Some(known) => RunFolder::reopen(&known.results, &mut run)?,
+            None => RunFolder::create(&mut run)?,
+        });
         let (model, origin) = (beginning.model.clone(), Arc::new(origin));
-        let hub = Arc::new(Hub::new(run, corpus, token, &beginning)?);
+        let layout = Arc::new(model.layout()?);
+        let recorder = Recorder::new(run.clone(), layout.len(), model.active_parameters()?);
+        let beginnings = match &state {
+            None => Beginnings::fresh(&layout, &run, &beginning.parameters, recorder),
+            Some(state) => {
+                let initial_sha256 = parameters_hash(&layout, &beginning.parameters);
+                let id = match &known {
+                    Some(known) if known.initial_sha256 == initial_sha256 => known.run,
+                    Some(_) => return Err(StateError::OtherInitial(state.path().to_owned()).into()),
+                    None => {
+                        let id = RunId(secure_random());
+                        let results =
+                            std::path::absolute(folder.path()).unwrap_or_else(|_| folder.path().to_owned());
+                        let (secrets, token) = (certificate.to_der(), token.reveal().to_owned());
+                        let identity = Identity::new(id, token, secrets, (bound, results), initial_sha256);
+                        state.begin(&run, &identity)?;
+                        id
+                    }
+                };
+                Beginnings::recover(state, id, (&layout, &run, &beginning.parameters), recorder)?
+            }
+        };
+        let sessions = beginnings.sessions.clone();
+        let hub = Arc::new(Hub::new(run, corpus, token, &beginning, layout, beginnings));
+        hub.await_return(sessions);
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(hub.clone(), endpoint.clone()));
         tasks.spawn(announce_steps(hub.clone()));
@@ -164,7 +241,7 @@ impl Server {
             lines_written: 0,
             saved: None,
             saving: None,
-            started,
+            _state: state,
             _tasks: tasks,
         })
     }
@@ -216,7 +293,8 @@ impl Server {
         let hub = self.hub.clone();
         let stopping = tokio::spawn(stop_early(hub.clone(), stop));
         let finished = hub.finished();
-        tokio::pin!(finished);
+        let failed = hub.failed();
+        tokio::pin!(finished, failed);
         loop {
             tokio::select! {
                 _ = ticks.tick() => {
@@ -225,6 +303,7 @@ impl Server {
                     show(&hub.progress());
                 }
                 () = &mut finished => break,
+                failure = &mut failed => return Err(failure.into()),
             }
         }
         stopping.abort();
@@ -290,7 +369,7 @@ impl Server {
             let written = tokio::task::spawn_blocking(move || write(&parameters).map(|()| parameters)).await;
             written.expect("writing a checkpoint does not panic")
         };
-        let summary = self.hub.summary(self.started.elapsed().as_secs_f64());
+        let summary = self.hub.summary(self.hub.seconds());
         self.folder.write_summary(&summary)?;
         let parameters = parameters?;
         Ok(Outcome {

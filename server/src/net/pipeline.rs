@@ -7,15 +7,15 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use bytes::Bytes;
 use sanderling_common::config::RunConfig;
 use sanderling_common::ids::{SessionId, Step, WorkerId};
-use sanderling_common::layout::Layout;
 use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::{EvaluationJob, Push, Refusal, Work};
 use tokio::sync::{Semaphore, oneshot};
 
+use super::durable::Keeper;
 use super::hub::{OpenError, Opened};
 use crate::core::{
-    Admitted, Base, Best, Evaluated, PushOutput, ServerCore, ServerSettings, SessionsFull, Shard, ShardJob,
-    ShardOutput, Standing, Ticket, aside_bytes,
+    Admitted, Base, Best, Evaluated, PushOutput, ServerCore, SessionsFull, Shard, ShardJob, ShardOutput,
+    Standing, Ticket, aside_bytes,
 };
 
 /// Jobs that one session can have queued: the three of a push, and its opening and closing.
@@ -65,14 +65,14 @@ pub(super) struct Pipeline {
     core: ServerCore,
     shards: Vec<SyncSender<Task>>,
     aside: Semaphore,
+    keeper: Keeper,
 }
 
 impl Pipeline {
     /// Starts the shards' threads; they end with the pipeline.
-    pub(super) fn start(layout: &Arc<Layout>, run: &RunConfig, initial: &[f32]) -> Self {
-        let settings = ServerSettings::from(run);
-        let (core, shards) = ServerCore::new(layout, initial, &settings);
-        let queue_max = JOBS_PER_SESSION * settings.sessions_max as usize + JOBS_WITHOUT_SESSION + ASIDE_MAX;
+    pub(super) fn start(core: ServerCore, shards: Vec<Shard>, run: &RunConfig, keeper: Keeper) -> Self {
+        let queue_max =
+            JOBS_PER_SESSION * run.server.sessions_max as usize + JOBS_WITHOUT_SESSION + ASIDE_MAX;
         let start = |(number, shard): (usize, Shard)| {
             let (queue, tasks) = sync_channel(queue_max);
             let thread = std::thread::Builder::new().name(format!("shard {number}"));
@@ -80,7 +80,7 @@ impl Pipeline {
             queue
         };
         let shards = shards.into_iter().enumerate().map(start).collect();
-        Self { core, shards, aside: Semaphore::new(ASIDE_MAX) }
+        Self { core, shards, aside: Semaphore::new(ASIDE_MAX), keeper }
     }
 
     /// Queues jobs for every shard. Called while the order of steps is held, so it must not wait: the queues have
@@ -104,6 +104,7 @@ impl Pipeline {
         let (worker, step) =
             opened.map_err(|SessionsFull { sessions_max }| OpenError::Full { sessions_max })?;
         let base = Base::join(outputs(pending).await.into_iter().flatten());
+        self.keeper.kept().await;
         Ok((Opened { worker, step }, base))
     }
 
@@ -117,7 +118,10 @@ impl Pipeline {
         let mut pending = Pending::new();
         let queue = |ticket: &Ticket| self.enqueue(&ticket.jobs().collect::<Vec<_>>(), &mut pending);
         let ticket = match self.core.admit(push, queue)? {
-            Admitted::Repeat(reply) => return Ok(Pushed { reply: Ok(reply), news: None }),
+            Admitted::Repeat(reply) => {
+                self.keeper.kept().await;
+                return Ok(Pushed { reply: Ok(reply), news: None });
+            }
             Admitted::New(ticket) => ticket,
         };
         let mut output = PushOutput::join(outputs(pending).await);
@@ -125,10 +129,21 @@ impl Pipeline {
         if reply == Err(Refusal::ReplicaMismatch) {
             self.close(push.session);
         }
+        // Push and answer are kept before anybody learns of them.
+        self.keeper.kept().await;
         let step = ticket.step();
         let snapshot = output.snapshot.take().map(|parameters| Snapshot { step, parameters });
         let news = News { step, staleness: ticket.staleness(), applied: ticket.applies(), snapshot };
         Ok(Pushed { reply, news: Some(news) })
+    }
+
+    /// Waits until everything that was decided by now is kept.
+    pub(super) async fn kept(&self) {
+        self.keeper.kept().await;
+    }
+
+    pub(super) fn keeper(&self) -> &Keeper {
+        &self.keeper
     }
 
     /// Leases nothing more; returns the current model if it is still to be evaluated.

@@ -62,6 +62,21 @@ impl RunFolder {
         Ok(Self { path, metrics })
     }
 
+    /// The folder of a run that goes on: its curve is written anew.
+    ///
+    /// # Errors
+    /// A [`ResultsError`] that names the path.
+    pub fn reopen(path: &Path, run: &mut RunConfig) -> Result<Self, ResultsError> {
+        fs::create_dir_all(path).map_err(|source| ResultsError::Write { path: path.to_owned(), source })?;
+        if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
+            name.clone_into(&mut run.run.name);
+        }
+        let metrics = path.join("metrics.jsonl");
+        let opened = File::create(&metrics);
+        let metrics = opened.map_err(|source| ResultsError::Write { path: metrics, source })?;
+        Ok(Self { path: path.to_owned(), metrics })
+    }
+
     fn make(run: &RunConfig) -> Result<PathBuf, ResultsError> {
         let parent = Path::new(&run.run.runs_dir);
         fs::create_dir_all(parent)

@@ -228,7 +228,11 @@ impl<D: Disk> Journal<D> {
             }
             self.check_header(&name, first, &bytes)?;
             let mut records = Records { bytes: &bytes, offset: HEADER_BYTES, position: first };
-            while let Some(body) = records.next() {
+            // What a writer that had lost its journal to another added behind that one's back does not count.
+            let end = segments.get(place + 1).copied().unwrap_or(Position::MAX);
+            while records.position < end
+                && let Some(body) = records.next()
+            {
                 let position = records.position - 1;
                 if position >= start {
                     take(position, body)?;
@@ -237,8 +241,11 @@ impl<D: Disk> Journal<D> {
             state.next = state.next.max(records.position);
             let offset = records.offset as u64;
             state.torn_bytes = bytes.len() as u64 - offset;
-            if state.torn_bytes > 0 && !is_last {
+            if !is_last && records.position < end {
                 return Err(JournalError::Damaged { name, offset }.into());
+            }
+            if !is_last {
+                state.torn_bytes = 0;
             }
             if state.torn_bytes > 0 {
                 at(&name, self.disk.truncate(&name, offset))?;

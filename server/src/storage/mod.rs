@@ -1,7 +1,11 @@
 //! What a server keeps on disk so that a crash loses nothing that was acknowledged.
 
+mod commit;
 mod disk;
 mod journal;
+mod state;
 
+pub use commit::{ASYNC_SYNC_EVERY, Commit, JournalFailed};
 pub use disk::{Directory, Disk, DiskFile};
 pub use journal::{Journal, JournalError, Position, ReadJournal, RunId, SEGMENT_BYTES, VERSION, Writer};
+pub use state::{Identity, Stamp, StateError, StateFolder};

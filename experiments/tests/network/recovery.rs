@@ -1,0 +1,174 @@
+//! Servers that are killed and started again on their state folder.
+
+use std::time::{Duration, Instant};
+
+use sanderling_common::join::JoinString;
+use sanderling_server::net::{Outcome, Server, ServerError};
+use sanderling_server::storage::StateError;
+use sanderling_worker::net::WorkerOptions;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::support::{PATIENCE, Scene, options, worker_with};
+
+/// A server in a runtime of its own, which can be ended in the middle of anything.
+struct Doomed {
+    runtime: Runtime,
+    join: JoinString,
+    done: watch::Receiver<u64>,
+    outcome: JoinHandle<Result<Outcome, ServerError>>,
+    _stop: watch::Sender<bool>,
+}
+
+impl Doomed {
+    fn start(scene: &Scene) -> Self {
+        let runtime = Runtime::new().unwrap();
+        let begun = Instant::now();
+        let server = loop {
+            // The system may take a moment to free the port of the one that was killed.
+            match runtime.block_on(async { Server::start(scene.resolved(), None) }) {
+                Ok(server) => break server,
+                Err(error) => assert!(begun.elapsed() < PATIENCE, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        let (stop, stopped) = watch::channel(false);
+        let (told, done) = watch::channel(0);
+        let join = server.join().clone();
+        let outcome = runtime.spawn(server.serve(stopped, move |progress| {
+            told.send_replace(progress.done);
+        }));
+        Self { runtime, join, done, outcome, _stop: stop }
+    }
+
+    fn reach(&mut self, done: u64) {
+        let reached = async {
+            tokio::time::timeout(PATIENCE, self.done.wait_for(|&now| now >= done))
+                .await
+                .map(|now| drop(now.unwrap()))
+        };
+        self.runtime.block_on(reached).expect("the run goes on");
+    }
+
+    fn kill(self) {
+        self.runtime.shutdown_background();
+    }
+
+    fn outcome(self) -> Outcome {
+        let ended = self.runtime.block_on(async { tokio::time::timeout(PATIENCE, self.outcome).await });
+        ended.expect("the run ends").unwrap().unwrap()
+    }
+}
+
+fn scene(steps: u64, durability: &str) -> Scene {
+    let scene =
+        Scene::new(steps).with("[training]\neval_every = 100\n[server]\nlease_ms = 10000\nshards = 2");
+    let state = scene.path("state");
+    scene.with(&format!("[server]\nstate_dir = '{}'\ndurability = '{durability}'", state.display()))
+}
+
+/// Workers of the test's own runtime, and what they report in the end.
+fn with_workers<T>(join: &JoinString, count: usize, run: impl FnOnce() -> T) -> (T, Vec<(u64, u64)>) {
+    let runtime = Runtime::new().unwrap();
+    // The system may keep the port of a server that was killed for a while.
+    let options = WorkerOptions { give_up_after: 2 * PATIENCE, ..options() };
+    let start = || worker_with(join, options.clone());
+    let workers: Vec<_> = runtime.block_on(async { (0..count).map(|_| start()).collect() });
+    let result = run();
+    let reports = workers.into_iter().map(|worker| {
+        let report = runtime.block_on(worker).unwrap().unwrap();
+        (report.sessions, report.reconnects)
+    });
+    (result, reports.collect())
+}
+
+/// The model's replicas are compared every five pushes, so a server that came back with another model, or other
+/// replicas, would void the sessions.
+#[test]
+fn a_server_that_is_killed_goes_on_with_every_session() {
+    for durability in ["group", "async"] {
+        let scene = scene(600, durability);
+        let mut server = Doomed::start(&scene);
+        let join = server.join.clone();
+        let (outcome, reports) = with_workers(&join, 3, || {
+            for done in [60, 200, 330] {
+                server.reach(done);
+                server.kill();
+                server = Doomed::start(&scene);
+                assert_eq!(server.join, join, "workers find it where it was");
+            }
+            server.outcome()
+        });
+        let summary = &outcome.summary;
+        assert_eq!((summary.steps, summary.skipped, summary.sessions), (600, 0, 3), "{durability}");
+        assert_eq!(summary.tokens, 600 * 2 * 32);
+        assert!(summary.seconds > summary.training_seconds && summary.traffic.bytes_up > 0);
+        assert!(reports.iter().all(|(sessions, _)| *sessions == 1), "{reports:?}");
+        assert!(reports.iter().any(|(_, reconnects)| *reconnects > 0), "{reports:?}");
+        let curve = std::fs::read_to_string(scene.results().join("metrics.jsonl")).unwrap();
+        let steps = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["steps"].clone();
+        let mut steps: Vec<u64> = curve.lines().map(|line| steps(line).as_u64().unwrap()).collect();
+        steps.sort_unstable();
+        assert_eq!(steps, [100, 200, 300, 400, 500, 600], "every evaluation once");
+    }
+}
+
+/// Without a journal the run begins anew, and workers with it.
+#[test]
+fn without_durability_a_run_starts_again() {
+    // Enough that the run is not over before its server is killed.
+    let scene = scene(1500, "none");
+    let mut server = Doomed::start(&scene);
+    let join = server.join.clone();
+    let (outcome, reports) = with_workers(&join, 2, || {
+        server.reach(30);
+        server.kill();
+        Doomed::start(&scene).outcome()
+    });
+    assert_eq!((outcome.summary.steps, outcome.summary.completed), (1500, true));
+    // One may have come after the first server.
+    assert!(reports.iter().any(|(sessions, _)| *sessions == 2), "{reports:?}");
+}
+
+/// What is done is done: a server that is started again when the run is over says so again.
+#[test]
+fn a_finished_run_stays_finished() {
+    let scene = scene(20, "group");
+    let server = Doomed::start(&scene);
+    let join = server.join.clone();
+    let (first, _) = with_workers(&join, 1, || server.outcome());
+    let again = Doomed::start(&scene).outcome();
+    assert_eq!((again.summary.steps, again.summary.val_loss), (20, first.summary.val_loss));
+    assert_eq!(again.parameters, first.parameters);
+}
+
+#[test]
+fn folders_of_other_runs_and_of_other_servers_are_refused() {
+    let scene = scene(5, "group");
+    let runtime = Runtime::new().unwrap();
+    let start = |settings: &str| {
+        let scene = scene_of(&scene, settings);
+        runtime.block_on(async { Server::start(scene, None).map(drop) })
+    };
+    let first = runtime.block_on(async { Server::start(scene.resolved(), None).unwrap() });
+    assert!(matches!(start(""), Err(ServerError::State(StateError::Locked(_)))));
+    drop(first);
+    let error = start("[training]\nmomentum = 0.25").unwrap_err().to_string();
+    assert!(error.contains("momentum") && error.contains("0.25"), "{error}");
+    let journal = std::fs::read_dir(scene.path("state")).unwrap().map(|entry| entry.unwrap().path());
+    let journal = journal.filter(|path| path.to_string_lossy().contains("journal-")).max().unwrap();
+    std::fs::write(
+        &journal,
+        b"sndrjrnl\x09\x00\x00\x00 a journal of another time, and longer than its header",
+    )
+    .unwrap();
+    let error = start("").unwrap_err().to_string();
+    assert!(error.contains("journal format 9"), "{error}");
+}
+
+fn scene_of(scene: &Scene, settings: &str) -> sanderling_common::config::RunConfig {
+    let stated = sanderling_common::config::parse(settings).unwrap();
+    let file = sanderling_common::config::parse(&scene.resolved().to_toml()).unwrap();
+    stated.or(file).resolve().unwrap()
+}
