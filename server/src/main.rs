@@ -25,7 +25,8 @@ use tracing::{info, level_filters::LevelFilter};
 Examples:
   sanderling-server                                  # this machine only, any free port
   sanderling-server --listen 0.0.0.0:4433 --advertise training.example.org
-  sanderling-server --config run.toml --steps 20000 --join-file /shared/join"
+  sanderling-server --config run.toml --steps 20000 --join-file /shared/join
+  sanderling-server --config run.toml --state-dir state   # again after a crash or Ctrl-C: goes on with the run"
 )]
 struct Arguments {
     /// What is trained.
@@ -74,7 +75,7 @@ fn main() -> ExitCode {
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let run = arguments.run.resolve()?;
     let token: Option<Token> = arguments.token.as_deref().map(str::parse).transpose()?;
-    let stop = stop_on_interrupt(|| info!("Ctrl-C again to stop at once, without the last evaluation"));
+    let stop = stop_on_interrupt(|| info!("Ctrl-C again to stop at once, without the results"));
     let server = Server::start(run, token)?;
     let join = server.join().reveal();
     if let Some(path) = &arguments.join_file {

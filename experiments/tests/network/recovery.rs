@@ -18,7 +18,7 @@ struct Doomed {
     join: JoinString,
     done: watch::Receiver<u64>,
     outcome: JoinHandle<Result<Outcome, ServerError>>,
-    _stop: watch::Sender<bool>,
+    stop: watch::Sender<bool>,
 }
 
 impl Doomed {
@@ -39,7 +39,7 @@ impl Doomed {
         let outcome = runtime.spawn(server.serve(stopped, move |progress| {
             told.send_replace(progress.done);
         }));
-        Self { runtime, join, done, outcome, _stop: stop }
+        Self { runtime, join, done, outcome, stop }
     }
 
     fn reach(&mut self, done: u64) {
@@ -129,6 +129,23 @@ fn without_durability_a_run_starts_again() {
     assert_eq!((outcome.summary.steps, outcome.summary.completed), (1500, true));
     // One may have come after the first server.
     assert!(reports.iter().any(|(sessions, _)| *sessions == 2), "{reports:?}");
+}
+
+/// A run with a state folder is not ended by stopping its server.
+#[test]
+fn a_server_that_is_stopped_goes_on_when_it_is_started_again() {
+    let scene = scene(1500, "group");
+    let mut server = Doomed::start(&scene);
+    let join = server.join.clone();
+    let (outcome, reports) = with_workers(&join, 2, || {
+        server.reach(100);
+        server.stop.send_replace(true);
+        let so_far = server.outcome().summary;
+        assert!(!so_far.completed && so_far.steps >= 100, "{so_far:?}");
+        Doomed::start(&scene).outcome()
+    });
+    assert_eq!((outcome.summary.steps, outcome.summary.completed), (1500, true));
+    assert!(reports.iter().all(|(sessions, _)| *sessions == 1), "{reports:?}");
 }
 
 /// What is done is done: a server that is started again when the run is over says so again.

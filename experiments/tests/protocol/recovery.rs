@@ -1,4 +1,4 @@
-//! Invariant 3: what was written down of a server's decisions makes the same server again, bit for bit, whenever it was
+//! Invariants 3 and 7: what was written down of a server's decisions makes the same server again, bit for bit, whenever it was
 //! killed, and the run goes on as if nothing had been.
 
 use std::sync::{Arc, Mutex};

@@ -1,4 +1,4 @@
-//! Invariants 1 and 2: the server knows every worker's model bit for bit, whatever is lost on the way, and without
+//! Invariants 1 and 5: the server knows every worker's model bit for bit, whatever is lost on the way, and without
 //! secondary compression that model is the server's. What is sent for an evaluation changes none of it.
 
 use proptest::prelude::*;

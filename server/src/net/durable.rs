@@ -107,6 +107,11 @@ impl Keeper {
         }
     }
 
+    /// Whether anything is kept.
+    pub(super) fn keeps(&self) -> bool {
+        self.commit.is_some()
+    }
+
     /// Waits until nothing can be kept any more, if that ever happens.
     pub(super) async fn failed(&self) -> JournalFailed {
         match &self.commit {

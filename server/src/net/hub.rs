@@ -454,6 +454,11 @@ impl Hub {
         self.pipeline.theta().await
     }
 
+    /// Whether decisions are kept, so that another server can go on from them.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.pipeline.keeper().keeps()
+    }
+
     /// Waits until decisions cannot be kept any more, if that ever happens.
     pub(crate) async fn failed(&self) -> JournalFailed {
         self.pipeline.keeper().failed().await

@@ -278,11 +278,12 @@ impl Server {
         async move { hub.finished().await }
     }
 
-    /// Serves until the run is over, or until `stop` becomes true and what was applied by then is evaluated. `show` is
-    /// called several times a second.
+    /// Serves until the run is over, or until `stop` becomes true: then a run with a state folder is left for another
+    /// server to go on with, and of any other what was applied by then is evaluated. `show` is called several times a
+    /// second.
     ///
     /// # Errors
-    /// [`ServerError::Results`] if a result cannot be written.
+    /// [`ServerError::Results`] if a result cannot be written, [`ServerError::JournalFailed`] if the journal cannot.
     pub async fn serve(
         mut self,
         stop: watch::Receiver<bool>,
@@ -291,10 +292,9 @@ impl Server {
         let mut ticks = tokio::time::interval(SHOW_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let hub = self.hub.clone();
-        let stopping = tokio::spawn(stop_early(hub.clone(), stop));
-        let finished = hub.finished();
-        let failed = hub.failed();
-        tokio::pin!(finished, failed);
+        let (finished, failed, stopped) = (hub.finished(), hub.failed(), stopped(stop));
+        tokio::pin!(finished, failed, stopped);
+        let mut stopping = None;
         loop {
             tokio::select! {
                 _ = ticks.tick() => {
@@ -304,13 +304,23 @@ impl Server {
                 }
                 () = &mut finished => break,
                 failure = &mut failed => return Err(failure.into()),
+                () = &mut stopped, if stopping.is_none() => {
+                    if hub.is_kept() {
+                        break;
+                    }
+                    stopping = Some(AbortOnDrop(tokio::spawn(stop_early(hub.clone()))));
+                }
             }
         }
-        stopping.abort();
+        drop(stopping);
         self.write_lines()?;
         show(&hub.progress());
         let outcome = self.conclude().await?;
-        self.say_goodbye().await;
+        if hub.is_finished() {
+            self.say_goodbye().await;
+        } else {
+            warn!("stopped; a server that is started on the same state folder goes on with the run");
+        }
         Ok(outcome)
     }
 
@@ -425,10 +435,24 @@ async fn announce_steps(hub: Arc<Hub>) {
     }
 }
 
-async fn stop_early(hub: Arc<Hub>, mut stop: watch::Receiver<bool>) {
-    if stop.wait_for(|stop| *stop).await.is_err() {
-        return;
+/// A task that ends with whoever started it.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
+}
+
+/// Waits until `stop` becomes true.
+async fn stopped(mut stop: watch::Receiver<bool>) {
+    if stop.wait_for(|stop| *stop).await.is_err() {
+        // Nobody is left to stop it.
+        std::future::pending().await
+    }
+}
+
+async fn stop_early(hub: Arc<Hub>) {
     info!("stopping early: evaluating what was trained so far");
     hub.stop_training().await;
     if hub.connected() > 0 {
