@@ -8,4 +8,4 @@ mod state;
 pub use commit::{ASYNC_SYNC_EVERY, Commit, JournalFailed};
 pub use disk::{Directory, Disk, DiskFile};
 pub use journal::{Journal, JournalError, Position, ReadJournal, RunId, SEGMENT_BYTES, VERSION, Writer};
-pub use state::{Identity, Stamp, StateError, StateFolder};
+pub use state::{Identity, LOCK_WAIT, Stamp, StateError, StateFolder};

@@ -14,6 +14,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use sanderling_common::config::{RunConfig, STATE_RUN_FILE};
 
@@ -24,6 +25,11 @@ const FORMAT: u32 = 1;
 
 const IDENTITY_FILE: &str = "identity.json";
 const LOCK_FILE: &str = "lock";
+
+/// A server that was killed a moment ago may still hold the lock for as long.
+pub const LOCK_WAIT: Duration = Duration::from_secs(2);
+
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// Why a state folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -120,7 +126,7 @@ pub struct StateFolder {
 }
 
 impl StateFolder {
-    /// Makes the folder if it is not there, and locks it.
+    /// Makes the folder if it is not there, and locks it, which may take [`LOCK_WAIT`].
     ///
     /// # Errors
     /// [`StateError::Io`] or [`StateError::Locked`].
@@ -129,10 +135,16 @@ impl StateFolder {
         let lock = path.join(LOCK_FILE);
         let file = OpenOptions::new().create(true).truncate(false).write(true).open(&lock);
         let file = file.map_err(at(&lock))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), _lock: file }),
-            Err(TryLockError::WouldBlock) => Err(StateError::Locked(path.to_owned())),
-            Err(TryLockError::Error(source)) => Err(StateError::Io { path: lock, source }),
+        let begun = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Self { path: path.to_owned(), _lock: file }),
+                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_WAIT => {
+                    std::thread::sleep(LOCK_RETRY)
+                }
+                Err(TryLockError::WouldBlock) => return Err(StateError::Locked(path.to_owned())),
+                Err(TryLockError::Error(source)) => return Err(StateError::Io { path: lock, source }),
+            }
         }
     }
 
