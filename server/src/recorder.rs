@@ -90,6 +90,7 @@ pub struct Recorder {
     subject: Subject,
     steps: u64,
     skipped: u64,
+    refused: u64,
     tokens: u64,
     sessions: u32,
     whole: Stretch,
@@ -124,6 +125,7 @@ impl Recorder {
             subject,
             steps: 0,
             skipped: 0,
+            refused: 0,
             tokens: 0,
             sessions: 0,
             whole: Stretch::default(),
@@ -144,6 +146,11 @@ impl Recorder {
     /// A session was opened.
     pub fn session_opened(&mut self) {
         self.sessions += 1;
+    }
+
+    /// An update was refused for what is in it.
+    pub fn refused(&mut self) {
+        self.refused += 1;
     }
 
     /// A push was handled. What is to be evaluated of its step must have been noted before, by
@@ -288,6 +295,7 @@ impl Recorder {
             completed: self.steps + self.skipped >= self.run.training.steps,
             steps: self.steps,
             skipped: self.skipped,
+            refused: self.refused,
             tokens: self.tokens,
             val_loss: last.map(|line| line.val_loss),
             best_val_loss: best.map(|line| line.val_loss),

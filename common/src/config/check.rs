@@ -135,6 +135,9 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     require(server.lease_ms >= 1000, "lease_ms", server.lease_ms, "at least 1000")?;
     require(server.lease_ms <= 86_400_000, "lease_ms", server.lease_ms, "at most a day, 86400000")?;
     require(server.lease_batches >= 1, "lease_batches", server.lease_batches, at_least_one)?;
+    let norm_limit = server.norm_limit;
+    let usable = norm_limit == 0.0 || (norm_limit > 1.0 && norm_limit.is_finite());
+    require(usable, "norm_limit", norm_limit, "0, or above 1")?;
     require(server.shards >= 1, "shards", server.shards, at_least_one)?;
     require(server.sessions_max <= 1 << 16, "sessions_max", server.sessions_max, "at most 65536")?;
     if training.method == Method::Msgd && config.run.workers != 1 {

@@ -181,6 +181,8 @@ settings! {
         sessions_max: u32 = 256;
         /// Threads that apply updates, each to its own part of the model
         shards: usize = 1;
+        /// An update is refused if its norm is more than this times the median of the last 101; 0 refuses none
+        norm_limit: f64 = 1000.0;
         /// A folder of this machine's from which a server that was killed goes on with its run; empty: none
         state_dir: String = String::new();
         /// When an update is kept in that folder: group: synced before it is acknowledged, many in one go; async: written
@@ -484,6 +486,7 @@ impl RunConfig {
             let served = ServerSettings {
                 lease_batches: run.server.lease_batches,
                 sessions_max: run.server.sessions_max,
+                norm_limit: run.server.norm_limit,
                 ..ServerPart::default().resolve(())
             };
             (run.server, run.run.name, run.run.runs_dir) = (served, String::new(), String::new());

@@ -135,6 +135,11 @@ impl Update {
         self.values.iter().fold(0.0, |largest, value| largest.max(value.abs()))
     }
 
+    /// The Euclidean norm of the values, summed in float64 in their order.
+    pub fn norm(&self) -> f64 {
+        self.values.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt()
+    }
+
     /// The entries of one tensor.
     ///
     /// # Panics

@@ -305,6 +305,7 @@ fn refusal(number: u16) -> Option<Refusal> {
         Refusal::BadPayload,
         Refusal::ReplicaMismatch,
         Refusal::Finished,
+        Refusal::AbsurdNorm,
     ]
     .into_iter()
     .find(|refusal| *refusal as u16 == number)
@@ -468,7 +469,7 @@ mod tests {
                 Ok(reply) => assert_eq!(encoded(|out| reply.encode(out)), frame),
                 Err(error) => assert_eq!(error, WireError::Refusal(number)),
             }
-            assert_eq!(refusal(number).is_some(), (1..=7).contains(&number));
+            assert_eq!(refusal(number).is_some(), (1..=8).contains(&number));
         }
         let long = [KIND_REFUSAL, 1, 0, 0];
         assert_eq!(Reply::decode(&long), Err(WireError::Length { announced: 0, present: 1 }));

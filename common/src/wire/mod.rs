@@ -123,4 +123,7 @@ pub enum Refusal {
     /// The run is over. The session ends in peace.
     #[error("the run is over")]
     Finished = 7,
+    /// The update is out of all proportion to the run's recent ones.
+    #[error("the update is larger than the run's recent ones by more than norm_limit")]
+    AbsurdNorm = 8,
 }

@@ -39,6 +39,9 @@ pub fn closing_table(summary: &Summary) -> String {
             format!("the last model is of no use{best}; lower learning_rate"),
         ));
     }
+    if summary.refused > 0 {
+        rows.push(("refused", format!("{} updates, malformed or out of all proportion", summary.refused)));
+    }
     if let Some(value) = summary.val_loss_at_1_54m {
         rows.push(("  after 1.54 M characters", format!("{value:.4}")));
     }
@@ -99,6 +102,7 @@ mod tests {
             completed: true,
             steps: 1,
             skipped: 0,
+            refused: 0,
             tokens: 1,
             val_loss,
             best_val_loss: None,

@@ -32,7 +32,7 @@ pub(crate) struct Cluster {
 /// Server settings without evaluations and with more batches than any test uses.
 pub(crate) fn server_settings(secondary: Option<Compression>) -> ServerSettings {
     ServerSettings {
-        work: WorkSettings { total_batches: 1 << 40, lease_batches: 4, eval_every: 1 << 40 },
+        work: WorkSettings { total_batches: 1 << 40, lease_batches: 4, eval_every: 1 << 40, norm_limit: 0.0 },
         secondary,
         sessions_max: 64,
         shards: 2,

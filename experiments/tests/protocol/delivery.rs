@@ -3,7 +3,7 @@
 use sanderling_common::ids::{BatchId, Seq, SessionId, Step};
 use sanderling_common::method::Method;
 use sanderling_common::wire::{Push, Refusal};
-use sanderling_server::core::{SerialServer, ServerSettings, WorkSettings};
+use sanderling_server::core::{NORMS_NEEDED, SerialServer, ServerSettings, WorkSettings};
 use sanderling_worker::core::AnswerError;
 
 use crate::cluster::{Cluster, exact, layout, server_settings, worker_settings};
@@ -64,6 +64,27 @@ fn values_out_of_range_are_refused() {
     }
 }
 
+/// One that is refused so has made no step; its batch goes to another.
+#[test]
+fn updates_out_of_all_proportion_are_refused() {
+    let mut server = server_settings(None);
+    server.work.norm_limit = 100.0;
+    let layout = layout(&[8]);
+    let settings = worker_settings(Method::GdAsync, 0.5, 0.0, exact(1.0));
+    let mut cluster = Cluster::new(&layout, &[0.0; 8], &server, settings, 2);
+    for _ in 0..NORMS_NEEDED {
+        cluster.exchange(0, &[1.0; 8]);
+    }
+    cluster.exchange(1, &[99.0; 8]);
+    let (theta, standing) = (cluster.server.theta(), cluster.server.core().standing());
+    cluster.compute(1, &[101.0; 8]);
+    let push = pending(&cluster, 1);
+    assert_eq!(refused(&mut cluster, &push), Refusal::AbsurdNorm);
+    assert_eq!((cluster.server.theta(), cluster.server.core().standing()), (theta, standing));
+    cluster.replace(1);
+    cluster.exchange(1, &[1.0; 8]);
+}
+
 #[test]
 fn a_model_that_is_not_its_replica_ends_the_session() {
     let mut cluster = cluster(1);
@@ -102,7 +123,7 @@ fn staleness_counts_the_updates_of_others_since_the_model_was_taken() {
 #[test]
 fn the_batches_of_a_killed_worker_go_to_others() {
     let mut server = server_settings(None);
-    server.work = WorkSettings { total_batches: 10, lease_batches: 4, eval_every: 100 };
+    server.work = WorkSettings { total_batches: 10, lease_batches: 4, eval_every: 100, norm_limit: 0.0 };
     let settings = worker_settings(Method::Asgd, 0.5, 0.0, exact(1.0));
     let mut cluster = Cluster::new(&layout(&[4]), &[0.0; 4], &server, settings, 2);
     let mut done = Vec::new();

@@ -241,6 +241,8 @@ fn records_that_do_not_follow_are_an_error() {
     assert!(matches!(unknown, ReplayError::Refused { refusal: Refusal::UnknownSession, .. }), "{unknown}");
     let without: Vec<_> = records.iter().filter(|r| !matches!(r, Record::Pushed(_))).cloned().collect();
     assert!(matches!(replay(&without).unwrap_err(), ReplayError::Unasked(_)));
+    let reopened = replay(&[&records[..1], &records[..1]].concat()).unwrap_err();
+    assert!(matches!(reopened, ReplayError::Reopened(_)), "{reopened}");
     let mut twice = records[..=push].to_vec();
     twice.push(records[push].clone());
     let twice = replay(&twice).unwrap_err();

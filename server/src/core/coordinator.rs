@@ -6,9 +6,10 @@ use sanderling_common::wire::{EvaluationJob, Refusal, Work};
 
 use super::evaluations::{Best, Evaluated, Evaluations};
 use super::leases::LeasePool;
+use super::norms::NormGuard;
 
 /// How a run is divided into work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct WorkSettings {
     /// Batches of the whole run.
     pub total_batches: u64,
@@ -16,6 +17,8 @@ pub struct WorkSettings {
     pub lease_batches: u32,
     /// Steps between evaluations.
     pub eval_every: u64,
+    /// See [`NormGuard`].
+    pub norm_limit: f64,
 }
 
 /// Where a run stands.
@@ -48,6 +51,7 @@ pub(super) struct Coordinator {
     step: Step,
     leases: LeasePool,
     evaluations: Evaluations,
+    norms: NormGuard,
     abandoned: bool,
 }
 
@@ -57,6 +61,7 @@ impl Coordinator {
             step: Step(0),
             leases: LeasePool::new(settings.total_batches, settings.lease_batches),
             evaluations: Evaluations::new(settings.eval_every),
+            norms: NormGuard::new(settings.norm_limit),
             abandoned: false,
         }
     }
@@ -91,13 +96,13 @@ impl Coordinator {
         self.evaluations.leave(session);
     }
 
-    /// Gives a push its place. After an early end no update is applied any more, so that the last evaluation is of
+    /// Gives a push its place; `norm` is that of its update, none if it was skipped. After an early end no update is applied any more, so that the last evaluation is of
     /// the last model.
     pub(super) fn place(
         &mut self,
         session: SessionId,
         batch: BatchId,
-        skipped: bool,
+        norm: Option<f64>,
     ) -> Result<Placement, Refusal> {
         if self.is_finished() {
             return Err(Refusal::Finished);
@@ -105,7 +110,12 @@ impl Coordinator {
         if !self.leases.holds(session, batch) {
             return Err(Refusal::NotLeased);
         }
-        let applies = !skipped && !self.leases.is_closed();
+        let norm = norm.filter(|_| !self.leases.is_closed());
+        if norm.is_some_and(|norm| !self.norms.admits(norm)) {
+            return Err(Refusal::AbsurdNorm);
+        }
+        norm.into_iter().for_each(|norm| self.norms.note(norm));
+        let applies = norm.is_some();
         self.leases.finish(session, batch);
         self.step.0 += u64::from(applies);
         let mut snapshot = applies && self.evaluations.reach(self.step);

@@ -18,6 +18,7 @@
 mod coordinator;
 mod evaluations;
 mod leases;
+mod norms;
 mod record;
 mod replay;
 mod sessions;
@@ -41,6 +42,7 @@ use coordinator::{Coordinator, Placement};
 pub use coordinator::{Standing, WorkSettings};
 pub use evaluations::{Best, EVALUATIONS_MAX, Evaluated, Evaluations};
 pub use leases::LeasePool;
+pub use norms::{NORMS_KEPT, NORMS_NEEDED, NormGuard};
 pub use record::{Log, NoLog, Note, Record, RecordError};
 pub use replay::{Recovered, Replay, ReplayError, Replayed};
 pub use sessions::SessionsFull;
@@ -71,6 +73,7 @@ impl From<&RunConfig> for ServerSettings {
                 total_batches: run.training.steps,
                 lease_batches: run.server.lease_batches,
                 eval_every: run.training.eval_every,
+                norm_limit: run.server.norm_limit,
             },
             secondary: secondary_compression(run),
             sessions_max: run.server.sessions_max,
@@ -267,12 +270,13 @@ impl ServerCore {
         }
         // Decoding comes before the step, so that a malformed payload cannot have one.
         let update = if push.skipped { None } else { Some(Arc::new(self.decode(&push.payload)?)) };
+        let norm = update.as_ref().map(|update| update.norm());
         let mut coordinator = self.coordinator();
         let worker = match self.sessions.claim(push.session, push.seq)? {
             Turn::Repeat(answer) => return Ok(Admitted::Repeat(answer)),
             Turn::Next(worker) => worker,
         };
-        let placement = match coordinator.place(push.session, push.batch, push.skipped) {
+        let placement = match coordinator.place(push.session, push.batch, norm) {
             Ok(placement) => placement,
             Err(refusal) => {
                 self.sessions.unclaim(push.session);

@@ -24,6 +24,9 @@ pub enum ReplayError {
         /// Why.
         refusal: Refusal,
     },
+    /// A session that there is already.
+    #[error("{0} is opened twice")]
+    Reopened(SessionId),
     /// A push that was answered before.
     #[error("a push of {0} comes twice")]
     Repeated(SessionId),
@@ -135,6 +138,9 @@ impl Replay {
 
     fn noted(&mut self, note: &Note) -> Result<Replayed, ReplayError> {
         match note {
+            &Note::Opened(session) if self.server.core.worker(session).is_some() => {
+                return Err(ReplayError::Reopened(session));
+            }
             &Note::Opened(session) => drop(self.server.open_session(session)?),
             &Note::Closed(session) => {
                 self.server.close_session(session);

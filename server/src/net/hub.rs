@@ -324,7 +324,11 @@ impl Hub {
     /// Applies a push and returns the reply frame. One that is refused may have made a step all the same, when its
     /// worker turns out to have another model than it should, or has left meanwhile.
     pub(super) async fn push(&self, push: Push) -> Result<Bytes, Refusal> {
-        let pushed = self.pipeline.push(&push).await?;
+        let pushed = self.pipeline.push(&push).await.inspect_err(|refusal| {
+            if matches!(refusal, Refusal::BadPayload | Refusal::AbsurdNorm) {
+                self.recorder().refused();
+            }
+        })?;
         let Some(News { step, staleness, applied, snapshot }) = pushed.news else {
             return pushed.reply;
         };

@@ -80,6 +80,8 @@ pub struct Summary {
     pub steps: u64,
     /// Batches whose gradient was not finite and was left out.
     pub skipped: u64,
+    /// Updates that this server refused because they were malformed, out of range or out of all proportion.
+    pub refused: u64,
     /// Training tokens behind the applied updates.
     pub tokens: u64,
     /// Validation loss of the last model; none if it was not evaluated.

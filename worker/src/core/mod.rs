@@ -74,6 +74,9 @@ pub enum Diverged {
         /// Where.
         source: NonFinite,
     },
+    /// The update is out of all proportion to those of the other workers.
+    #[error("the server refuses the update as larger than the run's recent ones by far")]
+    Absurd,
     /// The update is larger than any that a server applies.
     #[error(
         "an update of magnitude {magnitude:e} at learning rate {rate}; at most {UPDATE_MAGNITUDE_MAX:e} is applied"

@@ -24,7 +24,7 @@ use tracing::{info, warn};
 use super::bulk::{BulkError, Download, parameters};
 use super::connection::Link;
 use super::{Lost, WorkerError, WorkerOptions, WorkerReport};
-use crate::core::{WorkerCore, WorkerSettings};
+use crate::core::{Diverged, WorkerCore, WorkerSettings};
 use crate::data::Batch;
 use crate::engine::Engine;
 use crate::model::{ModelError, StepLoss};
@@ -416,6 +416,7 @@ impl Member {
                 Ok(())
             }
             Reply::Refused(Refusal::Finished) => Err(Lost::Finished),
+            Reply::Refused(Refusal::AbsurdNorm) => Err(Lost::Diverged(Diverged::Absurd)),
             Reply::Refused(refusal) => Err(Lost::Session(refusal.to_string())),
         }
     }
