@@ -26,8 +26,10 @@ async fn a_killed_worker_costs_nothing_but_its_time() {
     // Longer than a loaded machine leaves a worker without a processor, which would cost a living one its session too.
     let scene = Scene::new(400).with("[server]\nlease_ms = 8000");
     let mut serving = Serving::start(&scene);
-    let survivor = worker(&serving.join);
     let victim = doomed_worker(&serving.join);
+    // Alone at first, so that it has done its part whichever of the two is faster.
+    serving.reach(20).await;
+    let survivor = worker(&serving.join);
     serving.reach(60).await;
     victim.shutdown_background();
     serving.reach(120).await;
