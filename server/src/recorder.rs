@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use sanderling_common::config::{BUNDLED_TEXT, RunConfig};
+use sanderling_common::ids::Step;
 use sanderling_common::wire::control::EvaluationReport;
-use sanderling_common::wire::{EvaluationJob, Split};
+use sanderling_common::wire::{EvaluationJob, Push, Split};
 
 use crate::progress::Progress;
 use crate::results::{Evaluation, Subject, Summary, Traffic};
@@ -33,6 +34,14 @@ pub struct PushRecord {
     pub skipped: bool,
     /// Seconds since the server started.
     pub seconds: f64,
+}
+
+impl PushRecord {
+    /// Of a push with what the server made of it.
+    pub fn of(push: &Push, step: Step, staleness: u32, seconds: f64) -> Self {
+        let &Push { loss, tokens, dropped, skipped, .. } = push;
+        Self { step: step.0, loss, tokens, dropped, staleness, skipped, seconds }
+    }
 }
 
 /// Sums over a stretch of pushes.

@@ -14,8 +14,7 @@ use super::ServerError;
 use crate::core::{Log, Note, Record, Replay, Replayed, ServerCore, ServerSettings, Shard};
 use crate::recorder::{PushRecord, Recorder};
 use crate::storage::{
-    Commit, Directory, Journal, JournalError, JournalFailed, Position, RunId, SEGMENT_BYTES, Stamp,
-    StateFolder,
+    Commit, Directory, Journal, JournalFailed, Position, RunId, SEGMENT_BYTES, Stamp, StateFolder,
 };
 
 /// Records between two lines about a recovery that takes long.
@@ -204,15 +203,7 @@ fn book(recorder: &mut Recorder, record: &Record<'_>, replayed: Replayed, stamp:
                 recorder.snapshot_taken(step.0, stamp.bytes_up, stamp.bytes_down);
             }
             if applies || push.skipped {
-                recorder.pushed(PushRecord {
-                    step: step.0,
-                    loss: push.loss,
-                    tokens: push.tokens,
-                    dropped: push.dropped,
-                    staleness,
-                    skipped: push.skipped,
-                    seconds: stamp.seconds,
-                });
+                recorder.pushed(PushRecord::of(push, step, staleness, stamp.seconds));
             }
         }
         Record::Noted(note) => match &**note {
@@ -225,11 +216,5 @@ fn book(recorder: &mut Recorder, record: &Record<'_>, replayed: Replayed, stamp:
             }
             Note::Closed(_) | Note::Answered(..) | Note::Asked(_) | Note::SnapshotReady(_) => {}
         },
-    }
-}
-
-impl From<JournalError> for ServerError {
-    fn from(error: JournalError) -> Self {
-        Self::Journal(error)
     }
 }

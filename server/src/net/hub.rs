@@ -338,15 +338,7 @@ impl Hub {
         }
         // A push that came after an early end is neither applied nor skipped.
         if applied || push.skipped {
-            self.recorder().pushed(PushRecord {
-                step: step.0,
-                loss: push.loss,
-                tokens: push.tokens,
-                dropped: push.dropped,
-                staleness,
-                skipped: push.skipped,
-                seconds: self.seconds(),
-            });
+            self.recorder().pushed(PushRecord::of(&push, step, staleness, self.seconds()));
         }
         if let Some(snapshot) = snapshot {
             self.keep(snapshot);

@@ -72,7 +72,7 @@ pub enum ServerError {
     Token,
     /// The journal cannot be read, or begun.
     #[error("the journal cannot be used: {0}")]
-    Journal(JournalError),
+    Journal(#[from] JournalError),
     /// The journal cannot be written any more.
     #[error(transparent)]
     JournalFailed(#[from] JournalFailed),
