@@ -5,6 +5,7 @@
 //! global randomness in here; `server` and `worker` depend on this crate and never on each other.
 
 pub mod beside;
+pub mod binary;
 pub mod capacity;
 pub mod checkpoint;
 pub mod config;

@@ -6,9 +6,11 @@
 //! | `identity.json` | format version, the run's id, token, certificate and key, address, results, hash of the initial model |
 //! | `run.toml` | the run, resolved |
 //! | `journal-…` | the decisions: [`super::Journal`], whose records are [`Stamp`] and [`Record`](crate::core::Record) |
+//! | `checkpoints/state-…` | the state at a position of the journal: [`super::StateCheckpoint`], unless they go elsewhere |
 //!
 //! The model, the workers' replicas and the sessions are the fold over the journal, from the initial model on, which is
-//! made again of what the run names.
+//! made again of what the run names; or from the last checkpoint on. What comes before the last checkpoint but one is
+//! removed.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
@@ -230,7 +232,7 @@ fn at(path: &Path) -> impl Fn(io::Error) -> StateError + '_ {
 }
 
 /// What is known when a record is written that the core, which has no clock, does not know.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Stamp {
     /// Seconds that servers have served the run.
     pub seconds: f64,
