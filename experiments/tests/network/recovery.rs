@@ -87,8 +87,10 @@ fn with_workers<T>(join: &JoinString, count: usize, run: impl FnOnce() -> T) -> 
 /// replicas, would void the sessions.
 #[test]
 fn a_server_that_is_killed_goes_on_with_every_session() {
-    for durability in ["group", "async"] {
-        let scene = scene(600, durability);
+    // With checkpoints all the time, now and then, and none.
+    for (durability, every_ms) in [("group", 0), ("group", 7), ("async", 150)] {
+        let scene =
+            scene(600, durability).with(&format!("[server]\ncheckpoint_every_ms = {every_ms}"));
         let mut server = Doomed::start(&scene);
         let join = server.join.clone();
         let (outcome, reports) = with_workers(&join, 3, || {
@@ -111,7 +113,42 @@ fn a_server_that_is_killed_goes_on_with_every_session() {
         let mut steps: Vec<u64> = curve.lines().map(|line| steps(line).as_u64().unwrap()).collect();
         steps.sort_unstable();
         assert_eq!(steps, [100, 200, 300, 400, 500, 600], "every evaluation once");
+        let first = scene.path("state/journal-00000000000000000000");
+        assert_eq!(first.exists(), every_ms == 0, "what checkpoints cover is removed");
     }
+}
+
+/// One checkpoint that cannot be read has a predecessor; without any the journal alone does.
+#[test]
+fn a_damaged_checkpoint_costs_nothing() {
+    let scene = scene(400, "group").with("[server]\ncheckpoint_every_ms = 30\nkeep_journal = true");
+    let mut server = Doomed::start(&scene);
+    let join = server.join.clone();
+    let checkpoints = scene.path("state/checkpoints");
+    let names = || {
+        let entries = std::fs::read_dir(&checkpoints).unwrap().map(|entry| entry.unwrap().path());
+        let mut names: Vec<_> = entries.collect();
+        names.sort();
+        names
+    };
+    let (outcome, reports) = with_workers(&join, 2, || {
+        for (done, damaged) in [(80, 1), (200, usize::MAX)] {
+            server.reach(done);
+            server.kill();
+            for name in names().iter().rev().take(damaged) {
+                let mut bytes = std::fs::read(name).unwrap();
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 1;
+                std::fs::write(name, bytes).unwrap();
+            }
+            server = Doomed::start(&scene);
+        }
+        server.outcome()
+    });
+    assert_eq!((outcome.summary.steps, outcome.summary.skipped, outcome.summary.sessions), (400, 0, 2));
+    assert!(reports.iter().all(|(sessions, _)| *sessions == 1), "{reports:?}");
+    let kept = names().iter().filter(|name| name.to_string_lossy().contains("state-")).count();
+    assert_eq!(kept, sanderling_server::storage::CHECKPOINTS_KEPT);
 }
 
 /// Without a journal the run begins anew, and workers with it.
@@ -121,14 +158,14 @@ fn without_durability_a_run_starts_again() {
     let scene = scene(1500, "none");
     let mut server = Doomed::start(&scene);
     let join = server.join.clone();
-    let (outcome, reports) = with_workers(&join, 2, || {
+    // One, because without it the run cannot end before it has noticed.
+    let (outcome, reports) = with_workers(&join, 1, || {
         server.reach(30);
         server.kill();
         Doomed::start(&scene).outcome()
     });
     assert_eq!((outcome.summary.steps, outcome.summary.completed), (1500, true));
-    // One may have come after the first server.
-    assert!(reports.iter().any(|(sessions, _)| *sessions == 2), "{reports:?}");
+    assert_eq!(reports[0].0, 2, "{reports:?}");
 }
 
 /// A run with a state folder is not ended by stopping its server.

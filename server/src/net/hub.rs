@@ -87,6 +87,8 @@ pub(crate) struct Hub {
     attached: DashMap<SessionId, Attached>,
     bases: DashMap<SessionId, (Step, Blob)>,
     asides: DashMap<SessionId, Arc<tokio::sync::Mutex<()>>>,
+    /// Sessions of an earlier server whose workers have not come back yet.
+    awaited: DashMap<SessionId, ()>,
     text: Blob,
     /// The models that are to be evaluated, and the best.
     snapshots: Mutex<BTreeMap<Step, Arc<[f32]>>>,
@@ -131,6 +133,7 @@ impl Hub {
             attached: DashMap::new(),
             bases: DashMap::new(),
             asides: DashMap::new(),
+            awaited: DashMap::new(),
             text: Blob::of_corpus(&corpus),
             snapshots: Mutex::new(snapshots),
             closed_bytes_up: AtomicU64::new(stamp.bytes_up),
@@ -239,6 +242,7 @@ impl Hub {
     pub(super) fn resume(&self, session: SessionId, connection: &Connection) -> Option<WorkerId> {
         let worker = self.pipeline.worker(session)?;
         self.attach(session, worker, connection);
+        self.came_back(session);
         Some(worker)
     }
 
@@ -282,6 +286,7 @@ impl Hub {
     fn close(&self, session: SessionId) {
         self.bases.remove(&session);
         self.asides.remove(&session);
+        self.came_back(session);
         self.pipeline.close(session);
         self.changed.notify_waiters();
     }
@@ -445,14 +450,35 @@ impl Hub {
     /// Sessions of an earlier server that do not come back within the lease are closed.
     pub(super) fn await_return(self: &Arc<Self>, sessions: Vec<SessionId>) {
         for session in sessions {
+            self.awaited.insert(session, ());
             let hub = self.clone();
             tokio::spawn(async move {
                 tokio::time::sleep(hub.lease()).await;
+                hub.came_back(session);
                 if !hub.attached.contains_key(&session) && hub.pipeline.worker(session).is_some() {
                     info!("{session} did not come back after the server did; its batches go to others");
                     hub.close(session);
                 }
             });
+        }
+    }
+
+    /// A session of an earlier server need not be awaited any more.
+    pub(super) fn came_back(&self, session: SessionId) {
+        if self.awaited.remove(&session).is_some() {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Waits until every worker of an earlier server has come back, or its lease is over. One that looks for a run that
+    /// has ended meanwhile finds somebody to tell it so.
+    pub(super) async fn all_came_back(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.awaited.is_empty() {
+                return;
+            }
+            changed.await;
         }
     }
 

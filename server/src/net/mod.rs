@@ -411,6 +411,7 @@ impl Server {
     }
 
     async fn say_goodbye(&self) {
+        self.hub.all_came_back().await;
         let deadline = Instant::now() + GOODBYES_WAIT;
         while self.hub.connected() > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(10)).await;
