@@ -10,6 +10,7 @@ pub mod capacity;
 pub mod checkpoint;
 pub mod config;
 pub mod corpus;
+pub mod folder_lock;
 pub mod ids;
 pub mod init;
 pub mod join;

@@ -25,6 +25,7 @@ use tracing::{info, level_filters::LevelFilter};
 Examples:
   sanderling-worker --join 'sanderling://192.0.2.7:4433?pin=…&token=…'
   sanderling-worker --join-file /shared/join        # waits until the server has written it
+  sanderling-worker --join-file join --state-dir /var/lib/sanderling/worker-1
   SANDERLING_JOIN='sanderling://…' sanderling-worker -v"
 )]
 struct Arguments {
@@ -43,6 +44,11 @@ struct Arguments {
     /// too; where neither holds that model, the server sends it
     #[arg(long, value_name = "DIR")]
     dense: Option<PathBuf>,
+    /// A folder in which the worker keeps model, accumulators, data cursor and unanswered push, synced before each push:
+    /// started again after a crash, it goes on in its session and repeats or skips no batch. Each worker needs its own;
+    /// the session must still be there, so start it again within the run's lease_ms
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
     /// Say more (-v), or everything (-vv)
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -105,7 +111,8 @@ async fn run(arguments: &Arguments) -> anyhow::Result<WorkerReport> {
     };
     let join: JoinString = text.parse()?;
     info!("joining {}:{}", join.host, join.port);
-    let options = WorkerOptions { give_up_after, dense: arguments.dense.clone(), ..WorkerOptions::default() };
+    let (dense, state_dir) = (arguments.dense.clone(), arguments.state_dir.clone());
+    let options = WorkerOptions { give_up_after, dense, state_dir, ..WorkerOptions::default() };
     Ok(work(&join, &options, stop).await?)
 }
 

@@ -2,15 +2,16 @@
 
 use std::time::{Duration, Instant};
 
+use sanderling_common::folder_lock::FolderLockError;
 use sanderling_common::join::JoinString;
 use sanderling_server::net::{Outcome, Server, ServerError};
 use sanderling_server::storage::StateError;
-use sanderling_worker::net::WorkerOptions;
+use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::support::{PATIENCE, Scene, options, worker_with};
+use crate::support::{PATIENCE, Scene, Serving, options, worker_with};
 
 /// A server in a runtime of its own, which can be ended in the middle of anything.
 struct Doomed {
@@ -206,7 +207,7 @@ fn folders_of_other_runs_and_of_other_servers_are_refused() {
         runtime.block_on(async { Server::start(scene, None).map(drop) })
     };
     let first = runtime.block_on(async { Server::start(scene.resolved(), None).unwrap() });
-    assert!(matches!(start(""), Err(ServerError::State(StateError::Locked(_)))));
+    assert!(matches!(start(""), Err(ServerError::State(StateError::Lock(FolderLockError::Locked(_))))));
     drop(first);
     let error = start("[training]\nmomentum = 0.25").unwrap_err().to_string();
     assert!(error.contains("momentum") && error.contains("0.25"), "{error}");
@@ -225,4 +226,72 @@ fn scene_of(scene: &Scene, settings: &str) -> sanderling_common::config::RunConf
     let stated = sanderling_common::config::parse(settings).unwrap();
     let file = sanderling_common::config::parse(&scene.resolved().to_toml()).unwrap();
     stated.or(file).resolve().unwrap()
+}
+
+/// A worker in a runtime of its own, which can be ended in the middle of anything.
+struct DoomedWorker {
+    runtime: Runtime,
+    task: JoinHandle<Result<WorkerReport, WorkerError>>,
+}
+
+impl DoomedWorker {
+    fn start(join: &JoinString, state: &std::path::Path) -> Self {
+        let runtime = Runtime::new().unwrap();
+        let options = WorkerOptions { state_dir: Some(state.to_owned()), ..options() };
+        let task = runtime.block_on(async { worker_with(join, options) });
+        Self { runtime, task }
+    }
+
+    fn kill(self) {
+        self.runtime.shutdown_background();
+    }
+
+    fn report(self) -> Result<WorkerReport, WorkerError> {
+        self.runtime.block_on(async { tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap() })
+    }
+}
+
+/// With one worker there is but one order of events, so the model tells whether anything was repeated, skipped or lost.
+#[test]
+fn a_worker_that_is_killed_goes_on_in_its_session() {
+    for method in ["dgs-adam", "dgc-async", "dgs"] {
+        let settings = format!(
+            "[run]\nworkers = 1\n[training]\nmethod = '{method}'\n[server]\nlease_ms = 20000"
+        );
+        let models = [vec![], vec![20, 90, 91, 150]].map(|kills| {
+            let scene = Scene::new(200).with(&settings);
+            let state = scene.path("worker");
+            let runtime = Runtime::new().unwrap();
+            let mut serving = runtime.block_on(async { Serving::start(&scene) });
+            let mut worker = DoomedWorker::start(&serving.join, &state);
+            for &done in &kills {
+                runtime.block_on(serving.reach(done));
+                worker.kill();
+                worker = DoomedWorker::start(&serving.join, &state);
+            }
+            let outcome = runtime.block_on(serving.outcome());
+            assert_eq!((outcome.summary.steps, outcome.summary.sessions), (200, 1), "{method}, {kills:?}");
+            assert_eq!(worker.report().unwrap().sessions, u64::from(kills.is_empty()));
+            assert!(!state.join("push-0").exists(), "a session that is over leaves nothing behind");
+            outcome.parameters
+        });
+        assert!(models[0] == models[1], "{method}");
+    }
+}
+
+/// Where the server knows nothing of the session, there is nothing to go on with.
+#[test]
+fn a_worker_whose_session_is_forgotten_begins_another() {
+    let scene = scene(1500, "none");
+    let mut server = Doomed::start(&scene);
+    let (join, state) = (server.join.clone(), scene.path("worker"));
+    let worker = DoomedWorker::start(&join, &state);
+    server.reach(30);
+    worker.kill();
+    server.kill();
+    let server = Doomed::start(&scene);
+    let worker = DoomedWorker::start(&join, &state);
+    let outcome = server.outcome();
+    assert_eq!((outcome.summary.steps, outcome.summary.sessions), (1500, 1));
+    assert_eq!(worker.report().unwrap().sessions, 1);
 }

@@ -11,5 +11,5 @@ pub use checkpoint::{CHECKPOINT_VERSION, CheckpointFileError, RestoredState, Sta
 pub use commit::{ASYNC_SYNC_EVERY, Commit, JournalFailed};
 pub use disk::{Directory, Disk, DiskFile};
 pub use journal::{Journal, JournalError, Position, ReadJournal, RunId, SEGMENT_BYTES, VERSION, Writer};
-pub use state::{Identity, LOCK_WAIT, Stamp, StateError, StateFolder};
+pub use state::{Identity, Stamp, StateError, StateFolder};
 pub use store::{CHECKPOINTS_FOLDER, CHECKPOINTS_KEPT, CheckpointStore, StoreError};
