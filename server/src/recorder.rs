@@ -253,7 +253,8 @@ impl Recorder {
         let Books { recent, steps, skipped, results, .. } = &self.books;
         let count = recent.len() as f64;
         let mean = |value: fn(&PushRecord) -> f64| recent.iter().map(value).sum::<f64>() / count.max(1.0);
-        let span = recent.front().zip(recent.back()).map_or(0.0, |(first, last)| last.seconds - first.seconds);
+        let span =
+            recent.front().zip(recent.back()).map_or(0.0, |(first, last)| last.seconds - first.seconds);
         let tokens = recent.iter().skip(1).map(|push| u64::from(push.tokens)).sum();
         Progress {
             done: steps + skipped,

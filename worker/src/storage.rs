@@ -82,13 +82,6 @@ pub struct StateFolder {
     _lock: FolderLock,
 }
 
-/// What a file holds.
-enum Slot {
-    Kept(RestoredWorker),
-    /// Nothing, something torn, or the push of a run on another server.
-    Nothing,
-}
-
 impl StateFolder {
     /// Makes the folder if it is not there, and locks it, for work for the server with this pin.
     ///
@@ -115,9 +108,9 @@ impl StateFolder {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(source) => return Err(StateError::Io { path, source }),
             };
-            let slot = read(&bytes, self.pin).map_err(|found| StateError::Newer { path, found })?;
+            let kept = read(&bytes, self.pin).map_err(|found| StateError::Newer { path, found })?;
             // Both are of one session, since a new one begins with none.
-            if let Slot::Kept(worker) = slot
+            if let Some(worker) = kept
                 && last.as_ref().is_none_or(|last| last.push.seq < worker.push.seq)
             {
                 last = Some(worker);
@@ -139,7 +132,8 @@ impl StateFolder {
         let path = self.file(worker.push.seq);
         let write = || {
             let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path)?;
-            let mut out = Summing { inner: BufWriter::new(&file), hasher: crc32fast::Hasher::new(), bytes: 0 };
+            let mut out =
+                Summing { inner: BufWriter::new(&file), hasher: crc32fast::Hasher::new(), bytes: 0 };
             write(&mut out, worker, self.pin)?;
             let (sum, bytes) = (out.hasher.clone().finalize(), out.bytes + 4);
             out.write_all(&sum.to_le_bytes())?;
@@ -219,17 +213,20 @@ fn write(out: &mut impl Write, worker: &WorkerImage<'_>, pin: [u8; 32]) -> io::R
     Ok(())
 }
 
-/// What the bytes of a file hold; the version, if it is another than this release's.
-fn read(bytes: &[u8], pin: [u8; 32]) -> Result<Slot, u32> {
-    let Some((body, sum)) = bytes.split_last_chunk::<4>() else { return Ok(Slot::Nothing) };
+/// The worker in the bytes of a file; none in one that is torn, or of work for another server.
+///
+/// # Errors
+/// The version, if it is another than this release's.
+fn read(bytes: &[u8], pin: [u8; 32]) -> Result<Option<RestoredWorker>, u32> {
+    let Some((body, sum)) = bytes.split_last_chunk::<4>() else { return Ok(None) };
     if body.get(..8) != Some(&MAGIC[..]) || crc32fast::hash(body) != u32::from_le_bytes(*sum) {
-        return Ok(Slot::Nothing);
+        return Ok(None);
     }
     let version = body.get(8..12).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")));
     match version {
-        Some(VERSION) => Ok(parse(&body[12..], pin).map_or(Slot::Nothing, Slot::Kept)),
+        Some(VERSION) => Ok(parse(&body[12..], pin)),
         Some(found) => Err(found),
-        None => Ok(Slot::Nothing),
+        None => Ok(None),
     }
 }
 

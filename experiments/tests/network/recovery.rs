@@ -90,8 +90,7 @@ fn with_workers<T>(join: &JoinString, count: usize, run: impl FnOnce() -> T) -> 
 fn a_server_that_is_killed_goes_on_with_every_session() {
     // With checkpoints all the time, now and then, and none.
     for (durability, every_ms) in [("group", 0), ("group", 7), ("async", 150)] {
-        let scene =
-            scene(600, durability).with(&format!("[server]\ncheckpoint_every_ms = {every_ms}"));
+        let scene = scene(600, durability).with(&format!("[server]\ncheckpoint_every_ms = {every_ms}"));
         let mut server = Doomed::start(&scene);
         let join = server.join.clone();
         let (outcome, reports) = with_workers(&join, 3, || {
@@ -238,7 +237,9 @@ impl DoomedWorker {
     fn start(join: &JoinString, state: &std::path::Path) -> Self {
         let runtime = Runtime::new().unwrap();
         let options = WorkerOptions { state_dir: Some(state.to_owned()), ..options() };
-        let task = runtime.block_on(async { worker_with(join, options) });
+        let entered = runtime.enter();
+        let task = worker_with(join, options);
+        drop(entered);
         Self { runtime, task }
     }
 
@@ -255,9 +256,8 @@ impl DoomedWorker {
 #[test]
 fn a_worker_that_is_killed_goes_on_in_its_session() {
     for method in ["dgs-adam", "dgc-async", "dgs"] {
-        let settings = format!(
-            "[run]\nworkers = 1\n[training]\nmethod = '{method}'\n[server]\nlease_ms = 20000"
-        );
+        let settings =
+            format!("[run]\nworkers = 1\n[training]\nmethod = '{method}'\n[server]\nlease_ms = 20000");
         let models = [vec![], vec![20, 90, 91, 150]].map(|kills| {
             let scene = Scene::new(200).with(&settings);
             let state = scene.path("worker");

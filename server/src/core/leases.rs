@@ -145,7 +145,8 @@ impl LeasePool {
     /// Whether every batch is in one place.
     pub(super) fn is_sound(&self) -> bool {
         let held: u64 = self.held.values().map(|held| held.len() as u64).sum();
-        let touched = (self.returned.len() as u64).checked_add(held).and_then(|sum| sum.checked_add(self.done));
+        let touched =
+            (self.returned.len() as u64).checked_add(held).and_then(|sum| sum.checked_add(self.done));
         touched == Some(self.next) && self.next <= self.total
     }
 }

@@ -20,6 +20,7 @@ mod coordinator;
 mod evaluations;
 mod image;
 mod leases;
+mod mutation;
 mod norms;
 mod record;
 mod replay;
@@ -46,6 +47,7 @@ pub use coordinator::{Standing, WorkSettings};
 pub use evaluations::{Best, EVALUATIONS_MAX, Evaluated, Evaluations};
 pub use image::{CoreImage, Image, ImageError, Restored, UnderWay};
 pub use leases::LeasePool;
+pub use mutation::{Mutated, Mutation};
 pub use norms::{NORMS_KEPT, NORMS_NEEDED, NormGuard};
 pub use record::{Effect, Log, NoLog, Note, Record, RecordError};
 pub use replay::{Recovered, Replay, ReplayError};
@@ -110,6 +112,11 @@ pub struct Ticket {
 }
 
 impl Ticket {
+    /// Whose push it is.
+    pub fn session(&self) -> SessionId {
+        self.session
+    }
+
     /// The server's step after the push.
     pub fn step(&self) -> Step {
         self.flight.placement.step

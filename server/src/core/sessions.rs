@@ -8,6 +8,7 @@ use sanderling_common::ids::{Seq, SessionId, Step, WorkerId};
 use sanderling_common::wire::{Refusal, Work};
 
 use super::coordinator::Placement;
+use super::mutation::Mutation;
 
 /// As many sessions as allowed exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -57,6 +58,9 @@ impl Session {
     fn turn(&self, seq: Seq) -> Result<Turn, Refusal> {
         let next = Seq(self.answered.0 + 1);
         match &self.answer {
+            Some(_) if seq == self.answered && Mutation::NoDeduplication.is_on() => {
+                Ok(Turn::Next(self.worker))
+            }
             Some(answer) if seq == self.answered => Ok(Turn::Repeat(answer.clone())),
             _ if seq == next && self.flight.is_some() => Err(Refusal::InFlight),
             _ if seq == next => Ok(Turn::Next(self.worker)),

@@ -8,6 +8,8 @@ use sanderling_common::ids::WorkerId;
 use sanderling_common::layout::Layout;
 use sanderling_common::sparse::{Compression, Compressor, Update};
 
+use super::mutation::Mutation;
+
 /// Knows the model of every worker and makes the differences that bring it nearer to the server's.
 ///
 /// All flat vectors hold the tensors of one shard.
@@ -147,7 +149,9 @@ impl Replicas {
             compressor
                 .compress_into(layout, run, &self.difference, 1.0, payload, &mut self.sent)
                 .expect("the bound on updates keeps model and replicas finite");
-            self.sent.add_to(layout, replica);
+            if !Mutation::StaleReplica.is_on() {
+                self.sent.add_to(layout, replica);
+            }
         }
     }
 }

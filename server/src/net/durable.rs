@@ -13,9 +13,7 @@ use sanderling_common::report::one_sentence;
 use tracing::{debug, info, warn};
 
 use super::ServerError;
-use crate::core::{
-    Effect, Image, Log, Note, Record, Replay, ServerCore, ServerSettings, Shard,
-};
+use crate::core::{Effect, Image, Log, Note, Record, Replay, ServerCore, ServerSettings, Shard};
 use crate::recorder::{Books, PushRecord, Recorder};
 use crate::storage::{
     CheckpointStore, Commit, Directory, Journal, JournalFailed, Position, ReadJournal, RestoredState, RunId,
@@ -288,7 +286,10 @@ impl Beginnings {
         let Past { replay, books, stamp, position } = past;
         if position > 0 {
             let (step, seconds) = (replay.server().core().standing().step, started.elapsed().as_secs_f64());
-            info!("recovered {step}: a checkpoint of {from} decisions, {} since, in {seconds:.1} s", position - from);
+            info!(
+                "recovered {step}: a checkpoint of {from} decisions, {} since, in {seconds:.1} s",
+                position - from
+            );
         }
         let commit = Arc::new(Commit::start(journal.write_from(read.next)?, server.durability));
         let (clock, recorder) = (Arc::new(Clock::after(stamp)), subject.recorder(books));

@@ -26,8 +26,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
 
-use crate::progress::Progress;
 use crate::core::ImageError;
+use crate::progress::Progress;
 use crate::results::{Evaluation, ResultsError, RunFolder, Summary};
 use crate::storage::{Identity, JournalError, JournalFailed, RunId, StateError, StateFolder, StoreError};
 use durable::{Beginnings, Subject};

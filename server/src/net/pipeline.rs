@@ -16,8 +16,8 @@ use tokio::sync::{Semaphore, oneshot};
 use super::durable::{Keeper, Moment};
 use super::hub::{OpenError, Opened};
 use crate::core::{
-    Admitted, Base, Best, CoreImage, Evaluated, Image, PushOutput, ServerCore, SessionsFull, Shard, ShardJob, ShardOutput,
-    Standing, Ticket, aside_bytes,
+    Admitted, Base, Best, CoreImage, Evaluated, Image, PushOutput, ServerCore, SessionsFull, Shard, ShardJob,
+    ShardOutput, Standing, Ticket, aside_bytes,
 };
 use crate::storage::{Position, StoreError};
 

@@ -117,7 +117,8 @@ impl CheckpointStore {
     /// [`StoreError::Store`].
     pub async fn positions(&self) -> Result<Vec<Position>, StoreError> {
         let objects = self.store.list_with_delimiter(None).await?.objects;
-        let mut positions: Vec<_> = objects.iter().filter_map(|object| position_of(&object.location)).collect();
+        let mut positions: Vec<_> =
+            objects.iter().filter_map(|object| position_of(&object.location)).collect();
         positions.sort_unstable();
         Ok(positions)
     }

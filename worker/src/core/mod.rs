@@ -30,9 +30,9 @@ use sanderling_common::schedule::Schedule;
 use sanderling_common::sparse::{DecodeError, NonFinite, Update, decode, decode_into, split_aside};
 use sanderling_common::wire::{Answer, BatchRange, Push, UPDATE_MAGNITUDE_MAX, Work};
 
+pub use image::{ImageError, RestoredWorker, WorkerImage, WorkerPlace};
 use method::{CompressionMethod, Direction, clip_scale};
 use queue::BatchQueue;
-pub use image::{ImageError, RestoredWorker, WorkerImage, WorkerPlace};
 pub use queue::LEASES_MAX;
 
 /// What a worker needs to know of the run's configuration.

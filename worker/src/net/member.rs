@@ -274,7 +274,8 @@ impl Member {
     /// Goes on where another process was in the same session.
     pub(super) fn restore(&mut self, past: RestoredWorker) -> Result<(), Lost> {
         let core = WorkerCore::restore(self.layout.clone(), &self.settings, past);
-        let core = core.map_err(|error| Lost::Session(format!("what was kept on disk is of no use: {error}")))?;
+        let core =
+            core.map_err(|error| Lost::Session(format!("what was kept on disk is of no use: {error}")))?;
         self.desk().core = Some(core);
         Ok(())
     }
