@@ -5,7 +5,6 @@
 mod beginnings;
 mod faults;
 mod recovery;
-mod relay;
 mod runs;
 mod strangers;
 mod support;

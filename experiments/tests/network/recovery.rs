@@ -219,6 +219,10 @@ fn folders_of_other_runs_and_of_other_servers_are_refused() {
     .unwrap();
     let error = start("").unwrap_err().to_string();
     assert!(error.contains("journal format 9"), "{error}");
+    let checkpoint = scene.path("state/checkpoints/state-00000000000000000007");
+    std::fs::write(checkpoint, b"sndrstat\x09\x00\x00\x00 a checkpoint of another time").unwrap();
+    let error = start("").unwrap_err().to_string();
+    assert!(error.contains("record 7") && error.contains("format 9"), "{error}");
 }
 
 fn scene_of(scene: &Scene, settings: &str) -> sanderling_common::config::RunConfig {
