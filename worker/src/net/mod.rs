@@ -18,7 +18,7 @@ use sanderling_common::join::JoinString;
 use sanderling_common::model_config::ModelConfigError;
 use sanderling_common::upcycle::UpcycleError;
 use sanderling_common::wire::control::Welcome;
-use sanderling_transport::EndpointError;
+use sanderling_transport::{ClientIdentity, EndpointError};
 use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
@@ -53,11 +53,13 @@ pub struct WorkerOptions {
     /// The dense checkpoint of a run that upcycles one, if it is on this machine; without it, or if it is another one,
     /// the place that the run names is looked at, and then it is fetched from the server.
     pub dense: Option<PathBuf>,
+    /// The client certificate to present to a server that admits workers by one.
+    pub identity: Option<Arc<ClientIdentity>>,
 }
 
 impl Default for WorkerOptions {
     fn default() -> Self {
-        Self { give_up_after: GIVE_UP_AFTER, compute_permits: None, dense: None }
+        Self { give_up_after: GIVE_UP_AFTER, compute_permits: None, dense: None, identity: None }
     }
 }
 
@@ -90,6 +92,15 @@ pub enum WorkerError {
     /// The server does not accept the token.
     #[error("the server refused the token; it is the last part of the join string that the server printed")]
     WrongToken,
+    /// The server wants a token, and the join string has none.
+    #[error(
+        "the server asks for a token, and the join string has none; copy the whole line that the server printed, or put the \
+         worker's own token behind it as &token=…"
+    )]
+    NoToken,
+    /// The server has taken back what it admitted this worker by.
+    #[error("this worker may not take part any more: {0}")]
+    Revoked(String),
     /// The server does not want this worker.
     #[error("the server does not admit this worker: {0}")]
     NotAdmitted(String),
@@ -226,7 +237,7 @@ async fn connected(
     let patience = options.give_up_after.saturating_sub(last_contact.elapsed()).max(PATIENCE_MIN);
     let mut stopped = stop.clone();
     let reception = tokio::select! {
-        reception = Link::open(join, resume, (report.reconnects, patience)) => reception?,
+        reception = Link::open(join, options, resume, (report.reconnects, patience)) => reception?,
         _ = stopped.wait_for(|stop| *stop) => return Ok(()),
     };
     let (mut link, welcome) = match reception {
