@@ -5,10 +5,12 @@
 //! global randomness in here; `server` and `worker` depend on this crate and never on each other.
 
 pub mod beside;
+pub mod binary;
 pub mod capacity;
 pub mod checkpoint;
 pub mod config;
 pub mod corpus;
+pub mod folder_lock;
 pub mod ids;
 pub mod init;
 pub mod join;

@@ -6,6 +6,7 @@ pub mod adamw;
 pub mod card;
 pub mod commands;
 pub mod evaluation;
+pub mod faults;
 pub mod generate;
 pub mod report;
 pub mod reproduce;

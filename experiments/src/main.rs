@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use sanderling::commands::{UsageError, eval, export, generate, inspect, tokenize, train, upcycle};
+use sanderling::commands::{UsageError, eval, export, generate, inspect, simulate, tokenize, train, upcycle};
 use sanderling::reproduce;
 use sanderling_common::config::cli::{RunOptionsError, with_defaults};
 use sanderling_common::report::one_sentence;
@@ -38,6 +38,7 @@ enum Command {
     Inspect(inspect::Arguments),
     Export(export::Arguments),
     Tokenize(Box<tokenize::Arguments>),
+    Simulate(simulate::Arguments),
     /// Run a published result again, at a scale that fits a desk: table, plots, verdict
     #[command(subcommand)]
     Reproduce(Reproduction),
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         Command::Export(arguments) => export::export(&arguments),
         Command::Tokenize(arguments) => tokenize::tokenize(*arguments),
+        Command::Simulate(arguments) => simulate::simulate(&arguments),
         Command::Reproduce(Reproduction::Upcycling(arguments)) => reproduce::upcycling(&arguments),
     };
     match result {

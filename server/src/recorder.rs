@@ -1,4 +1,4 @@
-//! Turns what happens in a run into its curve, its progress and its summary. No IO: the time and the traffic are
+//! Turns what is decided in a run into its curve, its progress and its summary. No IO: the time and the traffic are
 //! arguments.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -18,7 +18,7 @@ const RECENT_PUSHES: usize = 64;
 pub const REFERENCE_TOKENS: u64 = 2_000 * 12 * 64;
 
 /// What the recorder wants to know of one applied or skipped push.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 pub struct PushRecord {
     /// The step the push was given; for a skipped one the step reached before.
     pub step: u64,
@@ -45,7 +45,7 @@ impl PushRecord {
 }
 
 /// Sums over a stretch of pushes.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
 struct Stretch {
     pushes: u64,
     loss: f64,
@@ -79,27 +79,31 @@ impl Stretch {
 }
 
 /// What was known when a step was applied that is evaluated.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 struct Mark {
     since_last: Stretch,
     whole: Stretch,
     tokens: u64,
-    traffic: Traffic,
+    bytes_up: u64,
+    bytes_down: u64,
     seconds: f64,
     training_seconds: f64,
 }
 
-/// The books of one run.
-///
-/// Pushes are answered, and so noted, in any order. They are added up in the order of their steps: one that comes before
-/// its predecessor waits for it, so that a mark covers the pushes up to its step and no other.
-#[derive(Debug)]
-pub struct Recorder {
-    run: RunConfig,
-    subject: Subject,
+/// An evaluation that came back.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+struct Measured {
+    mark: Mark,
+    report: EvaluationReport,
+    /// The lowest validation loss by then.
+    best: f64,
+}
+
+/// What the books of a run say: the fold over its decisions, in their order.
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct Books {
     steps: u64,
     skipped: u64,
-    refused: u64,
     tokens: u64,
     sessions: u32,
     whole: Stretch,
@@ -107,78 +111,37 @@ pub struct Recorder {
     first_push: Option<f64>,
     last_push: f64,
     recent: VecDeque<PushRecord>,
-    /// Applied pushes by step whose predecessors have not been noted; at most as many as are under way.
-    early: BTreeMap<u64, PushRecord>,
-    /// Bytes up and down by step, of snapshots whose step is not added up yet.
-    due: BTreeMap<u64, (u64, u64)>,
     marks: BTreeMap<u64, Mark>,
-    /// Results by step that came before their mark.
-    unmarked: BTreeMap<u64, EvaluationReport>,
-    evaluations: BTreeMap<u64, Evaluation>,
-    /// The steps of `evaluations`, in the order in which they came.
+    results: BTreeMap<u64, Measured>,
+    /// The steps of `results`, in the order in which they came.
     arrivals: Vec<u64>,
     test_loss: Option<(u64, f64)>,
 }
 
-impl Recorder {
-    /// Empty books.
-    pub fn new(run: RunConfig, parameters: usize, active_parameters: usize) -> Self {
-        let subject = Subject {
-            method: run.training.method.to_string(),
-            workers: run.run.workers,
-            parameters: parameters as u64,
-            active_parameters: active_parameters as u64,
-        };
-        Self {
-            run,
-            subject,
-            steps: 0,
-            skipped: 0,
-            refused: 0,
-            tokens: 0,
-            sessions: 0,
-            whole: Stretch::default(),
-            since_mark: Stretch::default(),
-            first_push: None,
-            last_push: 0.0,
-            recent: VecDeque::new(),
-            early: BTreeMap::new(),
-            due: BTreeMap::new(),
-            marks: BTreeMap::new(),
-            unmarked: BTreeMap::new(),
-            evaluations: BTreeMap::new(),
-            arrivals: Vec::new(),
-            test_loss: None,
-        }
-    }
+/// The books of one run, and who can read what from them.
+#[derive(Debug)]
+pub struct Recorder {
+    run: RunConfig,
+    subject: Subject,
+    books: Books,
+    /// Not a decision, and so not in the books.
+    refused: u64,
+}
 
+impl Books {
     /// A session was opened.
     pub fn session_opened(&mut self) {
         self.sessions += 1;
     }
 
-    /// An update was refused for what is in it.
-    pub fn refused(&mut self) {
-        self.refused += 1;
-    }
-
-    /// A push was handled. What is to be evaluated of its step must have been noted before, by
-    /// [`snapshot_taken`](Self::snapshot_taken).
+    /// A push was given its place.
     pub fn pushed(&mut self, push: PushRecord) {
-        self.first_push = Some(self.first_push.map_or(push.seconds, |first| first.min(push.seconds)));
-        self.last_push = self.last_push.max(push.seconds);
+        self.first_push.get_or_insert(push.seconds);
+        self.last_push = push.seconds;
         if push.skipped {
             self.skipped += 1;
             return;
         }
-        self.early.insert(push.step, push);
-        while let Some(next) = self.early.remove(&(self.steps + 1)) {
-            self.add(next);
-        }
-    }
-
-    /// Adds up the push of the next step.
-    fn add(&mut self, push: PushRecord) {
         self.steps = push.step;
         self.tokens += u64::from(push.tokens);
         self.whole.add(&push);
@@ -187,35 +150,20 @@ impl Recorder {
         if self.recent.len() > RECENT_PUSHES {
             self.recent.pop_front();
         }
-        if let Some((up, down)) = self.due.remove(&self.steps) {
-            self.mark(push.seconds, up, down);
-        }
     }
 
-    /// A snapshot was taken at `step` for evaluation: the curve will say what is known when the pushes up to it are added
-    /// up, and what had been sent by now.
-    pub fn snapshot_taken(&mut self, step: u64, bytes_up: u64, bytes_down: u64) {
-        if step == self.steps {
-            self.mark(self.last_push, bytes_up, bytes_down);
-        } else {
-            self.due.insert(step, (bytes_up, bytes_down));
-        }
-    }
-
-    /// Notes what is known of the step reached.
-    fn mark(&mut self, seconds: f64, bytes_up: u64, bytes_down: u64) {
+    /// The model as it is now is to be evaluated; the curve will say what is known of it now.
+    pub fn marked(&mut self, bytes_up: u64, bytes_down: u64) {
         let mark = Mark {
             since_last: std::mem::take(&mut self.since_mark),
             whole: self.whole,
             tokens: self.tokens,
-            traffic: self.traffic(self.steps, bytes_up, bytes_down),
-            seconds,
-            training_seconds: self.first_push.map_or(0.0, |first| seconds - first),
+            bytes_up,
+            bytes_down,
+            seconds: self.last_push,
+            training_seconds: self.training_seconds(),
         };
         self.marks.insert(self.steps, mark);
-        if let Some(report) = self.unmarked.remove(&self.steps) {
-            self.evaluated(&report);
-        }
     }
 
     /// An evaluation came back.
@@ -225,105 +173,136 @@ impl Recorder {
             self.test_loss = Some((step.0, report.loss));
             return;
         }
-        let Some(mark) = self.marks.remove(&step.0) else {
-            self.unmarked.insert(step.0, report.clone());
-            return;
+        let mark = self.marks.remove(&step.0).expect("what is evaluated was marked");
+        let best = self.best().map_or(report.loss, |best| best.report.loss.min(report.loss));
+        self.arrivals.push(step.0);
+        self.results.insert(step.0, Measured { mark, report: report.clone(), best });
+    }
+
+    /// The evaluation with the lowest validation loss, the earliest of equals. A model that diverged is not the best.
+    fn best(&self) -> Option<&Measured> {
+        let finite = self.results.values().filter(|result| result.report.loss.is_finite());
+        finite.min_by(|a, b| a.report.loss.total_cmp(&b.report.loss))
+    }
+
+    fn training_seconds(&self) -> f64 {
+        self.first_push.map_or(0.0, |first| self.last_push - first)
+    }
+}
+
+impl Recorder {
+    /// The books of an earlier server, or empty ones.
+    pub fn new(run: RunConfig, parameters: usize, active_parameters: usize, books: Books) -> Self {
+        let subject = Subject {
+            method: run.training.method.to_string(),
+            workers: run.run.workers,
+            parameters: parameters as u64,
+            active_parameters: active_parameters as u64,
         };
-        let best = self.best().map_or(report.loss, |best| best.val_loss.min(report.loss));
-        let line = Evaluation {
+        Self { run, subject, books, refused: 0 }
+    }
+
+    /// What the books say.
+    pub fn books(&self) -> &Books {
+        &self.books
+    }
+
+    /// To write into the books.
+    pub fn books_mut(&mut self) -> &mut Books {
+        &mut self.books
+    }
+
+    /// An update was refused for what is in it.
+    pub fn refused(&mut self) {
+        self.refused += 1;
+    }
+
+    fn line(&self, result: &Measured) -> Evaluation {
+        let Measured { mark, report, best } = result;
+        Evaluation {
             subject: self.subject.clone(),
-            steps: step.0,
+            steps: report.job.step.0,
             tokens: mark.tokens,
             val_loss: report.loss,
-            best_val_loss: best,
+            best_val_loss: *best,
             train_loss: mark.since_last.loss_mean(),
             dropped_share: mark.since_last.dropped_mean(),
-            traffic: mark.traffic,
+            traffic: self.traffic(report.job.step.0, mark.bytes_up, mark.bytes_down),
             staleness_mean: mark.whole.staleness_mean(),
             staleness_max: mark.whole.staleness_max,
             seconds: mark.seconds,
             tokens_per_second: per_second(mark.tokens, mark.training_seconds),
             expert_share: report.expert_share.clone(),
             router_entropy: report.router_entropy.clone(),
-        };
-        self.arrivals.push(step.0);
-        self.evaluations.insert(step.0, line);
+        }
     }
 
     /// The lines of the curve after the first `known`, in the order in which the evaluations came back.
     pub fn lines(&self, known: usize) -> Vec<Evaluation> {
-        let new = self.arrivals.iter().skip(known);
-        new.map(|step| self.evaluations[step].clone()).collect()
-    }
-
-    /// The evaluation with the lowest validation loss, the earliest of equals. A model that diverged is not the best.
-    fn best(&self) -> Option<&Evaluation> {
-        let finite = self.evaluations.values().filter(|line| line.val_loss.is_finite());
-        finite.min_by(|a, b| a.val_loss.total_cmp(&b.val_loss))
+        let new = self.books.arrivals.iter().skip(known);
+        new.map(|step| self.line(&self.books.results[step])).collect()
     }
 
     /// The curve, in order of step.
     pub fn evaluations(&self) -> Vec<Evaluation> {
-        self.evaluations.values().cloned().collect()
+        self.books.results.values().map(|result| self.line(result)).collect()
     }
 
     /// Where the run stands, for display.
     pub fn progress(&self, workers: u32, bytes_up: u64, bytes_down: u64) -> Progress {
-        let count = self.recent.len() as f64;
-        let mean =
-            |value: fn(&PushRecord) -> f64| self.recent.iter().map(value).sum::<f64>() / count.max(1.0);
-        let (first, last) = (self.recent.front(), self.recent.back());
-        let span = first.zip(last).map_or(0.0, |(first, last)| last.seconds - first.seconds);
-        let tokens = self.recent.iter().skip(1).map(|push| u64::from(push.tokens)).sum();
+        let Books { recent, steps, skipped, results, .. } = &self.books;
+        let count = recent.len() as f64;
+        let mean = |value: fn(&PushRecord) -> f64| recent.iter().map(value).sum::<f64>() / count.max(1.0);
+        let span =
+            recent.front().zip(recent.back()).map_or(0.0, |(first, last)| last.seconds - first.seconds);
+        let tokens = recent.iter().skip(1).map(|push| u64::from(push.tokens)).sum();
         Progress {
-            done: self.steps + self.skipped,
+            done: steps + skipped,
             total: self.run.training.steps,
             workers,
             loss: (count > 0.0).then(|| mean(|push| f64::from(push.loss))),
             tokens_per_second: per_second(tokens, span),
             staleness: mean(|push| f64::from(push.staleness)),
-            traffic: self.traffic(self.steps, bytes_up, bytes_down),
-            evaluation: self.evaluations.values().next_back().cloned(),
+            traffic: self.traffic(*steps, bytes_up, bytes_down),
+            evaluation: results.values().next_back().map(|result| self.line(result)),
         }
     }
 
     /// The summary of the run as it stands.
     pub fn summary(&self, seconds: f64, bytes_up: u64, bytes_down: u64) -> Summary {
-        let best = self.best();
-        let last = self.evaluations.get(&self.steps);
-        let training_seconds = self.training_seconds();
+        let books = &self.books;
+        let best = books.best();
+        let training_seconds = books.training_seconds();
         let at_reference = (self.run.data.text == BUNDLED_TEXT)
-            .then(|| self.evaluations.values().find(|line| line.tokens >= REFERENCE_TOKENS))
+            .then(|| books.results.values().find(|result| result.mark.tokens >= REFERENCE_TOKENS))
             .flatten();
-        let test_loss = self.test_loss.filter(|(step, _)| best.is_none_or(|best| best.steps == *step));
+        let best_step = best.map_or(books.steps, |best| best.report.job.step.0);
+        let test_loss = books.test_loss.filter(|(step, _)| best.is_none() || *step == best_step);
+        let loss = |result: &Measured| result.report.loss;
         Summary {
             name: self.run.run.name.clone(),
             subject: self.subject.clone(),
-            sessions: self.sessions,
+            sessions: books.sessions,
             seed: self.run.run.seed,
-            completed: self.steps + self.skipped >= self.run.training.steps,
-            steps: self.steps,
-            skipped: self.skipped,
+            completed: books.steps + books.skipped >= self.run.training.steps,
+            steps: books.steps,
+            skipped: books.skipped,
             refused: self.refused,
-            tokens: self.tokens,
-            val_loss: last.map(|line| line.val_loss),
-            best_val_loss: best.map(|line| line.val_loss),
-            best_step: best.map_or(self.steps, |line| line.steps),
+            tokens: books.tokens,
+            val_loss: books.results.get(&books.steps).map(loss),
+            best_val_loss: best.map(loss),
+            best_step,
             test_loss: test_loss.map(|(_, loss)| loss),
-            val_loss_at_1_54m: at_reference.map(|line| line.val_loss),
+            val_loss_at_1_54m: at_reference.map(loss),
             capacity_factor: self.run.model.capacity_factor,
-            dropped_share: self.whole.dropped_mean().unwrap_or(0.0),
-            traffic: self.traffic(self.steps, bytes_up, bytes_down),
-            staleness_mean: self.whole.staleness_mean(),
-            staleness_max: self.whole.staleness_max,
+            dropped_share: books.whole.dropped_mean().unwrap_or(0.0),
+            traffic: self.traffic(books.steps, bytes_up, bytes_down),
+            staleness_mean: books.whole.staleness_mean(),
+            staleness_max: books.whole.staleness_max,
             training_seconds,
             seconds,
-            tokens_per_second: per_second(self.tokens, training_seconds),
+            tokens_per_second: per_second(books.tokens, training_seconds),
         }
-    }
-
-    fn training_seconds(&self) -> f64 {
-        self.first_push.map_or(0.0, |first| self.last_push - first)
     }
 
     fn traffic(&self, steps: u64, bytes_up: u64, bytes_down: u64) -> Traffic {
@@ -359,16 +338,24 @@ mod tests {
         EvaluationReport { job, loss, tokens: 100, expert_share: vec![], router_entropy: vec![] }
     }
 
+    fn recorder(fill_in: impl FnOnce(&mut Books)) -> Recorder {
+        let mut recorder = Recorder::new(RunConfig::default(), 1000, 500, Books::default());
+        fill_in(recorder.books_mut());
+        recorder
+    }
+
     #[test]
     fn the_curve_tells_what_was_known_at_each_step() {
-        let mut recorder = Recorder::new(RunConfig::default(), 1000, 500);
-        (1..=4).for_each(|step| recorder.pushed(push(step, step as f64)));
-        recorder.snapshot_taken(4, 40, 80);
-        (5..=8).for_each(|step| recorder.pushed(push(step, step as f64)));
-        recorder.snapshot_taken(8, 90, 99);
-        // Results may come back out of order.
-        recorder.evaluated(&report(8, Split::Validation, 1.5));
-        recorder.evaluated(&report(4, Split::Validation, 2.0));
+        let recorder = recorder(|books| {
+            (1..=4).for_each(|step| books.pushed(push(step, step as f64)));
+            books.marked(40, 80);
+            (5..=8).for_each(|step| books.pushed(push(step, step as f64)));
+            books.marked(90, 99);
+            // Results may come back out of order.
+            books.evaluated(&report(8, Split::Validation, 1.5));
+            books.evaluated(&report(4, Split::Validation, 2.0));
+            books.evaluated(&report(8, Split::Test, 1.6));
+        });
         assert_eq!(recorder.lines(0).iter().map(|line| line.steps).collect::<Vec<_>>(), [8, 4]);
         let lines = recorder.lines(1);
         let [line] = &lines[..] else { panic!("{lines:?}") };
@@ -379,7 +366,6 @@ mod tests {
         assert_eq!(line.tokens_per_second, 40.0 / 3.0);
         assert_eq!(recorder.evaluations().iter().map(|e| e.steps).collect::<Vec<_>>(), [4, 8]);
 
-        recorder.evaluated(&report(8, Split::Test, 1.6));
         let summary = recorder.summary(9.0, 100, 200);
         assert_eq!((summary.best_step, summary.best_val_loss, summary.test_loss), (8, Some(1.5), Some(1.6)));
         assert_eq!((summary.dropped_share, summary.capacity_factor), (4.5 / 16.0, 0.0));
@@ -387,63 +373,28 @@ mod tests {
     }
 
     #[test]
-    fn the_curve_does_not_depend_on_the_order_in_which_pushes_are_noted() {
-        let curve = |order: [u64; 6], evaluate_first: bool| {
-            let mut recorder = Recorder::new(RunConfig::default(), 1000, 500);
-            for step in order {
-                if step.is_multiple_of(2) {
-                    recorder.snapshot_taken(step, step * 10, step * 20);
-                    if evaluate_first {
-                        recorder.evaluated(&report(step, Split::Validation, step as f64));
-                    }
-                }
-                recorder.pushed(push(step, step as f64));
-            }
-            if !evaluate_first {
-                [2, 4, 6]
-                    .iter()
-                    .for_each(|&step| recorder.evaluated(&report(step, Split::Validation, step as f64)));
-            }
-            let summary = recorder.summary(9.0, 60, 120);
-            assert_eq!((summary.steps, summary.tokens), (6, 60));
-            recorder.evaluations()
-        };
-        let in_order = curve([1, 2, 3, 4, 5, 6], false);
-        assert_eq!(in_order.iter().map(|line| line.tokens).collect::<Vec<_>>(), [20, 40, 60]);
-        assert_eq!(in_order.iter().map(|line| line.train_loss.unwrap()).collect::<Vec<_>>(), [1.5, 3.5, 5.5]);
-        for order in [[1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 6, 5], [3, 4, 2, 6, 5, 1], [1, 6, 5, 4, 3, 2]] {
-            for evaluate_first in [false, true] {
-                let lines = curve(order, evaluate_first);
-                let known = |line: &Evaluation| {
-                    let Evaluation { steps, tokens, train_loss, staleness_max, traffic, .. } = line;
-                    (*steps, *tokens, *train_loss, *staleness_max, *traffic)
-                };
-                assert!(lines.iter().map(known).eq(in_order.iter().map(known)), "{order:?}: {lines:?}");
-            }
-        }
-    }
-
-    #[test]
     fn a_model_that_diverged_is_never_the_best() {
-        let mut recorder = Recorder::new(RunConfig::default(), 1000, 500);
-        for (step, loss) in [(1, -f64::NAN), (2, 3.0), (3, f64::NAN), (4, f64::NEG_INFINITY)] {
-            recorder.snapshot_taken(step, 0, 0);
-            recorder.pushed(push(step, 1.0));
-            recorder.evaluated(&report(step, Split::Validation, loss));
-        }
+        let recorder = recorder(|books| {
+            for (step, loss) in [(1, -f64::NAN), (2, 3.0), (3, f64::NAN), (4, f64::NEG_INFINITY)] {
+                books.pushed(push(step, 1.0));
+                books.marked(0, 0);
+                books.evaluated(&report(step, Split::Validation, loss));
+            }
+        });
         let summary = recorder.summary(1.0, 0, 0);
         assert_eq!((summary.best_step, summary.best_val_loss), (2, Some(3.0)));
     }
 
     #[test]
     fn a_test_loss_of_another_model_is_not_reported() {
-        let mut recorder = Recorder::new(RunConfig::default(), 1000, 500);
-        (1..=2).for_each(|step| {
-            recorder.pushed(push(step, 1.0));
-            recorder.snapshot_taken(step, 0, 0);
-            recorder.evaluated(&report(step, Split::Validation, step as f64));
+        let recorder = recorder(|books| {
+            for step in 1..=2 {
+                books.pushed(push(step, 1.0));
+                books.marked(0, 0);
+                books.evaluated(&report(step, Split::Validation, step as f64));
+            }
+            books.evaluated(&report(2, Split::Test, 9.0));
         });
-        recorder.evaluated(&report(2, Split::Test, 9.0));
         assert_eq!(recorder.summary(1.0, 0, 0).test_loss, None);
     }
 }

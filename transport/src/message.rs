@@ -14,6 +14,14 @@ pub enum MessageError {
     /// The bytes are not the expected message.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The message is longer than it may be.
+    #[error("a control message of {bytes} bytes; at most {bytes_max} are allowed")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        bytes_max: usize,
+    },
     /// The other side does not take more, or the connection was lost.
     #[error("cannot send: {0}")]
     Write(#[from] WriteError),
@@ -25,7 +33,7 @@ pub enum MessageError {
 impl MessageError {
     /// Whether the other side broke the protocol, as opposed to the network having broken the connection.
     pub fn is_violation(&self) -> bool {
-        matches!(self, Self::Control(_) | Self::Frame(quinn::ReadToEndError::TooLong))
+        matches!(self, Self::Control(_) | Self::TooLong { .. } | Self::Frame(quinn::ReadToEndError::TooLong))
     }
 }
 
@@ -67,7 +75,7 @@ pub async fn receive_at_most<T: DeserializeOwned>(
     stream.read_exact(&mut length).await?;
     let length = u32::from_le_bytes(length) as usize;
     if length > bytes_max {
-        return Err(ControlError::TooLong(length).into());
+        return Err(MessageError::TooLong { bytes: length, bytes_max });
     }
     let mut body = vec![0; length];
     stream.read_exact(&mut body).await?;

@@ -2,7 +2,8 @@
 //! sparsely, for differences of the server's model.
 //!
 //! [`core`] holds the exchange and the compression methods, without IO; [`model`] the decoder, written once over the
-//! trait of [`kernels`]; [`data`] the batches; [`net`] the driver that joins a server and works for it.
+//! trait of [`kernels`]; [`data`] the batches; [`net`] the driver that joins a server and works for it, [`storage`] what it
+//! can keep on disk meanwhile.
 
 pub mod core;
 pub mod data;
@@ -10,3 +11,4 @@ pub mod engine;
 pub mod kernels;
 pub mod model;
 pub mod net;
+pub mod storage;

@@ -27,6 +27,7 @@ Examples:
   sanderling-worker --join 'sanderling://192.0.2.7:4433?pin=…&token=…'
   sanderling-worker --join-file /shared/join        # waits until the server has written it
   sanderling-worker --join 'sanderling://192.0.2.7:4433?pin=…' --certificate node-1.pem --key node-1.key
+  sanderling-worker --join-file join --state-dir /var/lib/sanderling/worker-1
   SANDERLING_JOIN='sanderling://…' sanderling-worker -v"
 )]
 struct Arguments {
@@ -51,6 +52,11 @@ struct Arguments {
     /// The private key of that certificate (PEM)
     #[arg(long, value_name = "FILE", requires = "certificate")]
     key: Option<PathBuf>,
+    /// A folder in which the worker keeps model, accumulators, data cursor and unanswered push, synced before each push:
+    /// started again after a crash, it goes on in its session and repeats or skips no batch. Each worker needs its own;
+    /// the session must still be there, so start it again within the run's lease_ms
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
     /// Say more (-v), or everything (-vv)
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -116,6 +122,7 @@ async fn run(arguments: &Arguments) -> anyhow::Result<WorkerReport> {
     let options = WorkerOptions {
         give_up_after,
         dense: arguments.dense.clone(),
+        state_dir: arguments.state_dir.clone(),
         identity: identity(arguments)?,
         ..WorkerOptions::default()
     };

@@ -134,6 +134,8 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     }
     require(server.lease_ms >= 1000, "lease_ms", server.lease_ms, "at least 1000")?;
     require(server.lease_ms <= 86_400_000, "lease_ms", server.lease_ms, "at most a day, 86400000")?;
+    let every = server.checkpoint_every_ms;
+    require(every <= 86_400_000, "checkpoint_every_ms", every, "at most a day, 86400000")?;
     require(server.lease_batches >= 1, "lease_batches", server.lease_batches, at_least_one)?;
     let norm_limit = server.norm_limit;
     let usable = norm_limit == 0.0 || (norm_limit > 1.0 && norm_limit.is_finite());

@@ -196,6 +196,14 @@ settings! {
         /// When an update is kept in that folder: group: synced before it is acknowledged, many in one go; async: written
         /// before, synced within 0.2 s; none: not at all, and a server that was killed starts the run anew
         durability: Durability = Durability::Group;
+        /// The state is written down whole this often, milliseconds, so that a recovery need not replay what came before;
+        /// 0: never, and the journal grows for as long as the run goes on
+        checkpoint_every_ms: u64 = 60_000;
+        /// Where to: an object store's URL (s3://…, gs://…, az://…, file:///…), with its credentials in the environment;
+        /// empty: the state folder
+        checkpoint_url: String = String::new();
+        /// Keep the journal from the first update on, although checkpoints cover it
+        keep_journal: bool = false;
     }
 }
 
@@ -491,8 +499,8 @@ impl RunConfig {
     }
 
     /// The first setting in which `other` is another run, with the value here and there; `None` if it is the same run, only
-    /// served otherwise: the address, the lease, who is admitted, the number of shards, the state folder, its durability and
-    /// the folder of results do not matter to it, nor does the name.
+    /// served otherwise: the address, the lease, who is admitted, the number of shards, the state folder, what is kept there
+    /// and the folder of results do not matter to it, nor does the name.
     pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
         let essence = |run: &Self| {
             let mut run = run.clone();

@@ -1,13 +1,14 @@
 //! Small control messages: hello, welcome, requests for work and bulk data, evaluation reports.
 //!
-//! serde and bincode, little-endian with variable-length integers, behind [`encode`] and [`decode`] alone, so that
-//! the format is pinned in one place. On a stream each message is preceded by its length as a little-endian `u32`.
+//! Their bytes are those of [`crate::binary`]. On a stream each message is preceded by its length as a little-endian
+//! `u32`.
 
 use std::fmt;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::binary::{self, BinaryError};
 use crate::config::RunConfig;
 use crate::ids::{SessionId, Step, WorkerId};
 use crate::layout::LayoutHash;
@@ -49,15 +50,9 @@ pub enum ControlError {
     /// A first byte that names no kind of stream.
     #[error("a stream started with {0}, which is no kind of stream")]
     UnknownStream(u8),
-    /// Longer than [`CONTROL_BYTES_MAX`].
-    #[error("a control message of {0} bytes; at most {CONTROL_BYTES_MAX} are allowed")]
-    TooLong(usize),
-    /// Not the expected structure.
+    /// Not exactly one message of the expected structure.
     #[error("a malformed control message: {0}")]
-    Malformed(#[from] bincode::error::DecodeError),
-    /// Bytes after the end of the message.
-    #[error("a control message has {0} bytes too many")]
-    Trailing(usize),
+    Malformed(#[from] BinaryError),
 }
 
 /// The first message of a worker.
@@ -307,17 +302,12 @@ pub enum BulkHeader {
     NotFound,
 }
 
-fn format() -> impl bincode::config::Config {
-    bincode::config::standard().with_limit::<CONTROL_BYTES_MAX>()
-}
-
 /// The bytes of a control message, its length first.
 ///
 /// # Panics
 /// If the message is longer than [`CONTROL_BYTES_MAX`], which the bounds on the model's size rule out.
 pub fn encode(message: &impl Serialize) -> Vec<u8> {
-    let body = bincode::serde::encode_to_vec(message, format()).expect("control messages can be serialised");
-    assert!(body.len() <= CONTROL_BYTES_MAX, "a control message of {} bytes", body.len());
+    let body = binary::encode::<CONTROL_BYTES_MAX>(message).expect("control messages are short");
     let mut frame = Vec::with_capacity(4 + body.len());
     frame.extend_from_slice(&(body.len() as u32).to_le_bytes());
     frame.extend_from_slice(&body);
@@ -329,14 +319,7 @@ pub fn encode(message: &impl Serialize) -> Vec<u8> {
 /// # Errors
 /// A [`ControlError`] for bytes that are not exactly one message of this type.
 pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, ControlError> {
-    if body.len() > CONTROL_BYTES_MAX {
-        return Err(ControlError::TooLong(body.len()));
-    }
-    let (message, used) = bincode::serde::decode_from_slice(body, format())?;
-    if used != body.len() {
-        return Err(ControlError::Trailing(body.len() - used));
-    }
-    Ok(message)
+    Ok(binary::decode::<T, CONTROL_BYTES_MAX>(body)?)
 }
 
 #[cfg(test)]
@@ -361,7 +344,7 @@ mod tests {
             assert!(decode::<T>(&body[..length]).is_err(), "{length} of {} bytes were enough", body.len());
         }
         let longer = [&body[..], &[0]].concat();
-        assert!(matches!(decode::<T>(&longer), Err(ControlError::Trailing(1))));
+        assert!(matches!(decode::<T>(&longer), Err(ControlError::Malformed(BinaryError::Trailing(1)))));
     }
 
     fn report() -> EvaluationReport {
@@ -408,7 +391,8 @@ mod tests {
         // A string of 2^63 bytes where Hello's token is.
         let huge = [&[253][..], &(1_u64 << 63).to_le_bytes()].concat();
         assert!(decode::<Hello>(&huge).is_err());
-        assert!(matches!(decode::<Hello>(&vec![0; CONTROL_BYTES_MAX + 1]), Err(ControlError::TooLong(_))));
+        let too_long = decode::<Hello>(&vec![0; CONTROL_BYTES_MAX + 1]).unwrap_err();
+        assert!(matches!(too_long, ControlError::Malformed(BinaryError::TooLong { .. })), "{too_long}");
     }
 
     #[test]

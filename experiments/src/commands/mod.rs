@@ -4,6 +4,7 @@ pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod inspect;
+pub mod simulate;
 pub mod tokenize;
 pub mod train;
 pub mod upcycle;

@@ -2,15 +2,16 @@
 
 use std::time::{Duration, Instant};
 
+use sanderling_common::folder_lock::FolderLockError;
 use sanderling_common::join::JoinString;
 use sanderling_server::net::{Outcome, Server, ServerError};
 use sanderling_server::storage::StateError;
-use sanderling_worker::net::WorkerOptions;
+use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::support::{PATIENCE, Scene, options, worker_with};
+use crate::support::{PATIENCE, Scene, Serving, options, worker_with};
 
 /// A server in a runtime of its own, which can be ended in the middle of anything.
 struct Doomed {
@@ -87,8 +88,9 @@ fn with_workers<T>(join: &JoinString, count: usize, run: impl FnOnce() -> T) -> 
 /// replicas, would void the sessions.
 #[test]
 fn a_server_that_is_killed_goes_on_with_every_session() {
-    for durability in ["group", "async"] {
-        let scene = scene(600, durability);
+    // With checkpoints all the time, now and then, and none.
+    for (durability, every_ms) in [("group", 0), ("group", 7), ("async", 150)] {
+        let scene = scene(600, durability).with(&format!("[server]\ncheckpoint_every_ms = {every_ms}"));
         let mut server = Doomed::start(&scene);
         let join = server.join.clone();
         let (outcome, reports) = with_workers(&join, 3, || {
@@ -111,7 +113,42 @@ fn a_server_that_is_killed_goes_on_with_every_session() {
         let mut steps: Vec<u64> = curve.lines().map(|line| steps(line).as_u64().unwrap()).collect();
         steps.sort_unstable();
         assert_eq!(steps, [100, 200, 300, 400, 500, 600], "every evaluation once");
+        let first = scene.path("state/journal-00000000000000000000");
+        assert_eq!(first.exists(), every_ms == 0, "what checkpoints cover is removed");
     }
+}
+
+/// One checkpoint that cannot be read has a predecessor; without any the journal alone does.
+#[test]
+fn a_damaged_checkpoint_costs_nothing() {
+    let scene = scene(400, "group").with("[server]\ncheckpoint_every_ms = 30\nkeep_journal = true");
+    let mut server = Doomed::start(&scene);
+    let join = server.join.clone();
+    let checkpoints = scene.path("state/checkpoints");
+    let names = || {
+        let entries = std::fs::read_dir(&checkpoints).unwrap().map(|entry| entry.unwrap().path());
+        let mut names: Vec<_> = entries.collect();
+        names.sort();
+        names
+    };
+    let (outcome, reports) = with_workers(&join, 2, || {
+        for (done, damaged) in [(80, 1), (200, usize::MAX)] {
+            server.reach(done);
+            server.kill();
+            for name in names().iter().rev().take(damaged) {
+                let mut bytes = std::fs::read(name).unwrap();
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 1;
+                std::fs::write(name, bytes).unwrap();
+            }
+            server = Doomed::start(&scene);
+        }
+        server.outcome()
+    });
+    assert_eq!((outcome.summary.steps, outcome.summary.skipped, outcome.summary.sessions), (400, 0, 2));
+    assert!(reports.iter().all(|(sessions, _)| *sessions == 1), "{reports:?}");
+    let kept = names().iter().filter(|name| name.to_string_lossy().contains("state-")).count();
+    assert_eq!(kept, sanderling_server::storage::CHECKPOINTS_KEPT);
 }
 
 /// Without a journal the run begins anew, and workers with it.
@@ -121,14 +158,14 @@ fn without_durability_a_run_starts_again() {
     let scene = scene(1500, "none");
     let mut server = Doomed::start(&scene);
     let join = server.join.clone();
-    let (outcome, reports) = with_workers(&join, 2, || {
+    // One, because without it the run cannot end before it has noticed.
+    let (outcome, reports) = with_workers(&join, 1, || {
         server.reach(30);
         server.kill();
         Doomed::start(&scene).outcome()
     });
     assert_eq!((outcome.summary.steps, outcome.summary.completed), (1500, true));
-    // One may have come after the first server.
-    assert!(reports.iter().any(|(sessions, _)| *sessions == 2), "{reports:?}");
+    assert_eq!(reports[0].0, 2, "{reports:?}");
 }
 
 /// A run with a state folder is not ended by stopping its server.
@@ -169,7 +206,7 @@ fn folders_of_other_runs_and_of_other_servers_are_refused() {
         runtime.block_on(async { Server::start(scene, None).map(drop) })
     };
     let first = runtime.block_on(async { Server::start(scene.resolved(), None).unwrap() });
-    assert!(matches!(start(""), Err(ServerError::State(StateError::Locked(_)))));
+    assert!(matches!(start(""), Err(ServerError::State(StateError::Lock(FolderLockError::Locked(_))))));
     drop(first);
     let error = start("[training]\nmomentum = 0.25").unwrap_err().to_string();
     assert!(error.contains("momentum") && error.contains("0.25"), "{error}");
@@ -188,4 +225,73 @@ fn scene_of(scene: &Scene, settings: &str) -> sanderling_common::config::RunConf
     let stated = sanderling_common::config::parse(settings).unwrap();
     let file = sanderling_common::config::parse(&scene.resolved().to_toml()).unwrap();
     stated.or(file).resolve().unwrap()
+}
+
+/// A worker in a runtime of its own, which can be ended in the middle of anything.
+struct DoomedWorker {
+    runtime: Runtime,
+    task: JoinHandle<Result<WorkerReport, WorkerError>>,
+}
+
+impl DoomedWorker {
+    fn start(join: &JoinString, state: &std::path::Path) -> Self {
+        let runtime = Runtime::new().unwrap();
+        let options = WorkerOptions { state_dir: Some(state.to_owned()), ..options() };
+        let entered = runtime.enter();
+        let task = worker_with(join, options);
+        drop(entered);
+        Self { runtime, task }
+    }
+
+    fn kill(self) {
+        self.runtime.shutdown_background();
+    }
+
+    fn report(self) -> Result<WorkerReport, WorkerError> {
+        self.runtime.block_on(async { tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap() })
+    }
+}
+
+/// With one worker there is but one order of events, so the model tells whether anything was repeated, skipped or lost.
+#[test]
+fn a_worker_that_is_killed_goes_on_in_its_session() {
+    for method in ["dgs-adam", "dgc-async", "dgs"] {
+        let settings =
+            format!("[run]\nworkers = 1\n[training]\nmethod = '{method}'\n[server]\nlease_ms = 20000");
+        let models = [vec![], vec![20, 90, 91, 150]].map(|kills| {
+            let scene = Scene::new(200).with(&settings);
+            let state = scene.path("worker");
+            let runtime = Runtime::new().unwrap();
+            let mut serving = runtime.block_on(async { Serving::start(&scene) });
+            let mut worker = DoomedWorker::start(&serving.join, &state);
+            for &done in &kills {
+                runtime.block_on(serving.reach(done));
+                worker.kill();
+                worker = DoomedWorker::start(&serving.join, &state);
+            }
+            let outcome = runtime.block_on(serving.outcome());
+            assert_eq!((outcome.summary.steps, outcome.summary.sessions), (200, 1), "{method}, {kills:?}");
+            assert_eq!(worker.report().unwrap().sessions, u64::from(kills.is_empty()));
+            assert!(!state.join("push-0").exists(), "a session that is over leaves nothing behind");
+            outcome.parameters
+        });
+        assert!(models[0] == models[1], "{method}");
+    }
+}
+
+/// Where the server knows nothing of the session, there is nothing to go on with.
+#[test]
+fn a_worker_whose_session_is_forgotten_begins_another() {
+    let scene = scene(1500, "none");
+    let mut server = Doomed::start(&scene);
+    let (join, state) = (server.join.clone(), scene.path("worker"));
+    let worker = DoomedWorker::start(&join, &state);
+    server.reach(30);
+    worker.kill();
+    server.kill();
+    let server = Doomed::start(&scene);
+    let worker = DoomedWorker::start(&join, &state);
+    let outcome = server.outcome();
+    assert_eq!((outcome.summary.steps, outcome.summary.sessions), (1500, 1));
+    assert_eq!(worker.report().unwrap().sessions, 1);
 }

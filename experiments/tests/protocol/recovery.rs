@@ -7,20 +7,25 @@ use proptest::prelude::*;
 use sanderling_common::ids::Step;
 use sanderling_common::method::Method;
 use sanderling_common::wire::{Refusal, Split, Work};
-use sanderling_server::core::{Log, NoLog, Note, Record, Replay, ReplayError, SerialServer};
+use sanderling_server::core::{
+    Effect, ImageError, Log, NoLog, Note, Record, Replay, ReplayError, SerialServer, ServerSettings,
+};
+use sanderling_server::recorder::Books;
+use sanderling_server::storage::{CheckpointFileError, RestoredState, RunId, Stamp, StateCheckpoint};
 
 use crate::cluster::{Cluster, exact, layout, server_settings, worker_settings};
 
 const SIZES: [usize; 4] = [31, 1, 120, 7];
 const ELEMENTS: usize = 159;
 const WORKERS: usize = 3;
+const RUN: RunId = RunId([3; 16]);
 
 /// The bytes of the records, in order.
 #[derive(Clone, Debug, Default)]
 struct Kept(Arc<Mutex<Vec<Vec<u8>>>>);
 
 impl Log for Kept {
-    fn append(&self, record: &Record<'_>) {
+    fn append(&self, record: &Record<'_>, _: Effect) {
         let mut bytes = Vec::new();
         record.encode(&mut bytes);
         self.0.lock().unwrap().push(bytes);
@@ -95,12 +100,36 @@ impl Play {
         Self { cluster, kept, theta, secondary }
     }
 
-    fn replayed(&self) -> Replay {
+    /// The same run in another number of shards.
+    fn settings(&self, shards: usize) -> ServerSettings {
         let mut server = server_settings(self.secondary.then(|| exact(0.2)));
-        (server.shards, server.workers_have_initial, server.work.eval_every) = (3, true, 3);
-        let mut replay = Replay::new(&self.cluster.layout, &self.theta, &server);
-        self.kept.records().iter().for_each(|record| assert!(replay.apply(record).is_ok()));
+        (server.shards, server.workers_have_initial, server.work.eval_every) = (shards, true, 3);
+        server
+    }
+
+    fn replayed(&self) -> Replay {
+        self.replay(&self.kept.records())
+    }
+
+    fn replay(&self, records: &[Record<'static>]) -> Replay {
+        let mut replay = Replay::new(&self.cluster.layout, &self.theta, &self.settings(3));
+        records.iter().for_each(|record| assert!(replay.apply(record).is_ok()));
         replay
+    }
+
+    /// The bytes of a checkpoint of the first records.
+    fn checkpoint(&self, records: &[Record<'static>]) -> Option<Vec<u8>> {
+        let image = self.replay(records).image()?;
+        let (position, stamp) = (records.len() as u64, Stamp { seconds: 1.5, bytes_up: 2, bytes_down: 3 });
+        let mut bytes = Vec::new();
+        StateCheckpoint { position, stamp, books: Books::default(), image }.write(RUN, &mut bytes).unwrap();
+        Some(bytes)
+    }
+
+    fn restored(&self, checkpoint: &[u8], settings: &ServerSettings) -> Result<Replay, ImageError> {
+        let state = RestoredState::read(RUN, checkpoint, checkpoint.len() as u64).unwrap();
+        assert_eq!(state.stamp, Stamp { seconds: 1.5, bytes_up: 2, bytes_down: 3 });
+        Replay::restore(&self.cluster.layout, &self.theta, settings, state.image)
     }
 
     /// The server is gone; another one is made of the records.
@@ -168,8 +197,11 @@ impl Play {
 
     /// The server and the one that its records make agree in everything that can be asked of them.
     fn assert_recoverable(&self) {
-        let replay = self.replayed();
-        let (server, made) = (&self.cluster.server, replay.server());
+        self.assert_same(self.replayed().server());
+    }
+
+    fn assert_same(&self, made: &SerialServer) {
+        let server = &self.cluster.server;
         assert_eq!(bits(&server.theta()), bits(&made.theta()));
         assert_eq!(server.core().standing(), made.core().standing());
         assert_eq!(server.core().best(), made.core().best());
@@ -208,6 +240,60 @@ proptest! {
             let (live, made): (Work, Work) = (work(&play.cluster.server), work(made.server()));
             prop_assert_eq!(live, made);
         }
+    }
+
+    /// Wherever a checkpoint was taken, it and the records after it make the server that all records make, down to the
+    /// answers that are stored and those under way.
+    #[test]
+    fn a_checkpoint_stands_for_what_came_before(events in events(), secondary: bool, place in 0.0..1.0_f64) {
+        let mut play = Play::new(secondary);
+        events.iter().for_each(|&(worker, seed, event)| play.play(worker, seed, event));
+        let records = play.kept.records();
+        let mut place = (place * records.len() as f64) as usize;
+        let checkpoint = loop {
+            // None is taken while a model that is to be evaluated is on its way.
+            match play.checkpoint(&records[..place]) {
+                Some(checkpoint) => break checkpoint,
+                None => place -= 1,
+            }
+        };
+        let mut replay = play.restored(&checkpoint, &play.settings(1)).unwrap();
+        records[place..].iter().for_each(|record| assert!(replay.apply(record).is_ok()));
+        play.assert_same(replay.server());
+        // Everything that is stored is the same too: a checkpoint of the one is a checkpoint of the other.
+        let state = |mut replay: Replay| {
+            let image = replay.image().unwrap();
+            let mut bytes = Vec::new();
+            let (position, stamp, books) = (0, Stamp::default(), Books::default());
+            StateCheckpoint { position, stamp, books, image }.write(RUN, &mut bytes).unwrap();
+            bytes
+        };
+        // Of the same number of shards, which the parts of models are of; the bytes do not tell.
+        prop_assert!(state(replay) == state(play.replayed()));
+        let mut other = play.settings(1);
+        other.work.total_batches += 1;
+        prop_assert_eq!(play.restored(&checkpoint, &other).unwrap_err(), ImageError::Work);
+    }
+
+    /// Whatever befalls the bytes of a checkpoint, it is not taken for one.
+    #[test]
+    fn a_damaged_checkpoint_is_refused(place in 0.0..1.0_f64, bit in 0..8_u32, cut: bool) {
+        let mut play = Play::new(true);
+        for (worker, event) in [(0, Event::Exchange), (1, Event::LostAnswer), (2, Event::Asks)] {
+            play.play(worker, 9, event);
+        }
+        let checkpoint = play.checkpoint(&play.kept.records()[..WORKERS + 1]).unwrap();
+        let place = (place * checkpoint.len() as f64) as usize;
+        let mut damaged = checkpoint.clone();
+        damaged[place] ^= 1 << bit;
+        if cut {
+            damaged.truncate(place);
+        }
+        let read = |bytes: &[u8]| RestoredState::read(RUN, bytes, bytes.len() as u64);
+        prop_assert!(read(&checkpoint).is_ok());
+        prop_assert!(read(&damaged).is_err());
+        let other = RestoredState::read(RunId([4; 16]), &checkpoint[..], checkpoint.len() as u64);
+        prop_assert!(matches!(other, Err(CheckpointFileError::OtherRun)));
     }
 
     /// A crash may leave any number of records; each of them is a server that can go on.

@@ -9,7 +9,7 @@ use super::leases::LeasePool;
 use super::norms::NormGuard;
 
 /// How a run is divided into work.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct WorkSettings {
     /// Batches of the whole run.
     pub total_batches: u64,
@@ -35,7 +35,7 @@ pub struct Standing {
 }
 
 /// The step that a push was given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Placement {
     /// The step of the model after it.
     pub(super) step: Step,
@@ -46,8 +46,9 @@ pub(super) struct Placement {
 }
 
 /// Counts steps and hands out work. Everything in it is small; a driver may guard it with one lock.
-#[derive(Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub(super) struct Coordinator {
+    settings: WorkSettings,
     step: Step,
     leases: LeasePool,
     evaluations: Evaluations,
@@ -58,6 +59,7 @@ pub(super) struct Coordinator {
 impl Coordinator {
     pub(super) fn new(settings: &WorkSettings) -> Self {
         Self {
+            settings: *settings,
             step: Step(0),
             leases: LeasePool::new(settings.total_batches, settings.lease_batches),
             evaluations: Evaluations::new(settings.eval_every),
@@ -73,6 +75,20 @@ impl Coordinator {
             total: self.leases.total(),
             finished: self.is_finished(),
         }
+    }
+
+    pub(super) fn settings(&self) -> &WorkSettings {
+        &self.settings
+    }
+
+    /// Whether it is one that decisions can have led to, as far as that can be told.
+    pub(super) fn is_sound(&self) -> bool {
+        self.leases.is_sound()
+    }
+
+    /// Whether a model that is to be evaluated has not been handed over yet.
+    pub(super) fn awaits_snapshot(&self) -> bool {
+        self.evaluations.awaits_snapshot()
     }
 
     pub(super) fn step(&self) -> Step {
@@ -96,8 +112,8 @@ impl Coordinator {
         self.evaluations.leave(session);
     }
 
-    /// Gives a push its place; `norm` is that of its update, none if it was skipped. After an early end no update is applied any more, so that the last evaluation is of
-    /// the last model.
+    /// Gives a push its place; `norm` is that of its update, none if it was skipped. After an early end no update is
+    /// applied any more, so that the last evaluation is of the last model.
     pub(super) fn place(
         &mut self,
         session: SessionId,

@@ -11,7 +11,7 @@ use sanderling_common::wire::{EvaluationJob, Split};
 pub const EVALUATIONS_MAX: usize = 8;
 
 /// The model with the lowest validation loss so far.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Best {
     /// Its step.
     pub step: Step,
@@ -31,21 +31,21 @@ pub enum Evaluated {
     },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 enum State {
     AwaitsSnapshot,
     Free,
     Leased(SessionId),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 struct Entry {
     job: EvaluationJob,
     state: State,
 }
 
 /// The list of evaluations: validation now and then and at the end, then the test of the best model.
-#[derive(Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Evaluations {
     every: u64,
     /// In ascending order of id.
@@ -120,6 +120,11 @@ impl Evaluations {
     pub fn snapshot_ready(&mut self, step: Step) {
         let awaiting = |entry: &&mut Entry| entry.job.step == step && entry.state == State::AwaitsSnapshot;
         self.list.iter_mut().filter(awaiting).for_each(|entry| entry.state = State::Free);
+    }
+
+    /// Whether the snapshot of any step is still to come.
+    pub fn awaits_snapshot(&self) -> bool {
+        self.list.iter().any(|entry| entry.state == State::AwaitsSnapshot)
     }
 
     /// Whether the snapshot of a step is of use: it is to be evaluated, or the best.

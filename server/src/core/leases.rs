@@ -1,6 +1,6 @@
 //! Which batches are done, held or free.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use sanderling_common::ids::{BatchId, SessionId};
 use sanderling_common::wire::BatchRange;
@@ -8,7 +8,7 @@ use sanderling_common::wire::BatchRange;
 /// Leases batches 0 to `total` − 1 to sessions, each to one at a time, until each is done once.
 ///
 /// A batch is free (never leased, or given back), held by one session, or done; nothing else can happen to it.
-#[derive(Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct LeasePool {
     total: u64,
     lease_batches: u32,
@@ -16,7 +16,7 @@ pub struct LeasePool {
     next: u64,
     /// Given back by sessions that ended.
     returned: BTreeSet<u64>,
-    held: HashMap<SessionId, BTreeSet<u64>>,
+    held: BTreeMap<SessionId, BTreeSet<u64>>,
     done: u64,
     closed: bool,
 }
@@ -34,7 +34,7 @@ impl LeasePool {
             lease_batches,
             next: 0,
             returned: BTreeSet::new(),
-            held: HashMap::new(),
+            held: BTreeMap::new(),
             done: 0,
             closed: false,
         }
@@ -138,15 +138,16 @@ impl LeasePool {
         (range.count > 0).then_some(range)
     }
 
-    /// Every batch is in one place.
     fn check(&self) {
+        assert!(self.is_sound(), "a batch was lost or counted twice");
+    }
+
+    /// Whether every batch is in one place.
+    pub(super) fn is_sound(&self) -> bool {
         let held: u64 = self.held.values().map(|held| held.len() as u64).sum();
-        let untouched = self.total - self.next;
-        assert_eq!(
-            untouched + self.returned.len() as u64 + held + self.done,
-            self.total,
-            "a batch was lost or counted twice"
-        );
+        let touched =
+            (self.returned.len() as u64).checked_add(held).and_then(|sum| sum.checked_add(self.done));
+        touched == Some(self.next) && self.next <= self.total
     }
 }
 

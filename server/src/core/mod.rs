@@ -13,11 +13,14 @@
 //! tests and simulation; the network driver has a thread per shard.
 //!
 //! Every decision that the order of steps holds is told to a [`Log`]; [`Replay`] makes the same decisions of the same
-//! records again, which is how a server that was killed comes back.
+//! records again, which is how a server that was killed comes back. An [`Image`] is the state at one place in that order,
+//! from which a replay can begin instead of from the first record.
 
 mod coordinator;
 mod evaluations;
+mod image;
 mod leases;
+mod mutation;
 mod norms;
 mod record;
 mod replay;
@@ -26,6 +29,7 @@ mod shard;
 mod tracker;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
@@ -41,13 +45,18 @@ use sanderling_common::wire::{Answer, EvaluationJob, Push, Refusal, UPDATE_MAGNI
 use coordinator::{Coordinator, Placement};
 pub use coordinator::{Standing, WorkSettings};
 pub use evaluations::{Best, EVALUATIONS_MAX, Evaluated, Evaluations};
+pub use image::{CoreImage, Image, ImageError, Restored, UnderWay};
 pub use leases::LeasePool;
+pub use mutation::{Mutated, Mutation};
 pub use norms::{NORMS_KEPT, NORMS_NEEDED, NormGuard};
-pub use record::{Log, NoLog, Note, Record, RecordError};
-pub use replay::{Recovered, Replay, ReplayError, Replayed};
+pub use record::{Effect, Log, NoLog, Note, Record, RecordError};
+pub use replay::{Recovered, Replay, ReplayError};
 pub use sessions::SessionsFull;
-use sessions::{SessionTable, Turn};
-pub use shard::{BASE_MAGNITUDE_MAX, Base, Shard, ShardJob, ShardOutput, aside_bytes, secondary_compression};
+use sessions::{Flight, SessionTable, Turn};
+pub use shard::{
+    BASE_MAGNITUDE_MAX, Base, LastPush, Shard, ShardImage, ShardJob, ShardOutput, aside_bytes,
+    secondary_compression,
+};
 pub use tracker::{DifferenceTracker, Replicas};
 
 /// What the core needs to know of a run.
@@ -98,33 +107,36 @@ pub struct Ticket {
     session: SessionId,
     seq: Seq,
     worker: WorkerId,
-    placement: Placement,
-    staleness: u32,
+    flight: Flight,
     update: Option<Arc<Update>>,
-    replica_hash: Option<[u8; 32]>,
 }
 
 impl Ticket {
+    /// Whose push it is.
+    pub fn session(&self) -> SessionId {
+        self.session
+    }
+
     /// The server's step after the push.
     pub fn step(&self) -> Step {
-        self.placement.step
+        self.flight.placement.step
     }
 
     /// Updates applied since the model that the gradient was taken at.
     pub fn staleness(&self) -> u32 {
-        self.staleness
+        self.flight.staleness
     }
 
-    /// Whether the push made a step.
-    pub fn applies(&self) -> bool {
-        self.placement.applies
+    fn effect(&self) -> Effect {
+        let Placement { step, applies, snapshot } = self.flight.placement;
+        Effect::Pushed { step, staleness: self.flight.staleness, applies, snapshot }
     }
 
     /// The jobs of the push, for every shard, in this order: the check of the replica, the update, the snapshot.
     pub fn jobs(&self) -> impl Iterator<Item = ShardJob> {
-        let check = self.replica_hash.map(|_| ShardJob::ReplicaHashes { worker: self.worker });
+        let check = self.flight.replica_hash.map(|_| ShardJob::ReplicaHashes { worker: self.worker });
         let apply = ShardJob::Apply { worker: self.worker, update: self.update.clone() };
-        let snapshot = self.placement.snapshot.then_some(ShardJob::Snapshot);
+        let snapshot = self.flight.placement.snapshot.then_some(ShardJob::Snapshot);
         check.into_iter().chain([apply]).chain(snapshot)
     }
 }
@@ -150,9 +162,10 @@ impl PushOutput {
                 ShardOutput::Difference(blocks) => joined.payload.extend(blocks),
                 ShardOutput::Snapshot(part) => joined.snapshot.get_or_insert_default().extend(part),
                 ShardOutput::ReplicaHashes(part) => hashes.extend(part),
-                ShardOutput::Base(_) | ShardOutput::Closed | ShardOutput::Aside(..) => {
-                    unreachable!("a push has no such job")
-                }
+                ShardOutput::Base(_)
+                | ShardOutput::Closed
+                | ShardOutput::Aside(..)
+                | ShardOutput::Image(_) => unreachable!("a push has no such job"),
             }
         }
         joined.replica_hash = (!hashes.is_empty()).then(|| combine_tensor_hashes(hashes));
@@ -186,14 +199,24 @@ impl ServerCore {
         (core, Shard::cut(layout, theta, settings))
     }
 
+    /// The core of an image that was checked.
+    fn restore(layout: &Arc<Layout>, image: CoreImage, settings: &ServerSettings) -> Self {
+        Self {
+            layout: layout.clone(),
+            sessions: SessionTable::restore(settings.sessions_max, image.sessions, image.next_worker),
+            coordinator: Mutex::new(image.coordinator),
+            log: Box::new(NoLog),
+        }
+    }
+
     /// From now on, decisions are told to `log`.
     pub fn set_log(&mut self, log: Box<dyn Log>) {
         self.log = log;
     }
 
     /// Called while the coordinator is held, so that records have the order of the decisions.
-    fn note(&self, _order: &Coordinator, note: Note) {
-        self.log.append(&Record::Noted(Cow::Owned(note)));
+    fn note(&self, _order: &Coordinator, note: Note, effect: Effect) {
+        self.log.append(&Record::Noted(Cow::Owned(note)), effect);
     }
 
     fn coordinator(&self) -> MutexGuard<'_, Coordinator> {
@@ -217,7 +240,7 @@ impl ServerCore {
         let step = coordinator.step();
         let worker = self.sessions.open(session, step)?;
         coordinator.join(session);
-        self.note(&coordinator, Note::Opened(session));
+        self.note(&coordinator, Note::Opened(session), Effect::Noted);
         enqueue(ShardJob::Open { worker });
         Ok((worker, step))
     }
@@ -239,7 +262,7 @@ impl ServerCore {
         let mut coordinator = self.coordinator();
         if let Some(worker) = self.sessions.remove(session) {
             coordinator.leave(session);
-            self.note(&coordinator, Note::Closed(session));
+            self.note(&coordinator, Note::Closed(session), Effect::Noted);
             enqueue(ShardJob::Close { worker });
         }
     }
@@ -272,28 +295,19 @@ impl ServerCore {
         let update = if push.skipped { None } else { Some(Arc::new(self.decode(&push.payload)?)) };
         let norm = update.as_ref().map(|update| update.norm());
         let mut coordinator = self.coordinator();
-        let worker = match self.sessions.claim(push.session, push.seq)? {
+        // Another call may have been faster.
+        let worker = match self.sessions.turn(push.session, push.seq, push.step)? {
             Turn::Repeat(answer) => return Ok(Admitted::Repeat(answer)),
             Turn::Next(worker) => worker,
         };
-        let placement = match coordinator.place(push.session, push.batch, norm) {
-            Ok(placement) => placement,
-            Err(refusal) => {
-                self.sessions.unclaim(push.session);
-                return Err(refusal);
-            }
-        };
+        let placement = coordinator.place(push.session, push.batch, norm)?;
         let before = placement.step.0 - u64::from(placement.applies);
-        let ticket = Ticket {
-            session: push.session,
-            seq: push.seq,
-            worker,
-            placement,
-            staleness: u32::try_from(before - push.step.0).unwrap_or(u32::MAX),
-            update: update.filter(|_| placement.applies),
-            replica_hash: push.replica_hash,
-        };
-        self.log.append(&Record::Pushed(Cow::Borrowed(push)));
+        let staleness = u32::try_from(before - push.step.0).unwrap_or(u32::MAX);
+        let flight = Flight { placement, staleness, replica_hash: push.replica_hash, work: None };
+        self.sessions.take_off(push.session, flight.clone());
+        let update = update.filter(|_| placement.applies);
+        let ticket = Ticket { session: push.session, seq: push.seq, worker, flight, update };
+        self.log.append(&Record::Pushed(Cow::Borrowed(push)), ticket.effect());
         enqueue(&ticket);
         Ok(Admitted::New(ticket))
     }
@@ -311,28 +325,29 @@ impl ServerCore {
     /// [`Refusal::ReplicaMismatch`] if the worker's model was not the server's replica of it: the update was applied,
     /// but the session cannot go on and is to be closed. [`Refusal::UnknownSession`] if it was closed meanwhile.
     pub fn complete(&self, ticket: &Ticket, output: &PushOutput) -> Result<Bytes, Refusal> {
-        if ticket.replica_hash.is_some() && ticket.replica_hash != output.replica_hash {
+        let replica_hash = ticket.flight.replica_hash;
+        if replica_hash.is_some() && replica_hash != output.replica_hash {
             return Err(Refusal::ReplicaMismatch);
         }
         let work = {
             let mut coordinator = self.coordinator();
             // Sessions are closed in this order too; one that is gone must not be given work that nobody would do.
-            self.sessions.worker(ticket.session).ok_or(Refusal::UnknownSession)?;
-            let work = coordinator.work_with_answer(ticket.session);
-            self.note(&coordinator, Note::Answered(ticket.session, ticket.seq));
+            let work =
+                self.sessions.decide(ticket.session, || coordinator.work_with_answer(ticket.session))?;
+            self.note(&coordinator, Note::Answered(ticket.session, ticket.seq), Effect::Noted);
             work
         };
+        self.land(ticket, work, output)
+    }
+
+    /// Makes the frame that answers a push, once it is decided what it brings, and stores it for a repeat.
+    fn land(&self, ticket: &Ticket, work: Work, output: &PushOutput) -> Result<Bytes, Refusal> {
+        let (seq, step, staleness) = (ticket.seq, ticket.step(), ticket.staleness());
+        let answer = Answer { seq, step, staleness, work, payload: output.payload.clone() };
         let mut frame = Vec::new();
-        Reply::Answer(Answer {
-            seq: ticket.seq,
-            step: ticket.step(),
-            staleness: ticket.staleness,
-            work,
-            payload: output.payload.clone(),
-        })
-        .encode(&mut frame);
+        Reply::Answer(answer).encode(&mut frame);
         let frame = Bytes::from(frame);
-        self.sessions.answer(ticket.session, ticket.seq, ticket.step(), &frame)?;
+        self.sessions.land(ticket.session, ticket.seq, &frame)?;
         Ok(frame)
     }
 
@@ -341,7 +356,7 @@ impl ServerCore {
         self.sessions.worker(session)?;
         let mut coordinator = self.coordinator();
         let work = coordinator.work_on_request(session);
-        self.note(&coordinator, Note::Asked(session));
+        self.note(&coordinator, Note::Asked(session), Effect::Noted);
         Some(work)
     }
 
@@ -350,7 +365,7 @@ impl ServerCore {
         let mut coordinator = self.coordinator();
         let evaluated = coordinator.report(session, report);
         if evaluated != Evaluated::Ignored {
-            self.note(&coordinator, Note::Reported(session, Box::new(report.clone())));
+            self.note(&coordinator, Note::Reported(session, Box::new(report.clone())), Effect::Noted);
         }
         evaluated
     }
@@ -365,11 +380,24 @@ impl ServerCore {
     pub fn stop(&self, enqueue: impl FnOnce(ShardJob)) -> Option<Step> {
         let mut coordinator = self.coordinator();
         let step = coordinator.stop();
-        self.note(&coordinator, Note::Stopped);
+        self.note(&coordinator, Note::Stopped, Effect::Stopped { snapshot: step });
         if step.is_some() {
             enqueue(ShardJob::Snapshot);
         }
         step
+    }
+
+    /// The state at this place in the order of decisions, unless a model that is to be evaluated is on its way to
+    /// [`snapshot_ready`](Self::snapshot_ready). `enqueue` gets the job that makes the shards' part of it, and what it
+    /// returns is returned: both are called while the order is held.
+    pub fn image<T>(&self, enqueue: impl FnOnce(ShardJob) -> T) -> Option<(CoreImage, T)> {
+        let coordinator = self.coordinator();
+        if coordinator.awaits_snapshot() {
+            return None;
+        }
+        let (sessions, next_worker) = self.sessions.image();
+        let image = CoreImage { coordinator: coordinator.clone(), sessions, next_worker };
+        Some((image, enqueue(ShardJob::Image)))
     }
 
     /// Calls `enqueue` while the order of steps is held, for jobs that belong to no push.
@@ -382,7 +410,7 @@ impl ServerCore {
     pub fn snapshot_ready(&self, step: Step) {
         let mut coordinator = self.coordinator();
         coordinator.snapshot_ready(step);
-        self.note(&coordinator, Note::SnapshotReady(step));
+        self.note(&coordinator, Note::SnapshotReady(step), Effect::Noted);
     }
 
     /// Ends the run, whatever is still to be done.
@@ -441,6 +469,14 @@ impl SerialServer {
             .core
             .open_session(session, |job| outputs.extend(shards.iter_mut().map(|shard| shard.handle(&job))))?;
         Ok((worker, step, Base::join(outputs)))
+    }
+
+    /// The whole state, with the models that are kept for evaluations; `None` while one is on its way.
+    pub fn image(&mut self, snapshots: BTreeMap<Step, Arc<[f32]>>) -> Option<Image> {
+        let shards = &mut self.shards;
+        let handle = |job: ShardJob| shards.iter_mut().map(|shard| shard.handle(&job)).collect::<Vec<_>>();
+        let (core, outputs) = self.core.image(handle)?;
+        Some(Image::join(core, outputs, snapshots))
     }
 
     /// Ends a session.

@@ -11,7 +11,7 @@ pub const NORMS_NEEDED: usize = 20;
 /// Refuses updates whose norm is more than so many times the median of the recent ones.
 ///
 /// A median is moved by many updates only, so a worker that sends large ones does not make room for larger ones.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct NormGuard {
     /// 0 refuses nothing.
     limit: f64,

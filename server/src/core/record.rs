@@ -10,10 +10,10 @@ use sanderling_common::wire::frame::WireError;
 
 /// Where the core writes its decisions down.
 pub trait Log: Debug + Send + Sync {
-    /// Takes the next record. It is called while the order of steps is held, so that the records have the order of the
+    /// Takes the next record, with what it did. It is called while the order of steps is held, so that the records have the order of the
     /// decisions; it must not wait for a disk. Nobody outside may learn of a decision before its record is kept, which
     /// is for the driver to see to.
-    fn append(&self, record: &Record<'_>);
+    fn append(&self, record: &Record<'_>, effect: Effect);
 }
 
 /// Keeps nothing.
@@ -21,7 +21,7 @@ pub trait Log: Debug + Send + Sync {
 pub struct NoLog;
 
 impl Log for NoLog {
-    fn append(&self, _: &Record<'_>) {}
+    fn append(&self, _: &Record<'_>, _: Effect) {}
 }
 
 /// One decision.
@@ -31,6 +31,29 @@ pub enum Record<'a> {
     Pushed(Cow<'a, Push>),
     /// Any other.
     Noted(Cow<'a, Note>),
+}
+
+/// What a decision did, beyond what its record says itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// A push has its step.
+    Pushed {
+        /// The step of the model after it.
+        step: Step,
+        /// Its staleness.
+        staleness: u32,
+        /// Whether its update is applied.
+        applies: bool,
+        /// Whether the model after it is to be evaluated.
+        snapshot: bool,
+    },
+    /// The end of training.
+    Stopped {
+        /// The step of the model that is still to be evaluated, if it is.
+        snapshot: Option<Step>,
+    },
+    /// Anything else.
+    Noted,
 }
 
 /// A decision that is told in a few bytes.

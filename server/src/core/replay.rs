@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use sanderling_common::ids::{SessionId, Step};
+use sanderling_common::ids::{Seq, SessionId, Step};
 use sanderling_common::layout::Layout;
 use sanderling_common::wire::{Push, Refusal};
 
-use super::record::{Log, Note, Record};
+use super::record::{Effect, Log, Note, Record};
+use super::sessions::Session;
 use super::{
-    Admitted, PushOutput, SerialServer, ServerCore, ServerSettings, SessionsFull, Shard, ShardJob,
-    ShardOutput, Ticket,
+    Admitted, Image, ImageError, PushOutput, Restored, SerialServer, ServerCore, ServerSettings,
+    SessionsFull, Shard, ShardJob, ShardOutput, Ticket,
 };
 
 /// A record that does not follow from those before it: the journal is of another run, or damaged.
@@ -45,35 +46,20 @@ struct Unanswered {
     output: PushOutput,
 }
 
+impl Unanswered {
+    /// The ticket of a session's push under way. Its update is in the shards already.
+    fn of((session, state): &(SessionId, Session)) -> Option<(SessionId, Ticket)> {
+        let (flight, seq) = (state.flight.clone()?, Seq(state.answered.0 + 1));
+        Some((*session, Ticket { session: *session, seq, worker: state.worker, flight, update: None }))
+    }
+}
+
 /// A server in the making, record by record.
 #[derive(Debug)]
 pub struct Replay {
     server: SerialServer,
     unanswered: HashMap<SessionId, Unanswered>,
-    snapshots: BTreeMap<Step, Vec<f32>>,
-}
-
-/// What a record was, beyond what it says itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Replayed {
-    /// A push.
-    Pushed {
-        /// The step it was given.
-        step: Step,
-        /// Its staleness.
-        staleness: u32,
-        /// Whether its update was applied.
-        applies: bool,
-        /// Whether the model after it is to be evaluated.
-        snapshot: bool,
-    },
-    /// The end of training.
-    Stopped {
-        /// The step of the model that is still to be evaluated, if it is.
-        snapshot: Option<Step>,
-    },
-    /// Anything else.
-    Noted,
+    snapshots: BTreeMap<Step, Arc<[f32]>>,
 }
 
 /// What the records came to.
@@ -84,7 +70,7 @@ pub struct Recovered {
     /// The model and the replicas.
     pub shards: Vec<Shard>,
     /// The models that are still to be evaluated, and the best.
-    pub snapshots: BTreeMap<Step, Vec<f32>>,
+    pub snapshots: BTreeMap<Step, Arc<[f32]>>,
     /// The sessions, all without a connection.
     pub sessions: Vec<SessionId>,
 }
@@ -96,6 +82,42 @@ impl Replay {
         Self { server, unanswered: HashMap::new(), snapshots: BTreeMap::new() }
     }
 
+    /// The state of an image. `initial` is the model before the first record.
+    ///
+    /// # Errors
+    /// An [`ImageError`] for an image that is not of this run.
+    pub fn restore(
+        layout: &Arc<Layout>,
+        initial: &[f32],
+        settings: &ServerSettings,
+        image: Restored,
+    ) -> Result<Self, ImageError> {
+        image.check(layout.len(), settings)?;
+        let Restored { core, theta, replicas, under_way, snapshots } = image;
+        let in_flight: Vec<_> = core.sessions.iter().filter_map(Unanswered::of).collect();
+        let core = ServerCore::restore(layout, core, settings);
+        let shards = Shard::restore((layout, initial), &theta, &replicas, settings);
+        let mut unanswered = HashMap::new();
+        for (session, ticket) in in_flight {
+            let output = PushOutput::from(&under_way[&session]);
+            match ticket.flight.work {
+                // What it brings was decided; only the frame had not been made.
+                Some(work) => {
+                    let landed = core.land(&ticket, work, &output);
+                    landed.expect("the session of a push under way is there");
+                }
+                None => drop(unanswered.insert(session, Unanswered { ticket, output })),
+            }
+        }
+        let snapshots = snapshots.into_iter().map(|(step, model)| (step, model.into())).collect();
+        Ok(Self { server: SerialServer { core, shards }, unanswered, snapshots })
+    }
+
+    /// The state so far; `None` while a model that is to be evaluated is on its way.
+    pub fn image(&mut self) -> Option<Image> {
+        self.server.image(self.snapshots.clone())
+    }
+
     /// The server so far.
     pub fn server(&self) -> &SerialServer {
         &self.server
@@ -105,14 +127,14 @@ impl Replay {
     ///
     /// # Errors
     /// A [`ReplayError`]; the state is of no use then.
-    pub fn apply(&mut self, record: &Record<'_>) -> Result<Replayed, ReplayError> {
+    pub fn apply(&mut self, record: &Record<'_>) -> Result<Effect, ReplayError> {
         match record {
             Record::Pushed(push) => self.pushed(push),
             Record::Noted(note) => self.noted(note),
         }
     }
 
-    fn pushed(&mut self, push: &Push) -> Result<Replayed, ReplayError> {
+    fn pushed(&mut self, push: &Push) -> Result<Effect, ReplayError> {
         let session = push.session;
         let SerialServer { core, shards } = &mut self.server;
         let mut outputs = Vec::new();
@@ -125,18 +147,17 @@ impl Replay {
             Admitted::Repeat(_) => Err(ReplayError::Repeated(session)),
             Admitted::New(ticket) => {
                 let mut output = PushOutput::join(outputs);
-                let (step, staleness, applies) = (ticket.step(), ticket.staleness(), ticket.applies());
-                let snapshot = output.snapshot.is_some();
                 if let Some(snapshot) = output.snapshot.take() {
-                    self.snapshots.insert(ticket.step(), snapshot);
+                    self.snapshots.insert(ticket.step(), snapshot.into());
                 }
+                let effect = ticket.effect();
                 self.unanswered.insert(session, Unanswered { ticket, output });
-                Ok(Replayed::Pushed { step, staleness, applies, snapshot })
+                Ok(effect)
             }
         }
     }
 
-    fn noted(&mut self, note: &Note) -> Result<Replayed, ReplayError> {
+    fn noted(&mut self, note: &Note) -> Result<Effect, ReplayError> {
         match note {
             &Note::Opened(session) if self.server.core.worker(session).is_some() => {
                 return Err(ReplayError::Reopened(session));
@@ -171,10 +192,10 @@ impl Replay {
                     };
                     self.snapshots.insert(step, parts.into_iter().flat_map(part).collect());
                 }
-                return Ok(Replayed::Stopped { snapshot: step });
+                return Ok(Effect::Stopped { snapshot: step });
             }
         }
-        Ok(Replayed::Noted)
+        Ok(Effect::Noted)
     }
 
     /// The state after the last record. What was decided then and not yet done is done now, and told to `log` like

@@ -1,8 +1,10 @@
 //! A part of the model, and what is done to it.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use sanderling_common::checkpoint::PARAMETER_MAGNITUDE_MAX;
 use sanderling_common::config::RunConfig;
 use sanderling_common::ids::WorkerId;
@@ -55,6 +57,8 @@ pub enum ShardJob {
         /// Whose.
         worker: WorkerId,
     },
+    /// Tell the whole state.
+    Image,
 }
 
 /// What came of a [`ShardJob`] in one shard.
@@ -65,13 +69,36 @@ pub enum ShardOutput {
     /// Of `Close`.
     Closed,
     /// Of `Apply`: the tensor blocks of the difference.
-    Difference(Vec<u8>),
+    Difference(Bytes),
     /// Of `Snapshot`: the part of the model.
     Snapshot(Vec<f32>),
     /// Of `Aside`: the tensor blocks of the difference, and of what their values leave over.
     Aside(Vec<u8>, Vec<u8>),
     /// Of `ReplicaHashes`: one hash per tensor.
     ReplicaHashes(Vec<[u8; 32]>),
+    /// Of `Image`.
+    Image(ShardImage),
+}
+
+/// What a shard made of a worker's last push.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LastPush {
+    /// Tensor blocks of the difference.
+    pub difference: Bytes,
+    /// One hash per tensor, if the push came with one.
+    pub replica_hashes: Vec<[u8; 32]>,
+}
+
+/// The state of a shard at one place in the order of jobs. Models are shared with the shard, which copies what it changes
+/// while the image is held.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ShardImage {
+    /// θ.
+    pub theta: Arc<Vec<f32>>,
+    /// The workers' models, in ascending order of workers.
+    pub replicas: Vec<(WorkerId, Arc<Vec<f32>>)>,
+    /// What may not have become an answer yet.
+    pub last: BTreeMap<WorkerId, LastPush>,
 }
 
 /// What a worker is sent at the beginning of its session.
@@ -131,10 +158,11 @@ pub struct Shard<T = Replicas> {
     layout: Arc<Layout>,
     tensors: Range<usize>,
     /// θ, the elements of `tensors`.
-    theta: Vec<f32>,
+    theta: Arc<Vec<f32>>,
     /// θ0 likewise, where the workers make it themselves.
     initial: Option<Vec<f32>>,
     tracker: T,
+    last: BTreeMap<WorkerId, LastPush>,
 }
 
 impl Shard {
@@ -152,6 +180,28 @@ impl Shard {
             Self { initial, ..Self::new(layout.clone(), tensors, theta, tracker) }
         };
         layout.shards(settings.shards).into_iter().map(shard).collect()
+    }
+
+    /// The shards that `settings` ask for, in the state of images of the same model, however many those were of. What
+    /// became of pushes that were under way is for [`Replay`](super::Replay) to see to.
+    ///
+    /// # Panics
+    /// As [`Self::cut`], for any of the models.
+    pub fn restore(
+        (layout, initial): (&Arc<Layout>, &[f32]),
+        theta: &[f32],
+        replicas: &[(WorkerId, Vec<f32>)],
+        settings: &ServerSettings,
+    ) -> Vec<Self> {
+        let mut shards = Self::cut(layout, theta, settings);
+        for shard in &mut shards {
+            let elements = layout.elements(shard.tensors.clone());
+            shard.initial = settings.workers_have_initial.then(|| initial[elements.clone()].to_vec());
+            for (worker, replica) in replicas {
+                shard.tracker.restore(*worker, replica[elements.clone()].to_vec());
+            }
+        }
+        shards
     }
 }
 
@@ -179,7 +229,7 @@ impl<T: DifferenceTracker> Shard<T> {
         assert_eq!(theta.len(), layout.elements(tensors.clone()).len(), "the shard holds other tensors");
         let in_range = theta.iter().all(|value| value.abs() <= BASE_MAGNITUDE_MAX);
         assert!(in_range, "an initial parameter is not finite, or too large to stay so");
-        Self { layout, tensors, theta, initial: None, tracker }
+        Self { layout, tensors, theta: Arc::new(theta), initial: None, tracker, last: BTreeMap::new() }
     }
 
     /// Does one job.
@@ -191,14 +241,24 @@ impl<T: DifferenceTracker> Shard<T> {
             &ShardJob::Open { worker } => ShardOutput::Base(self.open(worker)),
             &ShardJob::Close { worker } => {
                 self.tracker.close(worker);
+                self.last.remove(&worker);
                 ShardOutput::Closed
             }
             ShardJob::Apply { worker, update } => {
                 ShardOutput::Difference(self.apply(*worker, update.as_deref()))
             }
-            ShardJob::Snapshot => ShardOutput::Snapshot(self.theta.clone()),
+            ShardJob::Snapshot => ShardOutput::Snapshot(self.theta.to_vec()),
             ShardJob::Aside { worker, target } => self.aside(*worker, target),
-            &ShardJob::ReplicaHashes { worker } => ShardOutput::ReplicaHashes(self.replica_hashes(worker)),
+            &ShardJob::ReplicaHashes { worker } => {
+                let hashes = self.replica_hashes(worker);
+                self.last.entry(worker).or_default().replica_hashes = hashes.clone();
+                ShardOutput::ReplicaHashes(hashes)
+            }
+            ShardJob::Image => ShardOutput::Image(ShardImage {
+                theta: self.theta.clone(),
+                replicas: self.tracker.image(),
+                last: self.last.clone(),
+            }),
         }
     }
 
@@ -206,7 +266,7 @@ impl<T: DifferenceTracker> Shard<T> {
         match &self.initial {
             None => {
                 self.tracker.open(worker, &self.theta);
-                Base::Whole(self.theta.clone())
+                Base::Whole(self.theta.to_vec())
             }
             Some(initial) => {
                 self.tracker.open(worker, initial);
@@ -218,12 +278,15 @@ impl<T: DifferenceTracker> Shard<T> {
     }
 
     /// θ ← θ − g; then what the worker is owed.
-    fn apply(&mut self, worker: WorkerId, update: Option<&Update>) -> Vec<u8> {
+    fn apply(&mut self, worker: WorkerId, update: Option<&Update>) -> Bytes {
         if let Some(update) = update {
-            update.part(self.tensors.clone()).subtract_from(&self.layout, &mut self.theta);
+            let theta = Arc::make_mut(&mut self.theta);
+            update.part(self.tensors.clone()).subtract_from(&self.layout, theta);
         }
         let mut payload = Vec::new();
         self.tracker.answer(worker, &self.layout, &self.theta, &mut payload);
+        let payload = Bytes::from(payload);
+        self.last.entry(worker).or_default().difference = payload.clone();
         payload
     }
 

@@ -1,11 +1,14 @@
 //! What each worker has been sent, and what it is owed.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use sanderling_common::ids::WorkerId;
 use sanderling_common::layout::Layout;
 use sanderling_common::sparse::{Compression, Compressor, Update};
+
+use super::mutation::Mutation;
 
 /// Knows the model of every worker and makes the differences that bring it nearer to the server's.
 ///
@@ -53,6 +56,16 @@ pub trait DifferenceTracker: Send {
     /// # Panics
     /// If the worker is unknown.
     fn replica(&self, worker: WorkerId) -> &[f32];
+
+    /// The models of all workers, in ascending order of workers. They are shared, not copied: a model that changes while
+    /// its image is still held is copied then.
+    fn image(&self) -> Vec<(WorkerId, Arc<Vec<f32>>)>;
+
+    /// A worker has this model, as an [`image`](Self::image) says.
+    ///
+    /// # Panics
+    /// If the worker is known already.
+    fn restore(&mut self, worker: WorkerId, replica: Vec<f32>);
 }
 
 /// One replica w_k per worker: one model of memory each, and a scan of it per answer.
@@ -68,7 +81,7 @@ pub struct Replicas {
     complete: Compressor,
     /// Keeps everything as it is.
     exact: Compressor,
-    replicas: HashMap<WorkerId, Vec<f32>>,
+    replicas: BTreeMap<WorkerId, Arc<Vec<f32>>>,
     /// G of one tensor at a time, so that it stays in the cache between the scan, the selection and the addition.
     difference: Vec<f32>,
     sent: Update,
@@ -90,7 +103,7 @@ impl Replicas {
             compressor: compressor(None),
             complete: compressor(Some(1.0)),
             exact: Compressor::nonzero(),
-            replicas: HashMap::new(),
+            replicas: BTreeMap::new(),
             difference: Vec::new(),
             sent: Update::default(),
         }
@@ -124,6 +137,7 @@ impl Replicas {
             Extent::Everything => &mut self.complete,
         };
         let replica = self.replicas.get_mut(&worker).expect("updates come from workers that were opened");
+        let replica = Arc::make_mut(replica);
         let start = layout.elements(self.tensors.clone()).start;
         for tensor in self.tensors.clone() {
             let elements = layout.elements(tensor..tensor + 1);
@@ -135,15 +149,16 @@ impl Replicas {
             compressor
                 .compress_into(layout, run, &self.difference, 1.0, payload, &mut self.sent)
                 .expect("the bound on updates keeps model and replicas finite");
-            self.sent.add_to(layout, replica);
+            if !Mutation::StaleReplica.is_on() {
+                self.sent.add_to(layout, replica);
+            }
         }
     }
 }
 
 impl DifferenceTracker for Replicas {
     fn open(&mut self, worker: WorkerId, theta: &[f32]) {
-        let previous = self.replicas.insert(worker, theta.to_vec());
-        assert!(previous.is_none(), "{worker} was opened twice");
+        self.restore(worker, theta.to_vec());
     }
 
     fn close(&mut self, worker: WorkerId) {
@@ -192,5 +207,14 @@ impl DifferenceTracker for Replicas {
 
     fn replica(&self, worker: WorkerId) -> &[f32] {
         self.replicas.get(&worker).expect("only workers that were opened have replicas")
+    }
+
+    fn image(&self) -> Vec<(WorkerId, Arc<Vec<f32>>)> {
+        self.replicas.iter().map(|(&worker, replica)| (worker, replica.clone())).collect()
+    }
+
+    fn restore(&mut self, worker: WorkerId, replica: Vec<f32>) {
+        let previous = self.replicas.insert(worker, Arc::new(replica));
+        assert!(previous.is_none(), "{worker} was opened twice");
     }
 }

@@ -233,6 +233,7 @@ async fn place<'a>(
 ) -> Result<Seat<'a>, PeerError> {
     if hub.is_finished() {
         send(down, &Greeting::Finished).await?;
+        hello.resume.into_iter().for_each(|session| hub.came_back(session));
         return Err(PeerError::NotAdmitted("the run is over"));
     }
     let exchanges = Arc::new(Semaphore::new(EXCHANGES_PER_CONNECTION));

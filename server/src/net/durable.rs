@@ -1,20 +1,23 @@
 //! Keeping a run's decisions, and going on from them.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use sanderling_common::config::{Durability, RunConfig};
 use sanderling_common::ids::{SessionId, Step};
 use sanderling_common::layout::Layout;
-use tracing::{info, warn};
+use sanderling_common::report::one_sentence;
+use tracing::{debug, info, warn};
 
 use super::ServerError;
-use crate::core::{Log, Note, Record, Replay, Replayed, ServerCore, ServerSettings, Shard};
-use crate::recorder::{PushRecord, Recorder};
+use crate::core::{Effect, Image, Log, Note, Record, Replay, ServerCore, ServerSettings, Shard};
+use crate::recorder::{Books, PushRecord, Recorder};
 use crate::storage::{
-    Commit, Directory, Journal, JournalFailed, Position, RunId, SEGMENT_BYTES, Stamp, StateFolder,
+    CheckpointStore, Commit, Directory, Journal, JournalFailed, Position, ReadJournal, RestoredState, RunId,
+    SEGMENT_BYTES, Stamp, StateCheckpoint, StoreError,
 };
 
 /// Records between two lines about a recovery that takes long.
@@ -32,7 +35,7 @@ pub(super) struct Clock {
 
 impl Clock {
     /// Goes on from where an earlier server's stopped.
-    pub(super) fn after(stamp: Stamp) -> Self {
+    fn after(stamp: Stamp) -> Self {
         Self {
             started: Instant::now(),
             seconds_before: stamp.seconds,
@@ -45,7 +48,7 @@ impl Clock {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }
 
-    pub(super) fn set_bytes(&self, up: u64, down: u64) {
+    pub(super) fn set_bytes(&self, (up, down): (u64, u64)) {
         self.bytes_up.store(up, Ordering::Relaxed);
         self.bytes_down.store(down, Ordering::Relaxed);
     }
@@ -59,48 +62,102 @@ impl Clock {
     }
 }
 
-/// Stamps the core's records and hands them to the journal.
+/// Books the core's decisions and, where they are kept, writes them into the journal. It is told of them in their order,
+/// so that the books are the fold over them, live as in recovery.
 #[derive(Debug)]
-struct JournalLog {
-    commit: Arc<Commit>,
+struct Ledger {
     clock: Arc<Clock>,
-}
-
-impl Log for JournalLog {
-    fn append(&self, record: &Record<'_>) {
-        let mut body = Vec::new();
-        self.clock.stamp().encode(&mut body);
-        record.encode(&mut body);
-        self.commit.append(&body);
-    }
-}
-
-/// What a server begins with.
-pub(super) struct Beginnings {
-    pub(super) core: ServerCore,
-    pub(super) shards: Vec<Shard>,
-    pub(super) recorder: Recorder,
-    pub(super) snapshots: BTreeMap<Step, Arc<[f32]>>,
-    /// Of an earlier server, all without a connection.
-    pub(super) sessions: Vec<SessionId>,
-    pub(super) stamp: Stamp,
-    pub(super) clock: Arc<Clock>,
-    pub(super) keeper: Keeper,
-}
-
-/// Knows when what was decided is kept.
-#[derive(Debug, Default)]
-pub(super) struct Keeper {
+    recorder: Arc<Mutex<Recorder>>,
     /// None where nothing is kept.
     commit: Option<Arc<Commit>>,
 }
 
+impl Log for Ledger {
+    fn append(&self, record: &Record<'_>, effect: Effect) {
+        let stamp = self.clock.stamp();
+        if let Some(commit) = &self.commit {
+            let mut body = Vec::new();
+            stamp.encode(&mut body);
+            record.encode(&mut body);
+            commit.append(&body);
+        }
+        let mut recorder = self.recorder.lock().expect("no holder of the books panics");
+        book(recorder.books_mut(), record, effect, stamp);
+    }
+}
+
+/// Puts a decision into the books.
+fn book(books: &mut Books, record: &Record<'_>, effect: Effect, stamp: Stamp) {
+    match record {
+        Record::Pushed(push) => {
+            let Effect::Pushed { step, staleness, applies, snapshot } = effect else {
+                unreachable!("a push has the effect of one")
+            };
+            // A push that came after an early end is neither applied nor skipped.
+            if applies || push.skipped {
+                books.pushed(PushRecord::of(push, step, staleness, stamp.seconds));
+            }
+            if snapshot {
+                books.marked(stamp.bytes_up, stamp.bytes_down);
+            }
+        }
+        Record::Noted(note) => match &**note {
+            Note::Opened(_) => books.session_opened(),
+            Note::Reported(_, report) => books.evaluated(report),
+            Note::Stopped => {
+                if let Effect::Stopped { snapshot: Some(_) } = effect {
+                    books.marked(stamp.bytes_up, stamp.bytes_down);
+                }
+            }
+            Note::Closed(_) | Note::Answered(..) | Note::Asked(_) | Note::SnapshotReady(_) => {}
+        },
+    }
+}
+
+/// Knows when what was decided is kept, and writes down the whole state now and then.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    clock: Arc<Clock>,
+    recorder: Arc<Mutex<Recorder>>,
+    kept: Option<Kept>,
+}
+
+/// Where decisions are kept.
+#[derive(Debug)]
+struct Kept {
+    commit: Arc<Commit>,
+    journal: Journal<Directory>,
+    store: CheckpointStore,
+    keep_journal: bool,
+}
+
+/// What was known beside the core when its image was taken.
+pub(super) struct Moment {
+    position: Position,
+    stamp: Stamp,
+    books: Books,
+}
+
+impl Moment {
+    pub(super) fn position(&self) -> Position {
+        self.position
+    }
+}
+
 impl Keeper {
+    pub(super) fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    pub(super) fn recorder(&self) -> MutexGuard<'_, Recorder> {
+        self.recorder.lock().expect("no holder of the books panics")
+    }
+
     /// Waits until everything that was decided by now is kept; for ever once nothing can be kept any more, because then
     /// nobody may learn of it. The server is about to end.
     pub(super) async fn kept(&self) {
-        if let Some(commit) = &self.commit
-            && commit.kept().await.is_err()
+        if let Some(kept) = &self.kept
+            && kept.commit.kept().await.is_err()
         {
             std::future::pending().await
         }
@@ -108,113 +165,210 @@ impl Keeper {
 
     /// Whether anything is kept.
     pub(super) fn keeps(&self) -> bool {
-        self.commit.is_some()
+        self.kept.is_some()
     }
 
     /// Waits until nothing can be kept any more, if that ever happens.
     pub(super) async fn failed(&self) -> JournalFailed {
-        match &self.commit {
-            Some(commit) => commit.failed().await,
+        match &self.kept {
+            Some(kept) => kept.commit.failed().await,
             None => std::future::pending().await,
         }
     }
 
     /// Writes what was decided by now, and takes no more.
     pub(super) fn close(&self) {
-        if let Some(commit) = &self.commit {
-            commit.close();
+        if let Some(kept) = &self.kept {
+            kept.commit.close();
         }
+    }
+
+    /// How many decisions there were.
+    pub(super) fn position(&self) -> Position {
+        self.kept.as_ref().map_or(0, |kept| kept.commit.next())
+    }
+
+    /// What is known beside the core; called while the order of steps is held.
+    pub(super) fn moment(&self) -> Moment {
+        let (stamp, books) = (self.clock.stamp(), self.recorder().books().clone());
+        Moment { position: self.position(), stamp, books }
+    }
+
+    /// Writes down an image, and removes what it makes superfluous.
+    ///
+    /// # Errors
+    /// A [`StoreError`]; the checkpoints before are there still.
+    pub(super) async fn write(&self, moment: Moment, image: Image) -> Result<(), StoreError> {
+        let Some(kept) = &self.kept else { return Ok(()) };
+        let Moment { position, stamp, books } = moment;
+        let started = Instant::now();
+        // A checkpoint of what the journal does not hold would leave a gap in it.
+        if kept.commit.synced_to(position).await.is_err() {
+            return Ok(());
+        }
+        let checkpoint = StateCheckpoint { position, stamp, books, image };
+        kept.store.write(Arc::new(checkpoint)).await?;
+        let needed_from = kept.store.remove_old().await?;
+        if let Some(needed_from) = needed_from.filter(|_| !kept.keep_journal)
+            && let Err(error) = kept.journal.remove_before(needed_from)
+        {
+            warn!("the part of the journal that is not needed any more stays: {}", one_sentence(&error));
+        }
+        debug!("wrote the state at record {position} in {:.2} s", started.elapsed().as_secs_f64());
+        Ok(())
+    }
+}
+
+/// What a server begins with.
+pub(super) struct Beginnings {
+    pub(super) core: ServerCore,
+    pub(super) shards: Vec<Shard>,
+    pub(super) snapshots: BTreeMap<Step, Arc<[f32]>>,
+    /// Of an earlier server, all without a connection.
+    pub(super) sessions: Vec<SessionId>,
+    pub(super) stamp: Stamp,
+    pub(super) keeper: Keeper,
+}
+
+/// The run that begins, or is gone on with.
+#[derive(Clone, Copy)]
+pub(super) struct Subject<'a> {
+    pub(super) layout: &'a Arc<Layout>,
+    pub(super) run: &'a RunConfig,
+    /// The model before the first step.
+    pub(super) initial: &'a [f32],
+    pub(super) active_parameters: usize,
+}
+
+impl Subject<'_> {
+    fn recorder(&self, books: Books) -> Arc<Mutex<Recorder>> {
+        let recorder = Recorder::new(self.run.clone(), self.layout.len(), self.active_parameters, books);
+        Arc::new(Mutex::new(recorder))
     }
 }
 
 impl Beginnings {
     /// A run from its first step, of which nothing is kept.
-    pub(super) fn fresh(layout: &Arc<Layout>, run: &RunConfig, initial: &[f32], recorder: Recorder) -> Self {
-        let (core, shards) = ServerCore::new(layout, initial, &ServerSettings::from(run));
+    pub(super) fn fresh(subject: Subject<'_>) -> Self {
+        let settings = ServerSettings::from(subject.run);
+        let (mut core, shards) = ServerCore::new(subject.layout, subject.initial, &settings);
+        let clock = Arc::new(Clock::after(Stamp::default()));
+        let recorder = subject.recorder(Books::default());
+        core.set_log(Box::new(Ledger { clock: clock.clone(), recorder: recorder.clone(), commit: None }));
         Self {
             core,
             shards,
-            recorder,
             snapshots: BTreeMap::new(),
             sessions: Vec::new(),
             stamp: Stamp::default(),
-            clock: Arc::new(Clock::after(Stamp::default())),
-            keeper: Keeper::default(),
+            keeper: Keeper { clock, recorder, kept: None },
         }
     }
 
-    /// The run in a state folder, from its first record to its last, and the journal of what comes next.
-    pub(super) fn recover(
-        folder: &StateFolder,
-        id: RunId,
-        (layout, run, initial): (&Arc<Layout>, &RunConfig, &[f32]),
-        mut recorder: Recorder,
-    ) -> Result<Self, ServerError> {
-        if run.server.durability == Durability::None {
-            return Ok(Self::fresh(layout, run, initial, recorder));
+    /// The run in a state folder, from its last checkpoint to its last record, and the journal of what comes next.
+    pub(super) fn recover(folder: &Path, id: RunId, subject: Subject<'_>) -> Result<Self, ServerError> {
+        let server = &subject.run.server;
+        if server.durability == Durability::None {
+            return Ok(Self::fresh(subject));
         }
-        let journal = Journal::new(Arc::new(Directory::new(folder.path())), id, SEGMENT_BYTES);
-        let mut replay = Replay::new(layout, initial, &ServerSettings::from(run));
-        let (mut stamp, started) = (Stamp::default(), Instant::now());
-        let read = journal.read(0, |position, body| {
-            let damaged = |what: String| ServerError::Record { position, what };
-            let (now, record) = Stamp::split(body).ok_or_else(|| damaged("it is too short".to_owned()))?;
-            let record = Record::decode(record).map_err(|error| damaged(error.to_string()))?;
-            let replayed = replay.apply(&record).map_err(|error| damaged(error.to_string()))?;
-            book(&mut recorder, &record, replayed, now);
-            stamp = now;
-            if position > 0 && position.is_multiple_of(TELL_EVERY) {
-                info!("recovered {position} decisions");
-            }
-            Ok::<(), ServerError>(())
-        })?;
+        let started = Instant::now();
+        let journal = Journal::new(Arc::new(Directory::new(folder)), id, SEGMENT_BYTES);
+        let store = CheckpointStore::open(folder, &server.checkpoint_url, id)?;
+        let mut past = match last_checkpoint(folder, &server.checkpoint_url, id)? {
+            None => Past::none(subject),
+            Some(state) => Past::restore(subject, state)?,
+        };
+        let from = past.position;
+        let read = past.read(&journal)?;
         if read.torn_bytes > 0 {
             warn!("the last {} bytes of the journal were not whole, and never acknowledged", read.torn_bytes);
         }
-        if read.next > 0 {
-            let (steps, seconds) = (replay.server().core().standing().step, started.elapsed().as_secs_f64());
-            info!("recovered {} decisions up to {steps} in {seconds:.1} s", read.next);
+        let Past { replay, books, stamp, position } = past;
+        if position > 0 {
+            let (step, seconds) = (replay.server().core().standing().step, started.elapsed().as_secs_f64());
+            info!(
+                "recovered {step}: a checkpoint of {from} decisions, {} since, in {seconds:.1} s",
+                position - from
+            );
         }
-        let commit = Commit::start(journal.write_from(read.next)?, run.server.durability);
-        let (commit, clock) = (Arc::new(commit), Arc::new(Clock::after(stamp)));
-        let recovered = replay.finish(Box::new(JournalLog { commit: commit.clone(), clock: clock.clone() }));
-        let snapshots = recovered.snapshots.into_iter().map(|(step, model)| (step, model.into()));
+        let commit = Arc::new(Commit::start(journal.write_from(read.next)?, server.durability));
+        let (clock, recorder) = (Arc::new(Clock::after(stamp)), subject.recorder(books));
+        let ledger =
+            Ledger { clock: clock.clone(), recorder: recorder.clone(), commit: Some(commit.clone()) };
+        let recovered = replay.finish(Box::new(ledger));
+        let kept = Kept { commit, journal, store, keep_journal: server.keep_journal };
         Ok(Self {
             core: recovered.core,
             shards: recovered.shards,
-            recorder,
-            snapshots: snapshots.collect(),
+            snapshots: recovered.snapshots,
             sessions: recovered.sessions,
             stamp,
-            clock,
-            keeper: Keeper { commit: Some(commit) },
+            keeper: Keeper { clock, recorder, kept: Some(kept) },
         })
     }
 }
 
-/// Puts into the books what the record had put there.
-fn book(recorder: &mut Recorder, record: &Record<'_>, replayed: Replayed, stamp: Stamp) {
-    match record {
-        Record::Pushed(push) => {
-            let Replayed::Pushed { step, staleness, applies, snapshot } = replayed else {
-                unreachable!("a push is replayed as one")
-            };
-            if snapshot {
-                recorder.snapshot_taken(step.0, stamp.bytes_up, stamp.bytes_down);
-            }
-            if applies || push.skipped {
-                recorder.pushed(PushRecord::of(push, step, staleness, stamp.seconds));
+/// The last checkpoint that can be read; none if there is none. One that cannot is passed over, since its predecessor and
+/// the journal are there.
+fn last_checkpoint(folder: &Path, url: &str, id: RunId) -> Result<Option<RestoredState>, ServerError> {
+    let find = async {
+        let store = CheckpointStore::open(folder, url, id)?;
+        for position in store.positions().await?.into_iter().rev() {
+            match store.read(position).await {
+                Ok(state) => return Ok(Some(state)),
+                Err(error) => warn!("{}; going back to the one before", one_sentence(&error)),
             }
         }
-        Record::Noted(note) => match &**note {
-            Note::Opened(_) => recorder.session_opened(),
-            Note::Reported(_, report) => recorder.evaluated(report),
-            Note::Stopped => {
-                if let Replayed::Stopped { snapshot: Some(step) } = replayed {
-                    recorder.snapshot_taken(step.0, stamp.bytes_up, stamp.bytes_down);
-                }
+        Ok(None)
+    };
+    // The caller's runtime has this thread; it may have no other.
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.expect("the system has what a runtime needs").block_on(find)
+        });
+        thread.join().expect("reading checkpoints does not panic")
+    })
+}
+
+/// The fold over the records so far.
+struct Past {
+    replay: Replay,
+    books: Books,
+    stamp: Stamp,
+    /// Records that it is of.
+    position: Position,
+}
+
+impl Past {
+    fn none(Subject { layout, run, initial, .. }: Subject<'_>) -> Self {
+        let replay = Replay::new(layout, initial, &ServerSettings::from(run));
+        Self { replay, books: Books::default(), stamp: Stamp::default(), position: 0 }
+    }
+
+    fn restore(
+        Subject { layout, run, initial, .. }: Subject<'_>,
+        state: RestoredState,
+    ) -> Result<Self, ServerError> {
+        let RestoredState { position, stamp, books, image } = state;
+        let of_another_run = |source| ServerError::Checkpoint { position, source };
+        let replay = Replay::restore(layout, initial, &ServerSettings::from(run), image);
+        Ok(Self { replay: replay.map_err(of_another_run)?, books, stamp, position })
+    }
+
+    /// Takes the records that follow.
+    fn read(&mut self, journal: &Journal<Directory>) -> Result<ReadJournal, ServerError> {
+        journal.read(self.position, |position, body| {
+            let damaged = |what: String| ServerError::Record { position, what };
+            let (stamp, record) = Stamp::split(body).ok_or_else(|| damaged("it is too short".to_owned()))?;
+            let record = Record::decode(record).map_err(|error| damaged(error.to_string()))?;
+            let effect = self.replay.apply(&record).map_err(|error| damaged(error.to_string()))?;
+            book(&mut self.books, &record, effect, stamp);
+            (self.stamp, self.position) = (stamp, position + 1);
+            if self.position.is_multiple_of(TELL_EVERY) {
+                info!("recovered {} decisions", self.position);
             }
-            Note::Closed(_) | Note::Answered(..) | Note::Asked(_) | Note::SnapshotReady(_) => {}
-        },
+            Ok(())
+        })
     }
 }

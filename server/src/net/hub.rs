@@ -21,6 +21,7 @@ use sanderling_common::init::parameters_hash;
 use sanderling_common::layout::{Layout, LayoutHash};
 use sanderling_common::model_config::ModelConfig;
 use sanderling_common::origin::Beginning;
+use sanderling_common::report::one_sentence;
 use sanderling_common::wire::control::{EvaluationReport, Initial, OnlineUpcycling, dense_bytes};
 use sanderling_common::wire::frame::frame_bytes_max;
 use sanderling_common::wire::{EvaluationJob, Push, Refusal, Work};
@@ -31,11 +32,11 @@ use tracing::{info, warn};
 
 use super::admission::Admission;
 use super::bulk::Blob;
-use super::durable::{Beginnings, Clock};
-use super::pipeline::{News, Pipeline, Snapshot};
+use super::durable::Beginnings;
+use super::pipeline::{Pipeline, Snapshot};
 use crate::core::Evaluated;
 use crate::progress::Progress;
-use crate::recorder::{PushRecord, Recorder};
+use crate::recorder::Recorder;
 use crate::results::{Evaluation, Summary};
 use crate::storage::JournalFailed;
 
@@ -83,11 +84,11 @@ pub(crate) struct Hub {
     dense: Option<Blob>,
     admission: Admission,
     pipeline: Pipeline,
-    clock: Arc<Clock>,
-    recorder: Mutex<Recorder>,
     attached: DashMap<SessionId, Attached>,
     bases: DashMap<SessionId, (Step, Blob)>,
     asides: DashMap<SessionId, Arc<tokio::sync::Mutex<()>>>,
+    /// Sessions of an earlier server whose workers have not come back yet.
+    awaited: DashMap<SessionId, ()>,
     text: Blob,
     /// The models that are to be evaluated, and the best.
     snapshots: Mutex<BTreeMap<Step, Arc<[f32]>>>,
@@ -107,7 +108,7 @@ impl Hub {
         beginnings: Beginnings,
     ) -> Self {
         let (model, initial) = (beginning.model.clone(), &beginning.parameters);
-        let Beginnings { core, shards, recorder, snapshots, stamp, clock, keeper, sessions: _ } = beginnings;
+        let Beginnings { core, shards, snapshots, stamp, keeper, sessions: _ } = beginnings;
         Self {
             pipeline: Pipeline::start(core, shards, &run, keeper),
             initial: match &beginning.dense {
@@ -129,11 +130,10 @@ impl Hub {
             model,
             layout,
             admission,
-            clock,
-            recorder: Mutex::new(recorder),
             attached: DashMap::new(),
             bases: DashMap::new(),
             asides: DashMap::new(),
+            awaited: DashMap::new(),
             text: Blob::of_corpus(&corpus),
             snapshots: Mutex::new(snapshots),
             closed_bytes_up: AtomicU64::new(stamp.bytes_up),
@@ -200,7 +200,6 @@ impl Hub {
     /// Hands out no more batches; what has been applied is still evaluated, if there is anybody to do it.
     pub(crate) async fn stop_training(&self) {
         if let Some(snapshot) = self.pipeline.stop().await {
-            self.note(&snapshot);
             self.keep(snapshot);
         }
         self.changed.notify_waiters();
@@ -214,11 +213,11 @@ impl Hub {
 
     /// Seconds that the run has been served.
     pub(super) fn seconds(&self) -> f64 {
-        self.clock.seconds()
+        self.pipeline.keeper().clock().seconds()
     }
 
     fn recorder(&self) -> MutexGuard<'_, Recorder> {
-        self.recorder.lock().expect("no holder of the books panics")
+        self.pipeline.keeper().recorder()
     }
 }
 
@@ -236,7 +235,6 @@ impl Hub {
         let base = tokio::task::spawn_blocking(move || Blob::of_base(base)).await;
         self.bases.insert(session, (opened.step, base.expect("making a blob does not panic")));
         self.attach(session, opened.worker, connection);
-        self.recorder().session_opened();
         Ok(opened)
     }
 
@@ -244,6 +242,7 @@ impl Hub {
     pub(super) fn resume(&self, session: SessionId, connection: &Connection) -> Option<WorkerId> {
         let worker = self.pipeline.worker(session)?;
         self.attach(session, worker, connection);
+        self.came_back(session);
         Some(worker)
     }
 
@@ -287,6 +286,7 @@ impl Hub {
     fn close(&self, session: SessionId) {
         self.bases.remove(&session);
         self.asides.remove(&session);
+        self.came_back(session);
         self.pipeline.close(session);
         self.changed.notify_waiters();
     }
@@ -329,18 +329,11 @@ impl Hub {
                 self.recorder().refused();
             }
         })?;
-        let Some(News { step, staleness, applied, snapshot }) = pushed.news else {
+        if !pushed.is_new {
             return pushed.reply;
-        };
+        }
         self.bases.remove(&push.session);
-        if let Some(snapshot) = &snapshot {
-            self.note(snapshot);
-        }
-        // A push that came after an early end is neither applied nor skipped.
-        if applied || push.skipped {
-            self.recorder().pushed(PushRecord::of(&push, step, staleness, self.seconds()));
-        }
-        if let Some(snapshot) = snapshot {
+        if let Some(snapshot) = pushed.snapshot {
             self.keep(snapshot);
         }
         if self.is_finished() {
@@ -376,22 +369,11 @@ impl Hub {
         if !report.loss.is_finite() {
             warn!("the loss at {} is not finite: the model has diverged", report.job.step);
         }
-        {
-            // Whoever sees that the run is finished, and then looks into the books, finds its last result there.
-            let mut recorder = self.recorder();
-            if self.pipeline.report(session, report) == Evaluated::Ignored {
-                return;
-            }
-            recorder.evaluated(report);
+        if self.pipeline.report(session, report) == Evaluated::Ignored {
+            return;
         }
         self.snapshots().retain(|&step, _| self.pipeline.needs_snapshot(step));
         self.changed.notify_waiters();
-    }
-
-    /// Puts into the books that a step is to be evaluated.
-    fn note(&self, snapshot: &Snapshot) {
-        let (up, down) = self.bytes();
-        self.recorder().snapshot_taken(snapshot.step.0, up, down);
     }
 
     /// Keeps the model of a step that is to be evaluated.
@@ -468,9 +450,11 @@ impl Hub {
     /// Sessions of an earlier server that do not come back within the lease are closed.
     pub(super) fn await_return(self: &Arc<Self>, sessions: Vec<SessionId>) {
         for session in sessions {
+            self.awaited.insert(session, ());
             let hub = self.clone();
             tokio::spawn(async move {
                 tokio::time::sleep(hub.lease()).await;
+                hub.came_back(session);
                 if !hub.attached.contains_key(&session) && hub.pipeline.worker(session).is_some() {
                     info!("{session} did not come back after the server did; its batches go to others");
                     hub.close(session);
@@ -479,11 +463,44 @@ impl Hub {
         }
     }
 
+    /// A session of an earlier server need not be awaited any more.
+    pub(super) fn came_back(&self, session: SessionId) {
+        if self.awaited.remove(&session).is_some() {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Waits until every worker of an earlier server has come back, or its lease is over. One that looks for a run that
+    /// has ended meanwhile finds somebody to tell it so.
+    pub(super) async fn all_came_back(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.awaited.is_empty() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
     /// Where the run stands.
     pub(crate) fn progress(&self) -> Progress {
         let (up, down) = self.bytes();
-        self.clock.set_bytes(up, down);
         self.recorder().progress(self.connected(), up, down)
+    }
+
+    /// Looks at the traffic, for what is written down of it with the decisions.
+    pub(super) fn look_at_traffic(&self) {
+        self.pipeline.keeper().clock().set_bytes(self.bytes());
+    }
+
+    /// Writes the whole state down, if there is anything new. A failure is told and not final: what is decided is in the
+    /// journal.
+    pub(super) async fn write_checkpoint(&self) {
+        // While the models are held, none of those in the image can be let go.
+        let image = || self.pipeline.image(&self.snapshots());
+        if let Err(error) = self.pipeline.write_checkpoint(image).await {
+            warn!("the state cannot be written down, and the journal grows: {}", one_sentence(&error));
+        }
     }
 
     /// The closing figures.

@@ -30,13 +30,13 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
 
+use crate::core::ImageError;
 use crate::progress::Progress;
-use crate::recorder::Recorder;
 use crate::results::{Evaluation, ResultsError, RunFolder, Summary};
-use crate::storage::{Identity, JournalError, JournalFailed, RunId, StateError, StateFolder};
+use crate::storage::{Identity, JournalError, JournalFailed, RunId, StateError, StateFolder, StoreError};
 use admission::Admission;
 pub use admission::AdmissionError;
-use durable::Beginnings;
+use durable::{Beginnings, Subject};
 use hub::{Hub, NOTICE_EVERY, idle};
 pub use limits::MemoryExceeded;
 use limits::{CONNECTIONS_PER_SESSION, Pinned, STRANGERS_MAX, megabytes};
@@ -90,6 +90,17 @@ pub enum ServerError {
     /// The journal cannot be written any more.
     #[error(transparent)]
     JournalFailed(#[from] JournalFailed),
+    /// Checkpoints of the state cannot be kept, or looked for.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A checkpoint that does not belong to the run.
+    #[error("the checkpoint of record {position} does not belong to this run: {source}")]
+    Checkpoint {
+        /// Its position.
+        position: u64,
+        /// What is wrong with it.
+        source: ImageError,
+    },
     /// A record of the journal does not follow from those before it.
     #[error(
         "record {position} of the journal is of no use ({what}): it is damaged, or this program has changed"
@@ -223,11 +234,12 @@ impl Server {
             None => RunFolder::create(&mut run)?,
         });
         let (model, origin) = (beginning.model.clone(), Arc::new(origin));
-        let recorder = Recorder::new(run.clone(), layout.len(), model.active_parameters()?);
+        let (initial, active_parameters) = (&beginning.parameters[..], model.active_parameters()?);
+        let subject = Subject { layout: &layout, run: &run, initial, active_parameters };
         let beginnings = match &state {
-            None => Beginnings::fresh(&layout, &run, &beginning.parameters, recorder),
+            None => Beginnings::fresh(subject),
             Some(state) => {
-                let initial_sha256 = parameters_hash(&layout, &beginning.parameters);
+                let initial_sha256 = parameters_hash(&layout, initial);
                 let id = match &known {
                     Some(known) if known.initial_sha256 == initial_sha256 => known.run,
                     Some(_) => return Err(StateError::OtherInitial(state.path().to_owned()).into()),
@@ -241,7 +253,7 @@ impl Server {
                         id
                     }
                 };
-                Beginnings::recover(state, id, (&layout, &run, &beginning.parameters), recorder)?
+                Beginnings::recover(state.path(), id, subject)?
             }
         };
         let sessions = beginnings.sessions.clone();
@@ -252,13 +264,14 @@ impl Server {
             megabytes(pinned.session),
             megabytes(pinned.strangers)
         );
-        let hub = Arc::new(Hub::new(run, corpus, admission, &beginning, layout, beginnings));
+        let hub = Arc::new(Hub::new(run, corpus, admission, &beginning, layout.clone(), beginnings));
         hub.await_return(sessions);
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(hub.clone(), endpoint.clone()));
         tasks.spawn(announce_steps(hub.clone()));
         let watched = hub.clone();
         tasks.spawn(async move { watched.admission().watch().await });
+        tasks.spawn(write_checkpoints(hub.clone()));
         Ok(Self {
             hub,
             endpoint,
@@ -342,6 +355,10 @@ impl Server {
             }
         }
         drop(stopping);
+        if hub.run().server.checkpoint_every_ms > 0 {
+            // So that the next server need not replay anything.
+            hub.write_checkpoint().await;
+        }
         self.write_lines()?;
         show(&hub.progress());
         let outcome = self.conclude().await?;
@@ -423,6 +440,7 @@ impl Server {
     }
 
     async fn say_goodbye(&self) {
+        self.hub.all_came_back().await;
         let deadline = Instant::now() + GOODBYES_WAIT;
         while self.hub.connected() > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -474,7 +492,20 @@ async fn announce_steps(hub: Arc<Hub>) {
         if step > announced {
             announced = step;
             hub.announce(step);
+            hub.look_at_traffic();
         }
+    }
+}
+
+/// Writes the whole state down every so often, if there is anything new.
+async fn write_checkpoints(hub: Arc<Hub>) {
+    let every = Duration::from_millis(hub.run().server.checkpoint_every_ms);
+    if every.is_zero() {
+        return;
+    }
+    loop {
+        tokio::time::sleep(every).await;
+        hub.write_checkpoint().await;
     }
 }
 

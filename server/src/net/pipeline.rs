@@ -1,8 +1,10 @@
 //! The core with a thread per shard: pushes are pipelined, so one may be applied to the first shard while the one
 //! before it is in the second.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
 
 use bytes::Bytes;
 use sanderling_common::config::RunConfig;
@@ -11,17 +13,24 @@ use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::{EvaluationJob, Push, Refusal, Work};
 use tokio::sync::{Semaphore, oneshot};
 
-use super::durable::Keeper;
+use super::durable::{Keeper, Moment};
 use super::hub::{OpenError, Opened};
 use crate::core::{
-    Admitted, Base, Best, Evaluated, PushOutput, ServerCore, SessionsFull, Shard, ShardJob, ShardOutput,
-    Standing, Ticket, aside_bytes,
+    Admitted, Base, Best, CoreImage, Evaluated, Image, PushOutput, ServerCore, SessionsFull, Shard, ShardJob,
+    ShardOutput, Standing, Ticket, aside_bytes,
 };
+use crate::storage::{Position, StoreError};
 
 /// Jobs that one session can have queued: the three of a push, and its opening and closing.
 const JOBS_PER_SESSION: usize = 5;
 
-/// Jobs that belong to no session: snapshots.
+/// A model that is to be evaluated is on its way for a moment; a checkpoint that it keeps from being written is tried as
+/// often, and then left for the next time.
+const IMAGE_TRIES: u32 = 100;
+
+const IMAGE_RETRY: Duration = Duration::from_millis(5);
+
+/// Jobs that belong to no session: snapshots and images.
 const JOBS_WITHOUT_SESSION: usize = 16;
 
 /// Differences to models that are evaluated, in the making at a time. Whoever asks for another waits.
@@ -45,16 +54,8 @@ pub(super) struct Snapshot {
 pub(super) struct Pushed {
     /// The frame that answers it, or why there is none although the push was handled.
     pub(super) reply: Result<Bytes, Refusal>,
-    /// What is new about it; none for a repeat.
-    pub(super) news: Option<News>,
-}
-
-/// A push that was handled for the first time.
-pub(super) struct News {
-    pub(super) step: Step,
-    pub(super) staleness: u32,
-    /// Whether it made a step.
-    pub(super) applied: bool,
+    /// Whether it was handled for the first time.
+    pub(super) is_new: bool,
     /// The model after it, if it is to be evaluated.
     pub(super) snapshot: Option<Snapshot>,
 }
@@ -66,6 +67,16 @@ pub(super) struct Pipeline {
     shards: Vec<SyncSender<Task>>,
     aside: Semaphore,
     keeper: Keeper,
+    /// The position of the last checkpoint that this server wrote.
+    written: tokio::sync::Mutex<Position>,
+}
+
+/// An image that the shards are at.
+pub(super) struct PendingImage {
+    core: CoreImage,
+    moment: Moment,
+    pending: Pending,
+    snapshots: BTreeMap<Step, Arc<[f32]>>,
 }
 
 impl Pipeline {
@@ -80,7 +91,8 @@ impl Pipeline {
             queue
         };
         let shards = shards.into_iter().enumerate().map(start).collect();
-        Self { core, shards, aside: Semaphore::new(ASIDE_MAX), keeper }
+        let written = tokio::sync::Mutex::new(0);
+        Self { core, shards, aside: Semaphore::new(ASIDE_MAX), keeper, written }
     }
 
     /// Queues jobs for every shard. Called while the order of steps is held, so it must not wait: the queues have
@@ -120,7 +132,7 @@ impl Pipeline {
         let ticket = match self.core.admit(push, queue)? {
             Admitted::Repeat(reply) => {
                 self.keeper.kept().await;
-                return Ok(Pushed { reply: Ok(reply), news: None });
+                return Ok(Pushed { reply: Ok(reply), is_new: false, snapshot: None });
             }
             Admitted::New(ticket) => ticket,
         };
@@ -133,8 +145,7 @@ impl Pipeline {
         self.keeper.kept().await;
         let step = ticket.step();
         let snapshot = output.snapshot.take().map(|parameters| Snapshot { step, parameters });
-        let news = News { step, staleness: ticket.staleness(), applied: ticket.applies(), snapshot };
-        Ok(Pushed { reply, news: Some(news) })
+        Ok(Pushed { reply, is_new: true, snapshot })
     }
 
     /// Waits until everything that was decided by now is kept.
@@ -144,6 +155,44 @@ impl Pipeline {
 
     pub(super) fn keeper(&self) -> &Keeper {
         &self.keeper
+    }
+
+    /// The state at this place in the order, as the shards will tell it, with what the keeper knows of the same moment;
+    /// none while a model that is to be evaluated is on its way, or if nothing is kept.
+    pub(super) fn image(&self, snapshots: &BTreeMap<Step, Arc<[f32]>>) -> Option<PendingImage> {
+        let mut pending = Pending::new();
+        let (core, moment) = self.core.image(|job| {
+            self.enqueue(&[job], &mut pending);
+            self.keeper.moment()
+        })?;
+        Some(PendingImage { core, moment, pending, snapshots: snapshots.clone() })
+    }
+
+    /// Writes down what `image` takes, unless nothing was decided since the last time.
+    ///
+    /// # Errors
+    /// A [`StoreError`].
+    pub(super) async fn write_checkpoint(
+        &self,
+        image: impl Fn() -> Option<PendingImage>,
+    ) -> Result<(), StoreError> {
+        // One at a time, and none while an earlier one is still being written.
+        let mut written = self.written.lock().await;
+        if !self.keeper.keeps() || self.keeper.position() == *written {
+            return Ok(());
+        }
+        for _ in 0..IMAGE_TRIES {
+            if let Some(PendingImage { core, moment, pending, snapshots }) = image() {
+                let shards = outputs(pending).await;
+                let position = moment.position();
+                let image = Image::join(core, shards.into_iter().flatten(), snapshots);
+                self.keeper.write(moment, image).await?;
+                *written = position;
+                return Ok(());
+            }
+            tokio::time::sleep(IMAGE_RETRY).await;
+        }
+        Ok(())
     }
 
     /// Leases nothing more; returns the current model if it is still to be evaluated.

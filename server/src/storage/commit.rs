@@ -46,6 +46,8 @@ impl Shared {
 struct Progress {
     /// Records before this one are kept.
     kept: Position,
+    /// Records before this one are on the disk for good.
+    synced: Position,
     failure: Option<JournalFailed>,
 }
 
@@ -68,7 +70,7 @@ impl Commit {
             queue: Mutex::new(Queue { next, ..Queue::default() }),
             filled: Condvar::new(),
         });
-        let (told, progress) = watch::channel(Progress { kept: next, failure: None });
+        let (told, progress) = watch::channel(Progress { kept: next, synced: next, failure: None });
         let queue = shared.clone();
         let work = move || {
             if let Err(error) = write(&queue, writer, durability, &told) {
@@ -93,6 +95,25 @@ impl Commit {
         queue.count += 1;
         drop(queue);
         self.shared.filled.notify_one();
+    }
+
+    /// The position of the next record.
+    pub fn next(&self) -> Position {
+        self.shared.queue().next
+    }
+
+    /// Waits until everything before a record that was appended is synced.
+    ///
+    /// # Errors
+    /// [`JournalFailed`], also if the journal is closed before that.
+    pub async fn synced_to(&self, position: Position) -> Result<(), JournalFailed> {
+        let mut progress = self.progress.clone();
+        let reached =
+            progress.wait_for(|progress| progress.synced >= position || progress.failure.is_some()).await;
+        match reached {
+            Ok(progress) if progress.synced >= position => Ok(()),
+            _ => Err(self.failure()),
+        }
     }
 
     /// Waits until everything that was appended by now is kept.
@@ -172,7 +193,7 @@ fn write<D: Disk>(
                         let (queue, waited) = waited.expect("nothing panics while it holds the queue");
                         if waited.timed_out() {
                             drop(queue);
-                            writer.sync()?;
+                            sync(&mut writer, told)?;
                             unsynced_since = None;
                             shared.queue()
                         } else {
@@ -185,18 +206,25 @@ fn write<D: Disk>(
             std::mem::take(&mut queue.count)
         };
         if count == 0 {
-            return writer.sync();
+            return sync(&mut writer, told);
         }
         writer.append_encoded(&bytes, count)?;
         bytes.clear();
         let since = *unsynced_since.get_or_insert_with(Instant::now);
         if syncs_each || since.elapsed() >= ASYNC_SYNC_EVERY {
-            writer.sync()?;
+            sync(&mut writer, told)?;
             unsynced_since = None;
         }
         let kept = writer.next();
         told.send_modify(|progress| progress.kept = kept);
     }
+}
+
+fn sync<D: Disk>(writer: &mut Writer<D>, told: &watch::Sender<Progress>) -> Result<(), JournalError> {
+    writer.sync()?;
+    let synced = writer.next();
+    told.send_modify(|progress| progress.synced = synced);
+    Ok(())
 }
 
 #[cfg(test)]

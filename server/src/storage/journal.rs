@@ -247,7 +247,9 @@ impl<D: Disk> Journal<D> {
             if !is_last {
                 state.torn_bytes = 0;
             }
-            if state.torn_bytes > 0 {
+            if is_last {
+                // Also where nothing is torn: what a killed process had written and not synced was read all the same,
+                // and may still be lost with the power. From now on it is built on.
                 at(&name, self.disk.truncate(&name, offset))?;
             }
         }

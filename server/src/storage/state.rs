@@ -6,18 +6,20 @@
 //! | `identity.json` | format version, the run's id, token, certificate and key, address, results, hash of the initial model |
 //! | `run.toml` | the run, resolved |
 //! | `journal-…` | the decisions: [`super::Journal`], whose records are [`Stamp`] and [`Record`](crate::core::Record) |
+//! | `checkpoints/state-…` | the state at a position of the journal: [`super::StateCheckpoint`], unless they go elsewhere |
 //!
 //! The model, the workers' replicas and the sessions are the fold over the journal, from the initial model on, which is
-//! made again of what the run names.
+//! made again of what the run names; or from the last checkpoint on. What comes before the last checkpoint but one is
+//! removed.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use sanderling_common::config::{RunConfig, STATE_RUN_FILE};
+use sanderling_common::folder_lock::{FolderLock, FolderLockError};
 
 use super::journal::RunId;
 
@@ -25,12 +27,6 @@ use super::journal::RunId;
 const FORMAT: u32 = 1;
 
 const IDENTITY_FILE: &str = "identity.json";
-const LOCK_FILE: &str = "lock";
-
-/// A server that was killed a moment ago may still hold the lock for as long.
-pub const LOCK_WAIT: Duration = Duration::from_secs(2);
-
-const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// Why a state folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -43,9 +39,9 @@ pub enum StateError {
         /// What it said.
         source: io::Error,
     },
-    /// Another server uses it.
-    #[error("another server is using the state folder {0}")]
-    Locked(PathBuf),
+    /// Another server uses it, or it cannot be used at all.
+    #[error(transparent)]
+    Lock(#[from] FolderLockError),
     /// Its identity cannot be read.
     #[error("{path} is not the identity of a run: {source}")]
     Identity {
@@ -131,31 +127,16 @@ impl fmt::Debug for Identity {
 #[derive(Debug)]
 pub struct StateFolder {
     path: PathBuf,
-    /// Unlocked when it is closed, also by a crash.
-    _lock: File,
+    _lock: FolderLock,
 }
 
 impl StateFolder {
-    /// Makes the folder if it is not there, and locks it, which may take [`LOCK_WAIT`].
+    /// Makes the folder if it is not there, and locks it.
     ///
     /// # Errors
-    /// [`StateError::Io`] or [`StateError::Locked`].
+    /// [`StateError::Lock`].
     pub fn open(path: &Path) -> Result<Self, StateError> {
-        fs::create_dir_all(path).map_err(at(path))?;
-        let lock = path.join(LOCK_FILE);
-        let file = OpenOptions::new().create(true).truncate(false).write(true).open(&lock);
-        let file = file.map_err(at(&lock))?;
-        let begun = Instant::now();
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(Self { path: path.to_owned(), _lock: file }),
-                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_WAIT => {
-                    std::thread::sleep(LOCK_RETRY)
-                }
-                Err(TryLockError::WouldBlock) => return Err(StateError::Locked(path.to_owned())),
-                Err(TryLockError::Error(source)) => return Err(StateError::Io { path: lock, source }),
-            }
-        }
+        Ok(Self { path: path.to_owned(), _lock: FolderLock::take(path)? })
     }
 
     /// Where it is.
@@ -240,7 +221,7 @@ fn at(path: &Path) -> impl Fn(io::Error) -> StateError + '_ {
 }
 
 /// What is known when a record is written that the core, which has no clock, does not know.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Stamp {
     /// Seconds that servers have served the run.
     pub seconds: f64,
@@ -285,7 +266,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/state");
         let state = StateFolder::open(&path).unwrap();
-        assert!(matches!(StateFolder::open(&path), Err(StateError::Locked(_))));
+        assert!(matches!(StateFolder::open(&path), Err(StateError::Lock(FolderLockError::Locked(_)))));
         assert!(state.identity().unwrap().is_none());
         let run = RunConfig::default();
         state.begin(&run, &identity()).unwrap();

@@ -10,9 +10,12 @@
 //! | [`pending`](WorkerCore::pending) | to send, and to send again after a lost connection |
 //! | [`handle_answer`](WorkerCore::handle_answer) | with the server's answer to it |
 //!
+//! While a push is pending, a [`WorkerImage`] is all that is needed to go on from there, in this process or another.
+//!
 //! To overlap computing with an exchange, take the next gradient between `handle_gradient` and `handle_answer`; it is
 //! then a step staler, and the view accounts for the push that is under way.
 
+mod image;
 pub mod method;
 mod queue;
 
@@ -27,6 +30,7 @@ use sanderling_common::schedule::Schedule;
 use sanderling_common::sparse::{DecodeError, NonFinite, Update, decode, decode_into, split_aside};
 use sanderling_common::wire::{Answer, BatchRange, Push, UPDATE_MAGNITUDE_MAX, Work};
 
+pub use image::{ImageError, RestoredWorker, WorkerImage, WorkerPlace};
 use method::{CompressionMethod, Direction, clip_scale};
 use queue::BatchQueue;
 pub use queue::LEASES_MAX;
@@ -53,7 +57,7 @@ impl From<&RunConfig> for WorkerSettings {
 }
 
 /// What a worker has done so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct WorkerCounters {
     /// Pushes made, skipped ones included.
     pub pushes: u64,

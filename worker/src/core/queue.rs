@@ -9,12 +9,17 @@ use sanderling_common::wire::BatchRange;
 pub const LEASES_MAX: usize = 1024;
 
 /// Leased batches in the order in which they came, as ranges: their number is the server's to choose.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(super) struct BatchQueue {
     ranges: VecDeque<BatchRange>,
 }
 
 impl BatchQueue {
+    /// Whether it is one that [`add`](Self::add) can have led to.
+    pub(super) fn is_sound(&self) -> bool {
+        self.ranges.len() <= LEASES_MAX && self.ranges.iter().all(exists)
+    }
+
     pub(super) fn first(&self) -> Option<BatchId> {
         self.ranges.front().map(|range| range.first)
     }
@@ -34,13 +39,16 @@ impl BatchQueue {
 
     /// Gives the range back if it cannot be held.
     pub(super) fn add(&mut self, range: BatchRange) -> Result<(), BatchRange> {
-        let exists = range.count > 0 && range.first.0.checked_add(u64::from(range.count)).is_some();
-        if !exists || self.ranges.len() == LEASES_MAX {
+        if !exists(&range) || self.ranges.len() == LEASES_MAX {
             return Err(range);
         }
         self.ranges.push_back(range);
         Ok(())
     }
+}
+
+fn exists(range: &BatchRange) -> bool {
+    range.count > 0 && range.first.0.checked_add(u64::from(range.count)).is_some()
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! A worker as a member of a run: its state across connections, and the loop of exchanges.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use sanderling_common::checkpoint::Checkpoint;
@@ -24,10 +24,11 @@ use tracing::{info, warn};
 use super::bulk::{BulkError, Download, parameters};
 use super::connection::Link;
 use super::{Lost, WorkerError, WorkerOptions, WorkerReport};
-use crate::core::{Diverged, WorkerCore, WorkerSettings};
+use crate::core::{Diverged, RestoredWorker, WorkerCore, WorkerSettings};
 use crate::data::Batch;
 use crate::engine::Engine;
 use crate::model::{ModelError, StepLoss};
+use crate::storage::{StateError, StateFolder};
 
 /// A push that the server is still applying is asked about again after this long.
 const IN_FLIGHT_WAIT: Duration = Duration::from_millis(20);
@@ -43,6 +44,43 @@ pub(super) struct Shelf {
     download: Download,
     /// Apart from the text's, so that a connection that is lost during either costs nothing of the other.
     dense_download: Download,
+    state: Option<Arc<Mutex<StateFolder>>>,
+    /// The worker that was killed, until its session is taken up again.
+    past: Option<RestoredWorker>,
+}
+
+/// The session that is kept on disk.
+impl Shelf {
+    /// With what a worker that was killed has left in the folder.
+    pub(super) fn open(state_dir: Option<&Path>, pin: [u8; 32]) -> Result<Self, StateError> {
+        let Some(path) = state_dir else { return Ok(Self::default()) };
+        let state = StateFolder::open(path, pin)?;
+        let past = state.load()?;
+        if let Some(past) = &past {
+            info!("going on from push {} in {}", past.push.seq.0, path.display());
+        }
+        Ok(Self { state: Some(Arc::new(Mutex::new(state))), past, ..Self::default() })
+    }
+
+    pub(super) fn session(&self) -> Option<SessionId> {
+        self.past.as_ref().map(RestoredWorker::session)
+    }
+
+    pub(super) fn take_past(&mut self) -> Option<RestoredWorker> {
+        self.past.take()
+    }
+
+    /// Nobody is to go on in the session.
+    pub(super) fn forget_session(&mut self) -> Result<(), StateError> {
+        if self.past.take().is_some() {
+            info!("the session that was kept on disk cannot be gone on with; beginning another");
+        }
+        self.state.as_ref().map_or(Ok(()), |state| lock(state).clear())
+    }
+}
+
+fn lock(state: &Mutex<StateFolder>) -> MutexGuard<'_, StateFolder> {
+    state.lock().expect("nothing panics while it writes the state")
 }
 
 impl Shelf {
@@ -151,6 +189,7 @@ fn find_dense<'a>(mut places: impl Iterator<Item = &'a Path>, sha256: [u8; 32]) 
 /// What a worker keeps across connections.
 pub(super) struct Member {
     session: SessionId,
+    state: Option<Arc<Mutex<StateFolder>>>,
     settings: WorkerSettings,
     overlap: bool,
     layout: Arc<Layout>,
@@ -214,6 +253,7 @@ impl Member {
             initial_sha256: initial.as_ref().map(|initial| parameters_hash(&layout, initial)),
             initial,
             session: welcome.session,
+            state: shelf.state.clone(),
             settings: WorkerSettings::from(&welcome.run),
             overlap: welcome.run.training.overlap,
             reply_bytes_max: usize::try_from(frame_bytes_max(&layout)).unwrap_or(usize::MAX),
@@ -229,6 +269,15 @@ impl Member {
 
     pub(super) fn session(&self) -> SessionId {
         self.session
+    }
+
+    /// Goes on where another process was in the same session.
+    pub(super) fn restore(&mut self, past: RestoredWorker) -> Result<(), Lost> {
+        let core = WorkerCore::restore(self.layout.clone(), &self.settings, past);
+        let core =
+            core.map_err(|error| Lost::Session(format!("what was kept on disk is of no use: {error}")))?;
+        self.desk().core = Some(core);
+        Ok(())
     }
 
     /// What this side has made of the server's description.
@@ -378,6 +427,16 @@ impl Member {
         }
     }
 
+    /// Writes down what another process needs to go on, before the push is sent for the first time.
+    async fn keep(&mut self, options: &WorkerOptions) -> Result<(), Lost> {
+        let Some(state) = self.state.clone() else { return Ok(()) };
+        let kept = self.at_desk(options, move |desk| {
+            let (image, mut state) = (desk.core().image().expect("a push is pending"), lock(&state));
+            Ok(if state.keeps(image.push) { Ok(()) } else { state.keep(&image) })
+        });
+        Ok(kept.await?.map_err(WorkerError::State)?)
+    }
+
     /// Sends the pending push, again after a lost connection, and applies the answer.
     async fn exchange(
         &mut self,
@@ -385,6 +444,7 @@ impl Member {
         options: &WorkerOptions,
         report: &mut WorkerReport,
     ) -> Result<(), Lost> {
+        self.keep(options).await?;
         let reply_bytes_max = self.reply_bytes_max;
         let core = self.desk().core();
         let push = core.pending().expect("a push is pending");

@@ -23,6 +23,7 @@ use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
 use crate::core::Diverged;
+use crate::storage::StateError;
 use connection::{Link, Reception};
 use member::{Member, Shelf};
 
@@ -55,11 +56,20 @@ pub struct WorkerOptions {
     pub dense: Option<PathBuf>,
     /// The client certificate to present to a server that admits workers by one.
     pub identity: Option<Arc<ClientIdentity>>,
+    /// A folder in which the worker keeps what another process needs to go on in its session, before every push: 4 bytes
+    /// per parameter for the model and for each vector of the method.
+    pub state_dir: Option<PathBuf>,
 }
 
 impl Default for WorkerOptions {
     fn default() -> Self {
-        Self { give_up_after: GIVE_UP_AFTER, compute_permits: None, dense: None, identity: None }
+        Self {
+            give_up_after: GIVE_UP_AFTER,
+            compute_permits: None,
+            dense: None,
+            identity: None,
+            state_dir: None,
+        }
     }
 }
 
@@ -135,6 +145,9 @@ pub enum WorkerError {
     /// Whatever this worker computes is too large.
     #[error("the training diverged; lower learning_rate ({0})")]
     Diverged(Diverged),
+    /// Its state cannot be kept.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The run cannot be computed.
     #[error("the gradient cannot be computed: {0}")]
     Compute(#[from] crate::model::ModelError),
@@ -173,7 +186,7 @@ pub async fn work(
 ) -> Result<WorkerReport, WorkerError> {
     let mut report = WorkerReport::default();
     let mut member: Option<Member> = None;
-    let mut shelf = Shelf::default();
+    let mut shelf = Shelf::open(options.state_dir.as_deref(), join.pin)?;
     let mut backoff = BACKOFF_FIRST;
     let mut last_contact = Instant::now();
     let mut diverged_sessions = 0;
@@ -187,17 +200,23 @@ pub async fn work(
         let reason = match outcome {
             Ok(()) => {
                 report.stopped = *stop.borrow();
+                shelf.forget_session()?;
                 return Ok(report);
             }
-            Err(Lost::Finished) => return Ok(report),
+            Err(Lost::Finished) => {
+                shelf.forget_session()?;
+                return Ok(report);
+            }
             Err(Lost::ForGood(error)) => return Err(*error),
             Err(Lost::ForNow(reason)) => reason,
             Err(Lost::Session(reason)) => {
                 member = None;
+                shelf.forget_session()?;
                 reason
             }
             Err(Lost::Diverged(diverged)) => {
                 member = None;
+                shelf.forget_session()?;
                 diverged_sessions += 1;
                 if diverged_sessions >= DIVERGED_SESSIONS_MAX {
                     return Err(WorkerError::Diverged(diverged));
@@ -232,7 +251,7 @@ async fn connected(
     report: &mut WorkerReport,
     stop: &watch::Receiver<bool>,
 ) -> Result<(), Lost> {
-    let resume = slot.as_ref().map(Member::session);
+    let resume = slot.as_ref().map(Member::session).or(shelf.session());
     // Not so little that no server could answer in it.
     let patience = options.give_up_after.saturating_sub(last_contact.elapsed()).max(PATIENCE_MIN);
     let mut stopped = stop.clone();
@@ -269,11 +288,15 @@ async fn taken_in(
     report.worker = Some(welcome.worker);
     if !welcome.resumed {
         *slot = None;
+        shelf.forget_session().map_err(WorkerError::State)?;
     }
     let member = match slot {
         Some(member) => member,
         None => slot.insert(Member::prepare(link, welcome, options, shelf).await?),
     };
+    if let Some(past) = shelf.take_past() {
+        member.restore(past)?;
+    }
     match link.confirm(member.ready()).await? {
         Some(step) if !member.has_begun() => {
             report.sessions += u64::from(!member.awaits_base());

@@ -2,7 +2,7 @@
 
 use sanderling_common::sparse::{NonFinite, Update, ValueFormat};
 
-use super::{CompressionMethod, Direction, Sender, for_each_direction};
+use super::{Accumulators, CompressionMethod, Direction, Sender, for_each_direction, refill};
 
 /// u ← m·u + d; r ← r + u; q = η·(top-R of r); u and r become 0 where something was sent.
 ///
@@ -52,6 +52,15 @@ impl CompressionMethod for DgcAsync {
 
     fn residual(&self) -> &[f32] {
         &self.r
+    }
+
+    fn accumulators(&self) -> Accumulators<'_> {
+        Accumulators { scalar: 0.0, vectors: vec![&self.u, &self.r] }
+    }
+
+    fn restore(&mut self, _: f64, vectors: Vec<Vec<f32>>, sent: Update) -> bool {
+        self.sender.update = sent;
+        refill([&mut self.u, &mut self.r], vectors)
     }
 
     fn momentum(&self) -> &[f32] {

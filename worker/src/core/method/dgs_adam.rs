@@ -3,7 +3,7 @@
 use sanderling_common::method::MethodSettings;
 use sanderling_common::sparse::{NonFinite, Update};
 
-use super::{CompressionMethod, Direction, Sender};
+use super::{Accumulators, CompressionMethod, Direction, Sender, refill};
 
 /// v ← β2·v + (1 − β2)·∇²; d = ∇/(√v̂ + ε) + λ·θ with v̂ = v/(1 − β2^c); u ← u + η·d; q = top-R of u; u ← u − q.
 ///
@@ -68,6 +68,15 @@ impl CompressionMethod for DgsAdam {
 
     fn residual(&self) -> &[f32] {
         &self.u
+    }
+
+    fn accumulators(&self) -> Accumulators<'_> {
+        Accumulators { scalar: self.beta2_power, vectors: vec![&self.u, &self.v] }
+    }
+
+    fn restore(&mut self, beta2_power: f64, vectors: Vec<Vec<f32>>, sent: Update) -> bool {
+        (self.beta2_power, self.sender.update) = (beta2_power, sent);
+        refill([&mut self.u, &mut self.v], vectors) && (0.0..=1.0).contains(&beta2_power)
     }
 
     fn momentum(&self) -> &[f32] {

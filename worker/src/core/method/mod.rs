@@ -69,10 +69,37 @@ pub trait CompressionMethod: Send {
     /// The momentum: u where it is also the residual, DGC's u; empty for methods without.
     fn momentum(&self) -> &[f32];
 
+    /// Everything that it carries from one gradient to the next, but for what was [sent](Self::sent).
+    fn accumulators(&self) -> Accumulators<'_>;
+
+    /// Takes up where a method with the same settings was when it had these [`accumulators`](Self::accumulators), and had
+    /// sent that. Returns whether they are of such a method; it is of no further use if not.
+    fn restore(&mut self, scalar: f64, vectors: Vec<Vec<f32>>, sent: Update) -> bool;
+
     /// Whether gradients are to be taken at the local view θ_k − u_k instead of θ_k.
     fn uses_local_view(&self) -> bool {
         false
     }
+}
+
+/// What a method carries from one gradient to the next.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Accumulators<'a> {
+    /// Of `dgs-adam` β2^c; of the others 0.
+    pub scalar: f64,
+    /// u, and what the method has beside it: DGC's r, the second moment v.
+    pub vectors: Vec<&'a [f32]>,
+}
+
+/// Puts vectors that were read into the places they belong to; returns whether they fit there.
+fn refill<const N: usize>(places: [&mut Vec<f32>; N], vectors: Vec<Vec<f32>>) -> bool {
+    let Ok(vectors) = <[Vec<f32>; N]>::try_from(vectors) else { return false };
+    let mut fits = true;
+    for (place, vector) in places.into_iter().zip(vectors) {
+        fits &= place.len() == vector.len() && vector.iter().all(|value| value.is_finite());
+        *place = vector;
+    }
+    fits
 }
 
 /// The method that `settings` describes, with empty accumulators.

@@ -2,7 +2,7 @@
 
 use sanderling_common::sparse::{NonFinite, Update};
 
-use super::{CompressionMethod, Direction, Sender, for_each_direction};
+use super::{Accumulators, CompressionMethod, Direction, Sender, for_each_direction, refill};
 
 /// u ← u + η·d; q = top-R of u; u ← u − (1 − m)·q.
 #[derive(Debug)]
@@ -41,6 +41,15 @@ impl CompressionMethod for SaMomentum {
 
     fn residual(&self) -> &[f32] {
         &self.u
+    }
+
+    fn accumulators(&self) -> Accumulators<'_> {
+        Accumulators { scalar: 0.0, vectors: vec![&self.u] }
+    }
+
+    fn restore(&mut self, _: f64, vectors: Vec<Vec<f32>>, sent: Update) -> bool {
+        self.sender.update = sent;
+        refill([&mut self.u], vectors)
     }
 
     fn momentum(&self) -> &[f32] {

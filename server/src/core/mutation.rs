@@ -1,0 +1,55 @@
+//! Defects that can be switched on, so that tests can show that they would be found. Without the feature `mutations`,
+//! which only tests have, there are none and nothing of this is in the program.
+
+/// A defect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// A push that comes again is taken for a new one.
+    NoDeduplication,
+    /// A reply leaves before what it tells is in the journal.
+    AnswerBeforeJournal,
+    /// What a worker is sent is not added to its replica.
+    StaleReplica,
+}
+
+#[cfg(feature = "mutations")]
+thread_local! {
+    static CURRENT: std::cell::Cell<Option<Mutation>> = const { std::cell::Cell::new(None) };
+}
+
+/// A defect is on until this is dropped.
+#[derive(Debug)]
+pub struct Mutated;
+
+impl Drop for Mutated {
+    fn drop(&mut self) {
+        #[cfg(feature = "mutations")]
+        CURRENT.set(None);
+    }
+}
+
+impl Mutation {
+    /// Every defect.
+    pub const ALL: [Self; 3] = [Self::NoDeduplication, Self::AnswerBeforeJournal, Self::StaleReplica];
+
+    /// Switches the defect on, for this thread.
+    ///
+    /// # Panics
+    /// Without the feature `mutations`.
+    pub fn switch_on(self) -> Mutated {
+        #[cfg(feature = "mutations")]
+        CURRENT.set(Some(self));
+        #[cfg(not(feature = "mutations"))]
+        panic!("{self:?} needs the feature `mutations`");
+        #[cfg(feature = "mutations")]
+        Mutated
+    }
+
+    /// Whether the defect is on.
+    pub(super) fn is_on(self) -> bool {
+        #[cfg(feature = "mutations")]
+        return CURRENT.get() == Some(self);
+        #[cfg(not(feature = "mutations"))]
+        false
+    }
+}

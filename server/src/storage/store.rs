@@ -1,0 +1,208 @@
+//! Where checkpoints are kept: a folder of this machine, or any object store.
+
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use object_store::buffered::{BufReader, BufWriter};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as ObjectPath;
+use object_store::prefix::PrefixStore;
+use object_store::{ObjectStore, ObjectStoreExt};
+use sanderling_common::join::hex;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::runtime::Handle;
+
+use super::checkpoint::{CheckpointFileError, RestoredState, StateCheckpoint};
+use super::journal::{Position, RunId};
+
+/// Checkpoints that are kept, so that one that turns out to be damaged has a predecessor.
+pub const CHECKPOINTS_KEPT: usize = 2;
+
+/// The folder of checkpoints within a state folder.
+pub const CHECKPOINTS_FOLDER: &str = "checkpoints";
+
+/// Bytes that are read at a time; object stores charge for requests.
+const READ_BYTES: usize = 4 << 20;
+
+/// Bytes that are written at a time: object stores ask for parts of at least 5 MiB, and take at most 10 000 of them.
+const PART_BYTES: usize = 16 << 20;
+
+/// Parts that are on their way to a store at a time.
+const PARTS_UNDER_WAY_MAX: usize = 2;
+
+const PREFIX: &str = "state-";
+
+/// Why checkpoints cannot be kept, or one not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The URL names no store that this program knows.
+    #[error("cannot keep checkpoints in {url:?}: {source}")]
+    Url {
+        /// The setting.
+        url: String,
+        /// What is wrong with it.
+        source: object_store::Error,
+    },
+    /// The URL is none.
+    #[error("cannot keep checkpoints in {0:?}: give a URL such as s3://bucket/folder or file:///folder")]
+    NoUrl(String),
+    /// The store refused.
+    #[error("the store of checkpoints refuses: {0}")]
+    Store(#[from] object_store::Error),
+    /// The folder cannot be made.
+    #[error("cannot keep checkpoints: {0}")]
+    Io(#[from] io::Error),
+    /// The checkpoint of a position is of no use.
+    #[error("the checkpoint of record {position} cannot be used: {source}")]
+    File {
+        /// Its position.
+        position: Position,
+        /// Why.
+        source: CheckpointFileError,
+    },
+}
+
+/// The checkpoints of one run.
+#[derive(Clone, Debug)]
+pub struct CheckpointStore {
+    store: Arc<dyn ObjectStore>,
+    run: RunId,
+}
+
+fn name(position: Position) -> ObjectPath {
+    ObjectPath::from(format!("{PREFIX}{position:020}"))
+}
+
+fn position_of(path: &ObjectPath) -> Option<Position> {
+    let digits = path.filename()?.strip_prefix(PREFIX)?;
+    (digits.len() == 20).then(|| digits.parse().ok()).flatten()
+}
+
+impl CheckpointStore {
+    /// The store at `url`, where the checkpoints of each run have a folder by its id; without a URL a folder in the state
+    /// folder.
+    ///
+    /// # Errors
+    /// [`StoreError::Url`], [`StoreError::NoUrl`] or [`StoreError::Io`].
+    pub fn open(state_folder: &Path, url: &str, run: RunId) -> Result<Self, StoreError> {
+        if url.is_empty() {
+            let folder = state_folder.join(CHECKPOINTS_FOLDER);
+            std::fs::create_dir_all(&folder)?;
+            return Ok(Self { store: Arc::new(local(&folder)?), run });
+        }
+        let parsed = url::Url::parse(url).map_err(|_| StoreError::NoUrl(url.to_owned()))?;
+        let at = |source| StoreError::Url { url: url.to_owned(), source };
+        let store: Arc<dyn ObjectStore> = if parsed.scheme() == "file" {
+            let folder = parsed.to_file_path().map_err(|()| StoreError::NoUrl(url.to_owned()))?;
+            let folder = folder.join(hex(&run.0));
+            std::fs::create_dir_all(&folder)?;
+            Arc::new(local(&folder).map_err(at)?)
+        } else {
+            // Credentials and endpoints are in the environment, as the stores' own tools have them.
+            let (store, path) = object_store::parse_url_opts(&parsed, std::env::vars()).map_err(at)?;
+            Arc::new(PrefixStore::new(store, path.join(hex(&run.0).as_str())))
+        };
+        Ok(Self { store, run })
+    }
+
+    /// A store of any kind.
+    pub fn new(store: Arc<dyn ObjectStore>, run: RunId) -> Self {
+        Self { store, run }
+    }
+
+    /// The positions of the checkpoints that there are, ascending.
+    ///
+    /// # Errors
+    /// [`StoreError::Store`].
+    pub async fn positions(&self) -> Result<Vec<Position>, StoreError> {
+        let objects = self.store.list_with_delimiter(None).await?.objects;
+        let mut positions: Vec<_> =
+            objects.iter().filter_map(|object| position_of(&object.location)).collect();
+        positions.sort_unstable();
+        Ok(positions)
+    }
+
+    /// Writes a checkpoint: it is there whole, and durably, or not at all.
+    ///
+    /// # Errors
+    /// [`StoreError::File`].
+    pub async fn write(&self, checkpoint: Arc<StateCheckpoint>) -> Result<(), StoreError> {
+        let (run, position) = (self.run, checkpoint.position);
+        let handle = Handle::current();
+        let writer = BufWriter::with_capacity(self.store.clone(), name(position), PART_BYTES);
+        let writer = writer.with_max_concurrency(PARTS_UNDER_WAY_MAX);
+        let written = tokio::task::spawn_blocking(move || {
+            let mut blocking = Blocking { handle, inner: writer };
+            let written = checkpoint.write(run, &mut blocking);
+            let Blocking { handle, inner: mut writer } = blocking;
+            // What was not written whole must not appear.
+            match written {
+                Ok(()) => Ok(handle.block_on(writer.shutdown())?),
+                Err(error) => {
+                    let _ = handle.block_on(writer.abort());
+                    Err(error)
+                }
+            }
+        });
+        let written = written.await.expect("writing a checkpoint does not panic");
+        written.map_err(|source| StoreError::File { position, source })
+    }
+
+    /// Reads the checkpoint of a position.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn read(&self, position: Position) -> Result<RestoredState, StoreError> {
+        let meta = self.store.head(&name(position)).await?;
+        let reader = BufReader::with_capacity(self.store.clone(), &meta, READ_BYTES);
+        let (handle, run) = (Handle::current(), self.run);
+        let read = tokio::task::spawn_blocking(move || {
+            RestoredState::read(run, Blocking { handle, inner: reader }, meta.size)
+        });
+        let read = read.await.expect("reading a checkpoint does not panic");
+        read.map_err(|source| StoreError::File { position, source })
+    }
+
+    /// Removes all but the last [`CHECKPOINTS_KEPT`]; returns the position of the first of those, which records before it
+    /// are not needed for, once as many are there.
+    ///
+    /// # Errors
+    /// [`StoreError::Store`].
+    pub async fn remove_old(&self) -> Result<Option<Position>, StoreError> {
+        let positions = self.positions().await?;
+        let Some(surplus) = positions.len().checked_sub(CHECKPOINTS_KEPT) else { return Ok(None) };
+        for &position in &positions[..surplus] {
+            self.store.delete(&name(position)).await?;
+        }
+        Ok(positions.get(surplus).copied())
+    }
+}
+
+/// Syncs what it writes, file and name.
+fn local(folder: &Path) -> Result<LocalFileSystem, object_store::Error> {
+    Ok(LocalFileSystem::new_with_prefix(folder)?.with_fsync(true))
+}
+
+/// Asynchronous reading and writing from a thread that may block.
+struct Blocking<T> {
+    handle: Handle,
+    inner: T,
+}
+
+impl Write for Blocking<BufWriter> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.handle.block_on(self.inner.write(bytes))
+    }
+
+    /// The store decides when to send what it has; shutting down sends the rest.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Blocking<BufReader> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.handle.block_on(self.inner.read(bytes))
+    }
+}
