@@ -10,7 +10,7 @@ use sanderling_common::config::cli::{RunOptions, RunOptionsError, with_defaults}
 use sanderling_common::join::{JoinError, Token};
 use sanderling_common::report::one_sentence;
 use sanderling_server::commands::Command;
-use sanderling_server::net::{Server, ServerError};
+use sanderling_server::net::{AdmissionError, Server, ServerError};
 use sanderling_server::progress::ProgressView;
 use sanderling_transport::stop_on_interrupt;
 use tracing::{info, level_filters::LevelFilter};
@@ -74,9 +74,14 @@ fn main() -> ExitCode {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
-            let is_usage =
-                matches!(error.downcast_ref(), Some(ServerError::Listen(_) | ServerError::Memory(_)))
-                    || error.is::<JoinError>();
+            let is_usage = matches!(
+                error.downcast_ref(),
+                Some(
+                    ServerError::Listen(_)
+                        | ServerError::Memory(_)
+                        | ServerError::Admission(AdmissionError::TokenBeside(_))
+                )
+            ) || error.is::<JoinError>();
             let other = if is_usage { 2 } else { 1 };
             ExitCode::from(error.downcast_ref().map_or(other, RunOptionsError::exit_code))
         }

@@ -167,7 +167,7 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, ClientError>
     let all = all.collect::<Result<Vec<_>, _>>().map_err(read)?;
     match all.len() {
         0 => Err(read(pem::Error::NoItemsFound)),
-        ..=AUTHORITIES_MAX => Ok(all),
+        1..=AUTHORITIES_MAX => Ok(all),
         _ => Err(ClientError::TooMany),
     }
 }

@@ -53,6 +53,7 @@ mod alert {
     pub(super) const BASE: u64 = 0x100;
     pub(super) const CERTIFICATE_EXPIRED: u64 = BASE + 45;
     pub(super) const UNKNOWN_CA: u64 = BASE + 48;
+    pub(super) const DECRYPT_ERROR: u64 = BASE + 51;
     pub(super) const CERTIFICATE_REQUIRED: u64 = BASE + 116;
     pub(super) const NO_APPLICATION_PROTOCOL: u64 = BASE + 120;
     pub(super) const LAST: u64 = BASE + 255;
@@ -82,7 +83,8 @@ pub fn describe(error: &ConnectionError) -> String {
         (Some(alert::CERTIFICATE_REQUIRED), _) => {
             "a client certificate is required: give the worker --certificate and --key".to_owned()
         }
-        (Some(alert::UNKNOWN_CA), _) => {
+        // The authorities of other fleets have the same name, so that only their signatures tell them apart.
+        (Some(alert::UNKNOWN_CA | alert::DECRYPT_ERROR), _) => {
             "the client certificate is not signed by the server's client_ca".to_owned()
         }
         (Some(alert::CERTIFICATE_EXPIRED), _) => {

@@ -95,8 +95,8 @@ pub fn trust(connection: &Connection) {
     connection.set_receive_window(CONNECTION_WINDOW_BYTES.into());
 }
 
-/// An endpoint that connects to the server with this certificate pin, and presents an identity if there is one. A connection that is silent for `idle`, at most
-/// [`IDLE_MAX`], is lost; it may be lost earlier, by what the server says.
+/// An endpoint that connects to the server with this certificate pin, and presents an identity if there is one. A
+/// connection that is silent for `idle`, at most [`IDLE_MAX`], is lost; it may be lost earlier, by what the server says.
 ///
 /// # Errors
 /// An [`EndpointError`].

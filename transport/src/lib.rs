@@ -1,5 +1,5 @@
-//! How both ends use QUIC: certificates, pins and client certificates, endpoints, messages on streams, and why a connection is closed; and
-//! how all programs end on a signal.
+//! How both ends use QUIC: certificates, pins and client certificates, endpoints, messages on streams, and why a
+//! connection is closed; and how all programs end on a signal.
 //!
 //! Server and worker never depend on each other, and `common` knows no network; what the two ends of a connection
 //! must agree on about QUIC itself lives here. What the bytes mean is `sanderling_common::wire`.

@@ -30,17 +30,17 @@ const WORK_WAIT_SHARE: u32 = 4;
 /// From the first packet to the end of the hello a peer may take this long, or a lease where that is shorter. What comes
 /// after it may take any time, since a worker may have to fetch and build a large model; one that falls silent meanwhile
 /// loses its connection like any other.
-const HELLO_WAIT: Duration = Duration::from_secs(20);
+pub(super) const HELLO_WAIT: Duration = Duration::from_secs(20);
 
 /// The largest hello: a token and a name.
-const HELLO_BYTES_MAX: usize = 4096;
+pub(super) const HELLO_BYTES_MAX: usize = 4096;
 
 /// A worker that was told to finish may take this long to close its connection.
 const GOODBYE_WAIT: Duration = Duration::from_secs(2);
 
 /// Exchanges of one connection that are read, applied and answered at a time; a worker has one anyway. Further ones wait
 /// unread.
-const EXCHANGES_PER_CONNECTION: usize = 1;
+pub(super) const EXCHANGES_PER_CONNECTION: usize = 1;
 
 /// Why a connection was given up by this side.
 #[derive(Debug, thiserror::Error)]

@@ -1,13 +1,37 @@
-//! What workers and strangers may make the server hold, all together and at the worst.
+//! What workers and strangers may make the server hold, all together and at the worst. Each limit is a named constant or a
+//! setting:
+//!
+//! | limit | value | what is beyond it |
+//! | --- | --- | --- |
+//! | sessions | `sessions_max` | is told that there is no room, and asks again |
+//! | connections of workers | [`CONNECTIONS_PER_SESSION`] · `sessions_max` | the same |
+//! | connections of strangers | [`STRANGERS_MAX`] | is refused before the handshake, and may try again |
+//! | handshakes of one address (IPv6: /64) | [`HANDSHAKES_BURST_MIN`] or `sessions_max` at once, then [`HANDSHAKES_PER_S`] | the same |
+//! | addresses remembered for that | [`ADDRESSES_MAX`] | share one allowance |
+//! | handshake and hello | [`HELLO_WAIT`], a lease at most | is hung up on |
+//! | bytes of a hello | [`HELLO_BYTES_MAX`] | is hung up on |
+//! | bytes of a control message | [`CONTROL_BYTES_MAX`] | is hung up on |
+//! | bytes of a push | [`frame_bytes_max`] of the layout | is hung up on |
+//! | entries of a push, once decoded | elements of each tensor | is refused ([`Refusal::BadPayload`](sanderling_common::wire::Refusal)) |
+//! | norm of an update | `norm_limit` times the recent median | is refused ([`Refusal::AbsurdNorm`](sanderling_common::wire::Refusal)) |
+//! | streams of a connection | [`STREAMS_MAX`] | waits at the peer |
+//! | bytes of a connection under way | [`STRANGER_WINDOW_BYTES`], then [`CONNECTION_WINDOW_BYTES`] | wait at the peer |
+//! | exchanges of a connection | [`EXCHANGES_PER_CONNECTION`] | waits unread |
+//! | a stream that stands still | [`STREAM_WAIT_MAX`], a lease at most, and [`STREAM_BYTES_PER_S_MIN`] on average | loses its connection |
+//! | memory that all of it may pin | `memory_max_mb` | the server does not start |
+//!
+//! What may be pinned at the worst is the sum of:
 //!
 //! | what | how many | bytes each |
 //! | --- | --- | --- |
 //! | replica | sessions | the model, 4·P |
-//! | stored answer | sessions | a frame |
-//! | base, until the first push | sessions | the model, or a payload of it |
-//! | difference for an evaluation | sessions | two payloads |
-//! | push under way | sessions | twice a frame as it comes in, and 8 bytes an entry, of which there are at most P |
-//! | answer under way | sessions | twice a frame as it is put together |
+//! | last answer, with the session and as the shards made it | sessions | two frames |
+//! | both once more, while a checkpoint of the state is written | sessions | the same |
+//! | base, until the first push | sessions | twice the model, or a payload of it, as it is put together |
+//! | difference for an evaluation | sessions | twice two payloads, likewise |
+//! | answer under way | sessions | twice a frame, likewise |
+//! | push on its way into the journal | sessions | three frames |
+//! | push under way | 2 · sessions | twice a frame as it comes in, and 8 bytes an entry, of which there are at most P |
 //! | connection of a worker | 2 · sessions | windows in both directions, and a control message per stream |
 //! | connection of a stranger | [`STRANGERS_MAX`] | window, and the handshake |
 //!
@@ -20,6 +44,13 @@ use sanderling_common::sparse::{aside_bytes_max, payload_bytes_max};
 use sanderling_common::wire::control::CONTROL_BYTES_MAX;
 use sanderling_common::wire::frame::frame_bytes_max;
 use sanderling_transport::{CONNECTION_WINDOW_BYTES, STRANGER_WINDOW_BYTES, STREAMS_MAX};
+
+#[cfg(doc)]
+use super::{
+    connection::{EXCHANGES_PER_CONNECTION, HELLO_BYTES_MAX, HELLO_WAIT},
+    pace::{STREAM_BYTES_PER_S_MIN, STREAM_WAIT_MAX},
+    rate::{ADDRESSES_MAX, HANDSHAKES_BURST_MIN, HANDSHAKES_PER_S},
+};
 
 /// Peers that are not admitted yet, at a time; further ones are refused. Each costs the server a handshake and what a
 /// connection buffers.
@@ -78,18 +109,24 @@ pub(super) struct Pinned {
 }
 
 impl Pinned {
-    pub(super) fn of(layout: &Layout, run: &RunConfig) -> Self {
+    /// Of a run whose state is kept on a disk or is not.
+    pub(super) fn of(layout: &Layout, run: &RunConfig, is_kept: bool) -> Self {
         let entries = layout.len() as u64;
         let (model, payload, frame) = (4 * entries, payload_bytes_max(layout), frame_bytes_max(layout));
-        let base = if run.workers_make_initial() { payload } else { model };
-        let under_way = 2 * frame + ENTRY_BYTES * entries + 2 * frame;
+        let mut state = model + 2 * frame;
+        if is_kept && run.server.checkpoint_every_ms > 0 {
+            state *= 2;
+        }
+        let base = 2 * if run.workers_make_initial() { payload } else { model };
+        let journal = if is_kept { 3 * frame } else { 0 };
+        let answers = base + 2 * aside_bytes_max(layout) + 2 * frame;
+        let push = 2 * frame + ENTRY_BYTES * entries;
         let messages = u64::from(STREAMS_MAX) * CONTROL_BYTES_MAX as u64;
-        let connection = 2 * u64::from(CONNECTION_WINDOW_BYTES) + messages;
-        let connections = CONNECTIONS_PER_SESSION as u64 * connection;
+        let connection = push + 2 * u64::from(CONNECTION_WINDOW_BYTES) + messages;
         let stranger = u64::from(STRANGER_WINDOW_BYTES) + HANDSHAKE_BYTES;
         Self {
             sessions_max: run.server.sessions_max,
-            session: model + frame + base + aside_bytes_max(layout) + under_way + connections,
+            session: state + answers + journal + CONNECTIONS_PER_SESSION as u64 * connection,
             strangers: STRANGERS_MAX as u64 * stranger,
         }
     }
@@ -126,12 +163,12 @@ pub(super) fn megabytes(bytes: u64) -> u64 {
 mod tests {
     use super::*;
 
-    fn pinned(sessions_max: u32, init: &str) -> Pinned {
+    fn pinned(sessions_max: u32, init: &str, is_kept: bool) -> Pinned {
         let mut run = RunConfig::default();
         run.server.sessions_max = sessions_max;
         let layout = run.model_config(65).layout().unwrap();
         run.model.init = init.to_owned();
-        Pinned::of(&layout, &run)
+        Pinned::of(&layout, &run, is_kept)
     }
 
     #[test]
@@ -139,20 +176,22 @@ mod tests {
         let run = RunConfig::default();
         let layout = run.model_config(65).layout().unwrap();
         let (model, frame) = (4 * layout.len() as u64, frame_bytes_max(&layout));
-        let one = pinned(1, "");
-        // A replica, a decoded update, and eight times about a frame: stored, base, twice for an evaluation, four under
-        // way; and two connections of 8 MiB each way with 16 messages of 1 MiB.
-        let frames = one.session - 3 * model - 2 * (32 << 20);
-        assert!((7 * frame..=8 * frame).contains(&frames), "{frames} of {frame}");
+        let one = pinned(1, "", false);
+        // Of models, a replica and two decoded updates; of frames, last answers and a base, two each, an evaluation four,
+        // an answer two and two pushes four; and two connections of 8 MiB each way with 16 messages of 1 MiB.
+        let frames = one.session - 5 * model - 2 * (32 << 20);
+        assert!((13 * frame..=14 * frame).contains(&frames), "{frames} of {frame}");
         assert_eq!(one.strangers, 128 << 20);
-        assert_eq!(pinned(256, "").total(), 256 * one.session + one.strangers);
+        assert_eq!(pinned(256, "", false).total(), 256 * one.session + one.strangers);
+        // What is kept needs the state twice, and the journal's queue.
+        assert_eq!(pinned(1, "", true).session, one.session + model + 5 * frame);
         // A base that is sent whole is shorter than the longest payload.
-        assert!(pinned(1, "somewhere").session < one.session);
+        assert!(pinned(1, "somewhere", false).session < one.session);
     }
 
     #[test]
     fn a_run_that_may_need_too_much_is_refused_with_what_would_fit() {
-        let pinned = pinned(100, "");
+        let pinned = pinned(100, "", false);
         let enough = pinned.total().div_ceil(MEGABYTE);
         assert_eq!(pinned.check(0), Ok(()));
         assert_eq!(pinned.check(enough), Ok(()));

@@ -206,7 +206,7 @@ impl Server {
             None => Certificate::generate()?,
         };
         let layout = Arc::new(beginning.model.layout()?);
-        let pinned = Pinned::of(&layout, &run);
+        let pinned = Pinned::of(&layout, &run, state.is_some());
         pinned.check(run.server.memory_max_mb)?;
         let endpoint = server_endpoint(address, &certificate, clients.as_ref(), idle(&run))?;
         let bound = endpoint.local_addr()?;
@@ -258,7 +258,7 @@ impl Server {
         };
         let sessions = beginnings.sessions.clone();
         info!(
-            "{} workers may pin up to {} MB together at the worst, {} MB each, strangers {} MB of it",
+            "at the worst, {} workers and strangers pin {} MB together: {} MB a worker, {} MB the strangers (memory_max_mb)",
             run.server.sessions_max,
             megabytes(pinned.total()),
             megabytes(pinned.session),

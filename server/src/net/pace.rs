@@ -11,10 +11,10 @@ use tokio::time::timeout_at;
 use super::connection::PeerError;
 
 /// A stream may stand still for this long, or a lease where that is shorter.
-const STREAM_WAIT_MAX: Duration = Duration::from_secs(60);
+pub(super) const STREAM_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Beyond that, a stream moves at least so many bytes per second on average.
-const STREAM_BYTES_PER_S_MIN: u64 = 1024;
+pub(super) const STREAM_BYTES_PER_S_MIN: u64 = 1024;
 
 /// Read at a time.
 const CHUNK_BYTES_MAX: usize = 64 << 10;

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 /// Handshakes that one address may begin at once: at least this many, and as many as there may be workers, who may all
 /// come from behind one address when a server starts.
-const HANDSHAKES_BURST_MIN: u32 = 64;
+pub(super) const HANDSHAKES_BURST_MIN: u32 = 64;
 
 /// Handshakes per second of one address once the burst is used up.
-const HANDSHAKES_PER_S: f64 = 16.0;
+pub(super) const HANDSHAKES_PER_S: f64 = 16.0;
 
 /// Addresses that are remembered. Those beyond share one bucket.
-const ADDRESSES_MAX: usize = 4096;
+pub(super) const ADDRESSES_MAX: usize = 4096;
 
 /// How often the table is looked through for addresses that need not be remembered, when it is full.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);

@@ -45,7 +45,8 @@ pub(super) enum Reception {
 }
 
 impl Link {
-    /// Connects, each attempt to the next address of the host, and says hello; waits at most `patience` for the server to answer the first packets.
+    /// Connects, each attempt to the next address of the host, and says hello; waits at most `patience` for the server to
+    /// answer the first packets.
     pub(super) async fn open(
         join: &JoinString,
         options: &WorkerOptions,
