@@ -2,7 +2,8 @@
 //!
 //! `sanderling://HOST:PORT?pin=SHA256&token=TOKEN`. The pin is the SHA-256 of the server's certificate and
 //! authenticates the server without a certificate authority; the token admits the worker. The token comes last, so
-//! that a string cut off in copying fails as a bad token or a missing one, never as a wrong host.
+//! that a string cut off in copying fails as a bad token or a missing one, never as a wrong host. Without a token it is
+//! for servers that admit workers by client certificates, or by tokens of their own that are put behind it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -23,8 +24,8 @@ pub struct JoinString {
     pub port: u16,
     /// SHA-256 of the server's certificate (DER).
     pub pin: [u8; 32],
-    /// Admits the worker.
-    pub token: Token,
+    /// Admits the worker; none where a certificate does, or where each worker has a token of its own.
+    pub token: Option<Token>,
 }
 
 /// The secret that admits a worker. It shows itself only through [`Token::reveal`], so that it cannot slip into logs.
@@ -32,6 +33,11 @@ pub struct JoinString {
 pub struct Token(String);
 
 impl Token {
+    /// The token that random bytes make.
+    pub fn draw(random: [u8; 16]) -> Self {
+        Self(hex(&random))
+    }
+
     /// The secret itself.
     pub fn reveal(&self) -> &str {
         &self.0
@@ -74,9 +80,9 @@ pub enum JoinError {
     /// No pin, or not 64 hexadecimal digits.
     #[error("the join string's pin is missing or cut off (it has 64 hexadecimal digits)")]
     Pin,
-    /// No token, or one that cannot be.
+    /// A token that cannot be one.
     #[error(
-        "the token is missing or malformed (letters, digits, - and _, {TOKEN_CHARACTERS_MIN} to \
+        "the token is malformed or cut off (letters, digits, - and _, {TOKEN_CHARACTERS_MIN} to \
          {TOKEN_CHARACTERS_MAX} of them; it is the last part of the join string)"
     )]
     Token,
@@ -105,19 +111,17 @@ impl FromStr for JoinString {
                 _ => return Err(JoinError::Unknown(part.split('=').next().unwrap_or_default().to_owned())),
             }
         }
-        Ok(Self {
-            host: host.to_owned(),
-            port,
-            pin: pin.ok_or(JoinError::Pin)?,
-            token: token.ok_or(JoinError::Token)?,
-        })
+        Ok(Self { host: host.to_owned(), port, pin: pin.ok_or(JoinError::Pin)?, token })
     }
 }
 
 impl JoinString {
     /// The string to hand to workers; the only place where the token is written out.
     pub fn reveal(&self) -> String {
-        format!("{self}&token={}", self.token.reveal())
+        match &self.token {
+            Some(token) => format!("{self}&token={}", token.reveal()),
+            None => self.to_string(),
+        }
     }
 }
 
@@ -161,7 +165,7 @@ mod tests {
             host: host.into(),
             port: 4433,
             pin: [0xab; 32],
-            token: "abcdef0123456789".parse().unwrap(),
+            token: Some("abcdef0123456789".parse().unwrap()),
         }
     }
 
@@ -171,6 +175,9 @@ mod tests {
             let join = example(host);
             assert_eq!(join.reveal().parse::<JoinString>().unwrap(), join);
             assert!(join.reveal().ends_with("&token=abcdef0123456789"));
+            let open = JoinString { token: None, ..join };
+            assert_eq!(open.reveal().parse::<JoinString>().unwrap(), open);
+            assert!(!open.reveal().contains("token"));
         }
     }
 
@@ -203,7 +210,8 @@ mod tests {
         check("sanderling://x:1?pin=00&token=abcdefgh", JoinError::Pin);
         check("sanderling://x:1", JoinError::Pin);
         let pin = "ab".repeat(32);
-        check(&format!("sanderling://x:1?pin={pin}"), JoinError::Token);
+        check(&format!("sanderling://x:1?pin={pin}&"), JoinError::Unknown(String::new()));
+        check(&format!("sanderling://x:1?pin={pin}&token="), JoinError::Token);
         check(&format!("sanderling://x:1?pin={pin}&token=short"), JoinError::Token);
         check(&format!("sanderling://x:1?pin={pin}&colour=red"), JoinError::Unknown("colour".into()));
     }

@@ -4,6 +4,8 @@
 //! [`core`] decides everything, without IO, clock or randomness; [`net`] drives it over QUIC; [`results`] is what a run
 //! leaves behind. [`net::Server`] is the way in.
 
+pub mod admission;
+pub mod commands;
 pub mod core;
 pub mod net;
 pub mod progress;

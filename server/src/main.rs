@@ -9,7 +9,8 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use sanderling_common::config::cli::{RunOptions, RunOptionsError, with_defaults};
 use sanderling_common::join::{JoinError, Token};
 use sanderling_common::report::one_sentence;
-use sanderling_server::net::{Server, ServerError};
+use sanderling_server::commands::Command;
+use sanderling_server::net::{AdmissionError, Server, ServerError};
 use sanderling_server::progress::ProgressView;
 use sanderling_transport::stop_on_interrupt;
 use tracing::{info, level_filters::LevelFilter};
@@ -18,21 +19,27 @@ use tracing::{info, level_filters::LevelFilter};
 ///
 /// Prints a join string on standard output; `sanderling-worker --join '…'` is all that a worker needs. Without
 /// options it serves the run that `sanderling train` makes. Results are written to runs/<name>/.
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(
     version,
+    args_conflicts_with_subcommands = true,
     after_help = "\
 Examples:
   sanderling-server                                  # this machine only, any free port
   sanderling-server --listen 0.0.0.0:4433 --advertise training.example.org
   sanderling-server --config run.toml --steps 20000 --join-file /shared/join
-  sanderling-server --config run.toml --state-dir state   # again after a crash or Ctrl-C: goes on with the run"
+  sanderling-server --config run.toml --state-dir state   # again after a crash or Ctrl-C: goes on with the run
+  sanderling-server --tokens-file tokens.toml        # a token for each worker: see sanderling-server token --help
+  sanderling-server --client-ca fleet/ca.pem         # a certificate for each: see sanderling-server cert --help"
 )]
 struct Arguments {
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    command: Option<Command>,
     /// What is trained.
     #[command(flatten)]
     run: RunOptions,
-    /// The token that admits workers; drawn afresh if none is given
+    /// The token that admits workers; drawn afresh if none is given. Not with tokens_file or client_ca
     #[arg(long, env = "SANDERLING_TOKEN", hide_env_values = true)]
     token: Option<String>,
     /// Also write the join string to this file, readable by its owner only
@@ -57,14 +64,24 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(level > LevelFilter::INFO)
         .init();
-    match run(arguments) {
+    let done = match arguments.command {
+        Some(command) => command.run(),
+        None => run(arguments),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
-            let is_usage =
-                matches!(error.downcast_ref(), Some(ServerError::Listen(_))) || error.is::<JoinError>();
+            let is_usage = matches!(
+                error.downcast_ref(),
+                Some(
+                    ServerError::Listen(_)
+                        | ServerError::Memory(_)
+                        | ServerError::Admission(AdmissionError::TokenBeside(_))
+                )
+            ) || error.is::<JoinError>();
             let other = if is_usage { 2 } else { 1 };
             ExitCode::from(error.downcast_ref().map_or(other, RunOptionsError::exit_code))
         }
@@ -82,6 +99,16 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         write_join_file(path, &join).with_context(|| format!("cannot write {}", path.display()))?;
     }
     writeln!(std::io::stdout(), "{join}").context("cannot print the join string")?;
+    let settings = &server.run().server;
+    if !settings.client_ca.is_empty() {
+        info!(
+            "workers join with this string and a client certificate: see sanderling-server cert client --help"
+        );
+    } else if !settings.tokens_file.is_empty() {
+        info!(
+            "workers join with this string and a token of their own: see sanderling-server token add --help"
+        );
+    }
     info!("results go to {}; waiting for workers", server.folder().display());
     let mut view = ProgressView::new(server.run().training.steps);
     let served = server.serve(stop, |progress| view.update(progress)).await;

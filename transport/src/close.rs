@@ -18,8 +18,10 @@ pub enum CloseCode {
     Replaced = 4,
     /// The server stops before the run is over.
     ServerStopping = 5,
-    /// The hello took too long; another try may be faster.
+    /// The hello, or what the other side sent or took, took too long; another try may be faster.
     TooSlow = 6,
+    /// The worker's token or certificate was revoked.
+    Revoked = 7,
 }
 
 impl CloseCode {
@@ -39,31 +41,59 @@ impl CloseCode {
             Self::Replaced,
             Self::ServerStopping,
             Self::TooSlow,
+            Self::Revoked,
         ]
         .into_iter()
         .find(|code| VarInt::from_u32(*code as u32) == close.error_code)
     }
 }
 
-/// The TLS alert for "no common application protocol", as a QUIC transport error code (RFC 9001, section 4.8).
-const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
+/// TLS alerts as QUIC transport error codes (RFC 9001, section 4.8), with what they mean here.
+mod alert {
+    pub(super) const BASE: u64 = 0x100;
+    pub(super) const CERTIFICATE_EXPIRED: u64 = BASE + 45;
+    pub(super) const UNKNOWN_CA: u64 = BASE + 48;
+    pub(super) const DECRYPT_ERROR: u64 = BASE + 51;
+    pub(super) const CERTIFICATE_REQUIRED: u64 = BASE + 116;
+    pub(super) const NO_APPLICATION_PROTOCOL: u64 = BASE + 120;
+    pub(super) const LAST: u64 = BASE + 255;
+}
 
-/// One sentence that says why a connection ended or could not be made.
-pub fn describe(error: &ConnectionError) -> String {
-    let code = match error {
+/// The QUIC transport error code of a connection that ended with one, on either side.
+fn transport_code(error: &ConnectionError) -> Option<u64> {
+    match error {
         ConnectionError::TransportError(error) => Some(u64::from(error.code)),
         ConnectionError::ConnectionClosed(close) => Some(u64::from(close.error_code)),
         _ => None,
-    };
-    match error {
-        _ if code == Some(NO_APPLICATION_PROTOCOL) => format!(
+    }
+}
+
+/// Whether TLS failed: the same two programs will fail again.
+pub fn is_tls_alert(error: &ConnectionError) -> bool {
+    transport_code(error).is_some_and(|code| (alert::BASE..=alert::LAST).contains(&code))
+}
+
+/// One sentence that says why a connection ended or could not be made.
+pub fn describe(error: &ConnectionError) -> String {
+    match (transport_code(error), error) {
+        (Some(alert::NO_APPLICATION_PROTOCOL), _) => format!(
             "the other side speaks another version of the protocol (this one speaks {}); use the same release on both",
             String::from_utf8_lossy(sanderling_common::wire::ALPN)
         ),
-        ConnectionError::ApplicationClosed(close) => {
+        (Some(alert::CERTIFICATE_REQUIRED), _) => {
+            "a client certificate is required: give the worker --certificate and --key".to_owned()
+        }
+        // The authorities of other fleets have the same name, so that only their signatures tell them apart.
+        (Some(alert::UNKNOWN_CA | alert::DECRYPT_ERROR), _) => {
+            "the client certificate is not signed by the server's client_ca".to_owned()
+        }
+        (Some(alert::CERTIFICATE_EXPIRED), _) => {
+            "the client certificate has expired, or is not valid yet".to_owned()
+        }
+        (_, ConnectionError::ApplicationClosed(close)) => {
             format!("closed by the other side: {}", String::from_utf8_lossy(&close.reason))
         }
-        ConnectionError::TimedOut => "no answer".to_owned(),
-        other => other.to_string(),
+        (_, ConnectionError::TimedOut) => "no answer".to_owned(),
+        (_, other) => other.to_string(),
     }
 }

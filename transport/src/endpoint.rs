@@ -11,6 +11,7 @@ use quinn_proto::HashedConnectionIdGenerator;
 use ring::hmac;
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::clients::{ClientAuthority, ClientIdentity};
 use crate::tls::{Certificate, TlsError, client_tls, server_tls};
 
 /// Asked of the system for each direction: the default loses packets by the thousand on fast links. The system may
@@ -19,16 +20,22 @@ const SOCKET_BUFFER_BYTES: usize = 8 << 20;
 
 /// Streams one connection may have open at a time: control, an exchange, a request, a bulk transfer, and room for
 /// those that are being closed.
-const STREAMS_MAX: u32 = 16;
+pub const STREAMS_MAX: u32 = 16;
 
 /// Bytes one stream may have under way unread.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 
 /// Bytes one connection may have under way unread, which bounds what a peer can make this side buffer.
-const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+pub const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 
-/// The same of a peer that has not shown the token yet: room for a hello.
-const STRANGER_WINDOW_BYTES: u32 = 64 << 10;
+/// The same of a peer that is not admitted yet: room for a hello.
+pub const STRANGER_WINDOW_BYTES: u32 = 64 << 10;
+
+/// Connections that nobody has looked at yet, at a time; the server looks at once, so they are few.
+const INCOMING_MAX: usize = 1024;
+
+/// Bytes that each of them may send meanwhile: its first packets.
+const INCOMING_BYTES: u64 = 16 << 10;
 
 /// A worker sends something at least this often, whatever it computes; the server's lease is at least twice that.
 const KEEP_ALIVE: Duration = Duration::from_millis(400);
@@ -52,7 +59,8 @@ pub enum EndpointError {
     Tls(#[from] TlsError),
 }
 
-/// An endpoint that accepts workers. A connection that is silent for `idle`, at most [`IDLE_MAX`], is lost.
+/// An endpoint that accepts workers, with an authority only those with a certificate that it signed. A connection that is
+/// silent for `idle`, at most [`IDLE_MAX`], is lost.
 ///
 /// A server that was killed and is started again with the same certificate tells whoever still sends to the old one at once
 /// that its connections are gone (RFC 9000, section 10.3), instead of leaving them to time out.
@@ -65,9 +73,12 @@ pub enum EndpointError {
 pub fn server_endpoint(
     address: SocketAddr,
     certificate: &Certificate,
+    clients: Option<&ClientAuthority>,
     idle: Duration,
 ) -> Result<Endpoint, EndpointError> {
-    let mut config = ServerConfig::with_crypto(Arc::new(server_tls(certificate)?));
+    let mut config = ServerConfig::with_crypto(Arc::new(server_tls(certificate, clients)?));
+    config.max_incoming(INCOMING_MAX).incoming_buffer_size(INCOMING_BYTES);
+    config.incoming_buffer_size_total(INCOMING_BYTES * INCOMING_MAX as u64);
     let mut transport = transport(idle);
     transport.receive_window(STRANGER_WINDOW_BYTES.into());
     config.transport_config(Arc::new(transport));
@@ -79,21 +90,26 @@ pub fn server_endpoint(
     open(address, endpoint, Some(config))
 }
 
-/// Lets a peer that has shown the token send as much at a time as any.
+/// Lets a peer that is admitted send as much at a time as any.
 pub fn trust(connection: &Connection) {
     connection.set_receive_window(CONNECTION_WINDOW_BYTES.into());
 }
 
-/// An endpoint that connects to the server with this certificate pin. A connection that is silent for `idle`, at most
-/// [`IDLE_MAX`], is lost; it may be lost earlier, by what the server says.
+/// An endpoint that connects to the server with this certificate pin, and presents an identity if there is one. A
+/// connection that is silent for `idle`, at most [`IDLE_MAX`], is lost; it may be lost earlier, by what the server says.
 ///
 /// # Errors
 /// An [`EndpointError`].
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub fn client_endpoint(server: SocketAddr, pin: [u8; 32], idle: Duration) -> Result<Endpoint, EndpointError> {
-    let mut config = ClientConfig::new(Arc::new(client_tls(pin)?));
+pub fn client_endpoint(
+    server: SocketAddr,
+    pin: [u8; 32],
+    identity: Option<&ClientIdentity>,
+    idle: Duration,
+) -> Result<Endpoint, EndpointError> {
+    let mut config = ClientConfig::new(Arc::new(client_tls(pin, identity)?));
     config.transport_config(Arc::new(transport(idle)));
     let any = match server {
         SocketAddr::V4(_) => SocketAddr::from(([0; 4], 0)),

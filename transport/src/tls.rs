@@ -1,6 +1,6 @@
 //! TLS 1.3 with a self-signed certificate that workers recognise by its SHA-256, so that nobody needs a certificate
 //! authority. The signature of the handshake is verified as usual: a pin without it would prove only that the other
-//! side has seen the certificate.
+//! side has seen the certificate. Workers may have to present a certificate of their own ([`crate::clients`]).
 
 use std::sync::Arc;
 
@@ -12,12 +12,17 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, Serve
 use sanderling_common::wire::ALPN;
 use sha2::{Digest, Sha256};
 
+use crate::clients::{ClientAuthority, ClientIdentity};
+
 /// Why TLS cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// No certificate could be made.
     #[error("cannot make a certificate: {0}")]
     Certificate(#[from] rcgen::Error),
+    /// A client certificate that cannot be presented.
+    #[error("the client certificate and its key cannot be used: {0}")]
+    Identity(#[source] rustls::Error),
     /// rustls refused the configuration.
     #[error("cannot set up TLS: {0}")]
     Rustls(#[from] rustls::Error),
@@ -67,7 +72,7 @@ impl Certificate {
     }
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
@@ -81,32 +86,48 @@ pub fn secure_random<const N: usize>() -> [u8; N] {
     bytes
 }
 
-/// The server's side of TLS.
+/// The server's side of TLS. With an authority, only clients with a certificate that it signed get through the handshake.
 ///
 /// # Errors
 /// A [`TlsError`].
-pub fn server_tls(certificate: &Certificate) -> Result<QuicServerConfig, TlsError> {
+pub fn server_tls(
+    certificate: &Certificate,
+    clients: Option<&ClientAuthority>,
+) -> Result<QuicServerConfig, TlsError> {
     let key = PrivateKeyDer::Pkcs8(certificate.key.clone_key());
-    let mut config = rustls::ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_no_client_auth()
-        .with_single_cert(vec![certificate.der.clone()], key)?;
+    let builder = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?;
+    let builder = match clients {
+        Some(clients) => builder.with_client_cert_verifier(clients.0.clone()),
+        None => builder.with_no_client_auth(),
+    };
+    let mut config = builder.with_single_cert(vec![certificate.der.clone()], key)?;
+    // Every connection is a full handshake: a session that is resumed would not verify the client again, and workers
+    // keep none.
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(QuicServerConfig::try_from(config)?)
 }
 
-/// The worker's side of TLS: trusts the certificate with this pin and no other.
+/// The worker's side of TLS: trusts the certificate with this pin and no other, and presents its own where it has one and
+/// the server asks for it.
 ///
 /// # Errors
-/// A [`TlsError`].
-pub fn client_tls(pin: [u8; 32]) -> Result<QuicClientConfig, TlsError> {
+/// A [`TlsError`], also for an identity whose certificate and key do not belong together.
+pub fn client_tls(pin: [u8; 32], identity: Option<&ClientIdentity>) -> Result<QuicClientConfig, TlsError> {
     let provider = provider();
     let verifier = PinVerifier { pin, provider: provider.clone() };
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier))
-        .with_no_client_auth();
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    let mut config = match identity {
+        Some(identity) => builder
+            .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())
+            .map_err(TlsError::Identity)?,
+        None => builder.with_no_client_auth(),
+    };
     config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(QuicClientConfig::try_from(config)?)
 }

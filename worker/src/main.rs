@@ -3,13 +3,14 @@
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
 use sanderling_common::join::{JoinError, JoinString};
 use sanderling_common::report::one_sentence;
-use sanderling_transport::stop_on_interrupt;
+use sanderling_transport::{ClientIdentity, stop_on_interrupt};
 use sanderling_worker::net::{WorkerOptions, WorkerReport, work};
 use tokio::sync::watch;
 use tracing::{info, level_filters::LevelFilter};
@@ -18,13 +19,14 @@ use tracing::{info, level_filters::LevelFilter};
 ///
 /// The join string is the line that the server prints on start; it is all that a worker needs. The configuration, the
 /// text and the batches come from the server. A worker that loses the server tries again and resumes its session.
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(
     version,
     after_help = "\
 Examples:
   sanderling-worker --join 'sanderling://192.0.2.7:4433?pin=…&token=…'
   sanderling-worker --join-file /shared/join        # waits until the server has written it
+  sanderling-worker --join 'sanderling://192.0.2.7:4433?pin=…' --certificate node-1.pem --key node-1.key
   sanderling-worker --join-file join --state-dir /var/lib/sanderling/worker-1
   SANDERLING_JOIN='sanderling://…' sanderling-worker -v"
 )]
@@ -44,6 +46,12 @@ struct Arguments {
     /// too; where neither holds that model, the server sends it
     #[arg(long, value_name = "DIR")]
     dense: Option<PathBuf>,
+    /// The client certificate (PEM) to present to a server that admits workers by one
+    #[arg(long, value_name = "FILE", requires = "key")]
+    certificate: Option<PathBuf>,
+    /// The private key of that certificate (PEM)
+    #[arg(long, value_name = "FILE", requires = "certificate")]
+    key: Option<PathBuf>,
     /// A folder in which the worker keeps model, accumulators, data cursor and unanswered push, synced before each push:
     /// started again after a crash, it goes on in its session and repeats or skips no batch. Each worker needs its own;
     /// the session must still be there, so start it again within the run's lease_ms
@@ -111,9 +119,23 @@ async fn run(arguments: &Arguments) -> anyhow::Result<WorkerReport> {
     };
     let join: JoinString = text.parse()?;
     info!("joining {}:{}", join.host, join.port);
-    let (dense, state_dir) = (arguments.dense.clone(), arguments.state_dir.clone());
-    let options = WorkerOptions { give_up_after, dense, state_dir, ..WorkerOptions::default() };
+    let options = WorkerOptions {
+        give_up_after,
+        dense: arguments.dense.clone(),
+        state_dir: arguments.state_dir.clone(),
+        identity: identity(arguments)?,
+        ..WorkerOptions::default()
+    };
     Ok(work(&join, &options, stop).await?)
+}
+
+/// The client certificate with its key, if one is named.
+fn identity(arguments: &Arguments) -> anyhow::Result<Option<Arc<ClientIdentity>>> {
+    let (Some(certificate), Some(key)) = (&arguments.certificate, &arguments.key) else { return Ok(None) };
+    let read = |path: &Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    let identity = ClientIdentity::from_pem(&read(certificate)?, &read(key)?);
+    let named = || format!("cannot use {} and {}", certificate.display(), key.display());
+    Ok(Some(Arc::new(identity.with_context(named)?)))
 }
 
 /// The content of a join file, once it has a whole line.

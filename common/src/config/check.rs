@@ -161,6 +161,7 @@ fn check_counts(config: &RunConfig) -> Result<(), ConfigError> {
         ("kv_heads", config.model.kv_heads as u64),
         ("granularity", config.upcycle.granularity as u64),
         ("shards", config.server.shards as u64),
+        ("memory_max_mb", config.server.memory_max_mb),
     ] {
         require(i64::try_from(value).is_ok(), key, value, "at most 9223372036854775807")?;
     }

@@ -181,6 +181,14 @@ settings! {
         sessions_max: u32 = 256;
         /// Threads that apply updates, each to its own part of the model
         shards: usize = 1;
+        /// A CA's certificate (PEM); only workers with a client certificate that it signed are admitted, and they need no
+        /// token: see `sanderling-server cert --help`; empty: none
+        client_ca: String = String::new();
+        /// The workers' own tokens, which can be revoked while the run goes on, and the client certificates that were: see
+        /// `sanderling-server token --help`; empty: one token for all
+        tokens_file: String = String::new();
+        /// Refuse to serve where workers and strangers together could pin more memory than this, in MB; 0 refuses nothing
+        memory_max_mb: u64 = 0;
         /// An update is refused if its norm is more than this times the median of the last 101; 0 refuses none
         norm_limit: f64 = 1000.0;
         /// A folder of this machine's from which a server that was killed goes on with its run; empty: none
@@ -473,7 +481,13 @@ impl RunConfig {
 
     /// Makes the paths of what the run reads absolute, so that the resolved file means the same from any folder.
     pub fn make_paths_absolute(&mut self) {
-        let paths = [&mut self.data.text, &mut self.model.init, &mut self.upcycle.dense];
+        let paths = [
+            &mut self.data.text,
+            &mut self.model.init,
+            &mut self.upcycle.dense,
+            &mut self.server.client_ca,
+            &mut self.server.tokens_file,
+        ];
         for path in paths.into_iter().filter(|path| !path.is_empty() && *path != BUNDLED_TEXT) {
             // A folder whose name is no text stays as it was written.
             if let Some(absolute) =
@@ -485,8 +499,8 @@ impl RunConfig {
     }
 
     /// The first setting in which `other` is another run, with the value here and there; `None` if it is the same run, only
-    /// served otherwise: the address, the lease, the number of shards, the state folder, what is kept there and the folder
-    /// of results do not matter to it, nor does the name.
+    /// served otherwise: the address, the lease, who is admitted, the number of shards, the state folder, what is kept there
+    /// and the folder of results do not matter to it, nor does the name.
     pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
         let essence = |run: &Self| {
             let mut run = run.clone();

@@ -3,6 +3,8 @@
 //! Their bytes are those of [`crate::binary`]. On a stream each message is preceded by its length as a little-endian
 //! `u32`.
 
+use std::fmt;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -54,14 +56,22 @@ pub enum ControlError {
 }
 
 /// The first message of a worker.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Hello {
-    /// Admits the worker.
+    /// Admits the worker; empty where its certificate does.
     pub token: String,
     /// The session to go on with, if there is one.
     pub resume: Option<SessionId>,
     /// The worker's software and version, for people.
     pub software: String,
+}
+
+/// Without the token.
+impl fmt::Debug for Hello {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut hello = f.debug_struct("Hello");
+        hello.field("resume", &self.resume).field("software", &self.software).finish_non_exhaustive()
+    }
 }
 
 /// The server's answer to [`Hello`].
@@ -401,6 +411,13 @@ mod tests {
         assert_eq!(dense_parameters(&[], 0), None);
         assert_eq!(dense_parameters(&[3, 0, 0], 1), None);
         assert_eq!(dense_parameters(&dense_bytes(&[f32::NAN]), 1), None);
+    }
+
+    #[test]
+    fn a_hello_does_not_show_its_token() {
+        let hello = Hello { token: "a-secret-token".to_owned(), resume: None, software: "x 1".to_owned() };
+        let shown = format!("{hello:?}");
+        assert!(!shown.contains("secret") && shown.contains("x 1"), "{shown}");
     }
 
     #[test]

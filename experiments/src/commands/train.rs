@@ -61,6 +61,10 @@ pub struct Arguments {
 /// Whatever keeps the run from its end, in a sentence.
 pub fn train(arguments: Arguments) -> anyhow::Result<()> {
     let run = arguments.run.resolve()?;
+    for (key, value) in [("client_ca", &run.server.client_ca), ("tokens_file", &run.server.tokens_file)] {
+        // It would keep its own workers out.
+        anyhow::ensure!(value.is_empty(), "{key} is for sanderling-server; train starts its own workers");
+    }
     // It lives until the report is made: it is what listens for signals.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.context("cannot start the runtime")?;

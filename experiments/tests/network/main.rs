@@ -1,9 +1,13 @@
-//! Server and workers over real QUIC on the loopback interface: whole runs, killed workers, broken links, strangers.
+//! Server and workers over real QUIC on the loopback interface: whole runs, killed workers, broken links, strangers, who
+//! is admitted and what is too much.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod admission;
 mod beginnings;
 mod faults;
+mod limits;
+mod peer;
 mod recovery;
 mod runs;
 mod strangers;

@@ -1,24 +1,20 @@
 //! Workers that do not belong, and peers that do not keep to the protocol.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use sanderling_common::ids::{BatchId, Seq, SessionId, Step};
 use sanderling_common::join::JoinString;
 use sanderling_common::layout::LayoutHash;
-use sanderling_common::wire::control::{
-    BulkHeader, BulkObject, BulkRequest, Greeting, Hello, Ready, Request, Response, Start, StreamKind,
-    Welcome,
-};
+use sanderling_common::wire::control::{BulkHeader, BulkObject, BulkRequest, Request, Start, StreamKind};
 use sanderling_common::wire::frame::Reply;
-use sanderling_common::wire::{Push, Refusal, Work};
-use sanderling_transport::{CloseCode, client_endpoint, receive, send};
+use sanderling_common::wire::{Push, Refusal};
+use sanderling_transport::CloseCode;
 use sanderling_worker::core::{WorkerCore, WorkerSettings};
 use sanderling_worker::net::{WorkerError, WorkerOptions, work};
 use tokio::sync::watch;
 
+use crate::peer::{Peer, encoded};
 use crate::support::{PATIENCE, Scene, Serving, options, worker};
 
 async fn join_with(join: &JoinString, options: WorkerOptions) -> WorkerError {
@@ -31,7 +27,7 @@ async fn join_with(join: &JoinString, options: WorkerOptions) -> WorkerError {
 async fn a_wrong_token_or_certificate_is_refused_at_once() {
     let scene = Scene::new(5);
     let serving = Serving::start(&scene);
-    let wrong_token = JoinString { token: "0123456789abcdef".parse().unwrap(), ..serving.join.clone() };
+    let wrong_token = JoinString { token: Some("0123456789abcdef".parse().unwrap()), ..serving.join.clone() };
     let error = join_with(&wrong_token, options()).await;
     assert!(matches!(error, WorkerError::WrongToken), "{error}");
 
@@ -53,7 +49,7 @@ async fn a_worker_without_a_server_gives_up_in_the_end() {
     let options = WorkerOptions { give_up_after: Duration::from_millis(300), ..options() };
     let error = join_with(&join, options).await;
     assert!(matches!(error, WorkerError::GaveUp { .. }), "{error}");
-    assert!(!error.to_string().contains(join.token.reveal()), "the token is in {error}");
+    assert!(!error.to_string().contains(join.token.unwrap().reveal()), "the token is in {error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -113,85 +109,6 @@ async fn a_worker_gives_up_on_a_silent_server_when_it_said_it_would() {
     let error = join_with(&join, options).await;
     // One wait for the first packets alone takes ten seconds where nothing bounds it.
     assert!(matches!(error, WorkerError::GaveUp { seconds: ..8, .. }), "{error}");
-}
-
-/// A connection on which anything can be said.
-struct Peer {
-    connection: Connection,
-    // Both keep the connection open.
-    control: (SendStream, RecvStream),
-    _endpoint: Endpoint,
-}
-
-impl Peer {
-    async fn connect(join: &JoinString) -> (Endpoint, Connection) {
-        let address: SocketAddr = format!("{}:{}", join.host, join.port).parse().unwrap();
-        let endpoint = client_endpoint(address, join.pin, Duration::from_secs(10)).unwrap();
-        let connection = endpoint.connect(address, "sanderling").unwrap().await.unwrap();
-        (endpoint, connection)
-    }
-
-    /// Says hello properly, and does not get ready. Returns how it was greeted instead, if it was not welcome.
-    async fn hello(
-        endpoint: Endpoint,
-        connection: Connection,
-        join: &JoinString,
-        resume: Option<SessionId>,
-    ) -> Result<(Self, Welcome), Greeting> {
-        let (mut up, mut down) = connection.open_bi().await.unwrap();
-        up.write_all(&[StreamKind::Control as u8]).await.unwrap();
-        let token = join.token.reveal().to_owned();
-        send(&mut up, &Hello { token, resume, software: "a test".to_owned() }).await.unwrap();
-        match receive(&mut down).await.unwrap() {
-            Greeting::Welcome(welcome) => {
-                Ok((Self { connection, control: (up, down), _endpoint: endpoint }, *welcome))
-            }
-            greeting => Err(greeting),
-        }
-    }
-
-    async fn welcomed(join: &JoinString) -> (Self, Welcome) {
-        let (endpoint, connection) = Self::connect(join).await;
-        let welcomed = Self::hello(endpoint, connection, join, None).await;
-        welcomed.unwrap_or_else(|greeting| panic!("not admitted: {greeting:?}"))
-    }
-
-    /// Gets ready too.
-    async fn admitted(join: &JoinString) -> (Self, Welcome) {
-        let (mut peer, welcome) = Self::welcomed(join).await;
-        peer.begin(&welcome).await;
-        (peer, welcome)
-    }
-
-    async fn begin(&mut self, welcome: &Welcome) {
-        let start = self.ready(welcome.layout_hash, welcome.initial.sha256()).await;
-        assert!(matches!(start, Start::Fetch { .. }));
-    }
-
-    /// Says what it has made of the server's description.
-    async fn ready(&mut self, layout_hash: LayoutHash, initial_sha256: Option<[u8; 32]>) -> Start {
-        let (up, down) = &mut self.control;
-        send(up, &Ready { layout_hash, initial_sha256 }).await.unwrap();
-        receive(down).await.unwrap()
-    }
-
-    /// Asks for work.
-    async fn work(&self, welcome: &Welcome) -> Work {
-        let request = encoded(&Request::Work(welcome.session));
-        let response = self.say(StreamKind::Request as u8, &request).await.expect("work is handed out");
-        let Response::Work(work) = decode_message(&response) else { panic!("the session exists") };
-        work
-    }
-
-    /// Opens a stream of a kind and sends bytes on it; returns what comes back, if anything does.
-    async fn say(&self, kind: u8, bytes: &[u8]) -> Option<Vec<u8>> {
-        let (mut up, mut down) = self.connection.open_bi().await.ok()?;
-        up.write_all(&[kind]).await.ok()?;
-        // The server may have given up on the connection before all was sent.
-        up.write_all(bytes).await.ok()?;
-        up.finish().ok()?;
-        down.read_to_end(1 << 20).await.ok()
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -298,10 +215,6 @@ async fn a_peer_cannot_speak_for_another_session() {
     assert_eq!(serving.outcome().await.summary.steps, 5);
 }
 
-fn encoded(message: &impl serde::Serialize) -> Vec<u8> {
-    sanderling_common::wire::control::encode(message)
-}
-
 /// A push made from another model than the server's replica is applied once, and noted; its session ends.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_push_from_the_wrong_model_is_refused_and_costs_the_run_nothing() {
@@ -331,9 +244,4 @@ async fn a_push_from_the_wrong_model_is_refused_and_costs_the_run_nothing() {
     let summary = &outcome.summary;
     assert_eq!((summary.steps, summary.tokens, summary.completed), (6, 6 * 64, true));
     assert_eq!(outcome.evaluations.iter().map(|line| line.steps).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
-}
-
-/// A control message as it comes over a stream, after its length.
-fn decode_message<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> T {
-    sanderling_common::wire::control::decode(&bytes[4..]).unwrap()
 }

@@ -5,10 +5,12 @@ use quinn::SendStream;
 use sanderling_common::corpus::Corpus;
 use sanderling_common::ids::SessionId;
 use sanderling_common::wire::control::{BulkHeader, BulkObject, BulkRequest};
-use sanderling_transport::{MessageError, send};
+use sanderling_transport::send;
 use sha2::{Digest, Sha256};
 
+use super::connection::PeerError;
 use super::hub::Hub;
+use super::pace::Pace;
 use crate::core::Base;
 
 /// A large object, immutable, with its hash.
@@ -50,7 +52,7 @@ pub(super) async fn serve(
     session: SessionId,
     request: BulkRequest,
     down: &mut SendStream,
-) -> Result<(), MessageError> {
+) -> Result<(), PeerError> {
     // Each is made for its session alone, so there is one at a time, until it is sent.
     let aside = match request.object {
         BulkObject::Snapshot(_) => Some(hub.aside(session)),
@@ -68,8 +70,10 @@ pub(super) async fn serve(
     };
     let found = blob.filter(|blob| request.session == session && request.offset <= blob.bytes.len() as u64);
     let Some(blob) = found else {
-        return send(down, &BulkHeader::NotFound).await;
+        return Ok(send(down, &BulkHeader::NotFound).await?);
     };
-    send(down, &BulkHeader::Found { bytes: blob.bytes.len() as u64, sha256: blob.sha256 }).await?;
-    Ok(down.write_chunk(blob.bytes.slice(request.offset as usize..)).await?)
+    let pace = Pace::begin(hub.lease());
+    let header = BulkHeader::Found { bytes: blob.bytes.len() as u64, sha256: blob.sha256 };
+    pace.message(send(down, &header)).await?;
+    pace.send(down, blob.bytes.slice(request.offset as usize..)).await
 }

@@ -1,4 +1,4 @@
-//! One worker's connection: hello, then a task per stream until it ends.
+//! One worker's connection: hello, then a task per stream until it ends, or the worker may not take part any more.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,15 +11,17 @@ use sanderling_common::wire::control::{
 use sanderling_common::wire::frame::{Reply, WireError};
 use sanderling_common::wire::{Push, Refusal};
 use sanderling_transport::{
-    CloseCode, MessageError, describe, read_kind, receive, receive_at_most, receive_rest, secure_random,
+    CloseCode, MessageError, describe, is_tls_alert, read_kind, receive, receive_at_most, secure_random,
     send, trust,
 };
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{timeout, timeout_at};
 use tracing::{debug, info, warn};
 
+use super::admission::{Denied, Pass};
 use super::bulk;
 use super::hub::{Hub, OpenError, Opened};
+use super::pace::Pace;
 
 /// A request for work is answered with nothing after this share of the lease, so that the worker asks again and both
 /// sides know that the other is there.
@@ -28,27 +30,35 @@ const WORK_WAIT_SHARE: u32 = 4;
 /// From the first packet to the end of the hello a peer may take this long, or a lease where that is shorter. What comes
 /// after it may take any time, since a worker may have to fetch and build a large model; one that falls silent meanwhile
 /// loses its connection like any other.
-const HELLO_WAIT: Duration = Duration::from_secs(20);
+pub(super) const HELLO_WAIT: Duration = Duration::from_secs(20);
 
 /// The largest hello: a token and a name.
-const HELLO_BYTES_MAX: usize = 4096;
+pub(super) const HELLO_BYTES_MAX: usize = 4096;
 
 /// A worker that was told to finish may take this long to close its connection.
 const GOODBYE_WAIT: Duration = Duration::from_secs(2);
 
+/// Exchanges of one connection that are read, applied and answered at a time; a worker has one anyway. Further ones wait
+/// unread.
+pub(super) const EXCHANGES_PER_CONNECTION: usize = 1;
+
 /// Why a connection was given up by this side.
 #[derive(Debug, thiserror::Error)]
-enum PeerError {
+pub(super) enum PeerError {
     #[error(transparent)]
     Message(#[from] MessageError),
     #[error("{}", describe(.0))]
     Connection(#[from] quinn::ConnectionError),
     #[error("the hello took too long")]
     HelloTooSlow,
+    #[error("a stream stood still for too long")]
+    TooSlow,
     #[error("the first stream was not the control stream")]
     NoControlStream,
     #[error("not admitted: {0}")]
     NotAdmitted(&'static str),
+    #[error(transparent)]
+    Denied(#[from] Denied),
     #[error("malformed push: {0}")]
     Push(#[from] WireError),
     #[error("a request for another session than this connection's")]
@@ -70,25 +80,31 @@ impl PeerError {
     /// What the peer is to make of it.
     fn close_code(&self) -> CloseCode {
         match self {
-            Self::HelloTooSlow => CloseCode::TooSlow,
+            Self::HelloTooSlow | Self::TooSlow => CloseCode::TooSlow,
+            Self::Denied(Denied::RevokedToken(_) | Denied::RevokedCertificate(_)) => CloseCode::Revoked,
             error if error.is_violation() => CloseCode::Protocol,
             _ => CloseCode::NotAdmitted,
         }
     }
 }
 
-/// Serves one worker until its connection ends, then settles its session. `stranger` is held until the peer has shown
-/// the token.
-pub(super) async fn serve(hub: Arc<Hub>, incoming: Incoming, stranger: OwnedSemaphorePermit) {
+/// Serves one worker until its connection ends, then settles its session. `stranger` is held until the peer is admitted,
+/// and a place among the members' connections from then on.
+pub(super) async fn serve(
+    hub: Arc<Hub>,
+    incoming: Incoming,
+    (stranger, members): (OwnedSemaphorePermit, Arc<Semaphore>),
+) {
     let address = incoming.remote_address();
     let deadline = Instant::now() + HELLO_WAIT.min(hub.lease());
     let connection = match timeout_at(deadline.into(), incoming.into_future()).await {
         Ok(Ok(connection)) => connection,
+        Ok(Err(error)) if is_tls_alert(&error) => return warn!(%address, "turned away: {}", describe(&error)),
         Ok(Err(error)) => return debug!(%address, "no connection: {}", describe(&error)),
         Err(_) => return debug!(%address, "no connection: the handshake took too long"),
     };
-    let introduced = timeout_at(deadline.into(), introduce(&hub, &connection)).await;
-    let (hello, mut control) = match introduced.unwrap_or(Err(PeerError::HelloTooSlow)) {
+    let introduced = timeout_at(deadline.into(), introduce(&hub, &connection, members)).await;
+    let (hello, mut control, pass, _member) = match introduced.unwrap_or(Err(PeerError::HelloTooSlow)) {
         Ok(introduced) => introduced,
         Err(error) => {
             turn_away(&connection, &error).await;
@@ -104,45 +120,85 @@ pub(super) async fn serve(hub: Arc<Hub>, incoming: Incoming, stranger: OwnedSema
         }
     };
     debug!("{} says hello: {}", seat.worker, hello.software);
-    if let Err(error) = confirm(&seat, &mut control).await {
+    let revoked = hub.admission().revoked(&pass);
+    tokio::pin!(revoked);
+    let confirmed = tokio::select! {
+        confirmed = confirm(&seat, &mut control) => confirmed,
+        denied = &mut revoked => Err(denied.into()),
+    };
+    if let Err(error) = confirmed {
+        seat.for_good |= matches!(error, PeerError::Denied(_));
         return turn_away(&connection, &error).await;
     }
     seat.for_good = false;
-    info!(%address, "{} joined", seat.worker);
-    // The control stream stays open as long as the connection; its sending half is kept for that alone.
-    seat.for_good = tokio::select! {
-        goodbye = receive::<Goodbye>(&mut control.1) => goodbye.is_ok(),
-        () = streams(&hub, &connection, seat.session) => false,
-    };
-    if seat.for_good {
-        CloseCode::Goodbye.close(&connection, "goodbye");
+    match pass.name() {
+        Some(name) => info!(%address, "{} joined as {name}", seat.worker),
+        None => info!(%address, "{} joined", seat.worker),
     }
-    info!("{} {}", seat.worker, if seat.for_good { "left" } else { "lost its connection" });
+    // The control stream stays open as long as the connection; its sending half is kept for that alone.
+    let (left, denied) = tokio::select! {
+        goodbye = receive::<Goodbye>(&mut control.1) => (goodbye.is_ok(), None),
+        () = streams(&seat) => (false, None),
+        denied = &mut revoked => (true, Some(PeerError::from(denied))),
+    };
+    // The session of one that may not take part any more ends too, so that what it holds goes to others at once.
+    seat.for_good = left;
+    match denied {
+        Some(error) => {
+            error.close_code().close(&connection, &error.to_string());
+            info!("{} is sent away: {error}", seat.worker);
+        }
+        None if seat.for_good => {
+            CloseCode::Goodbye.close(&connection, "goodbye");
+            info!("{} left", seat.worker);
+        }
+        None => info!("{} lost its connection", seat.worker),
+    }
 }
 
 /// Ends a connection that is not admitted. The worker has been told in a message; it gets the time to read it.
 async fn turn_away(connection: &Connection, error: &PeerError) {
     warn!(address = %connection.remote_address(), "turned away: {error}");
-    let _ = timeout(GOODBYE_WAIT, connection.closed()).await;
+    // What is revoked is told by the close itself.
+    if error.close_code() != CloseCode::Revoked {
+        let _ = timeout(GOODBYE_WAIT, connection.closed()).await;
+    }
     error.close_code().close(connection, &error.to_string());
 }
 
 /// Both halves of the control stream: down and up.
 type Control = (SendStream, RecvStream);
 
-/// The hello of a peer that has the token.
-async fn introduce(hub: &Hub, connection: &Connection) -> Result<(Hello, Control), PeerError> {
+/// A peer that is admitted: its hello, by what, and its place among the members' connections.
+type Introduced = (Hello, Control, Pass, OwnedSemaphorePermit);
+
+/// The hello of a peer that is to be admitted.
+async fn introduce(
+    hub: &Hub,
+    connection: &Connection,
+    members: Arc<Semaphore>,
+) -> Result<Introduced, PeerError> {
     let (mut down, mut up) = connection.accept_bi().await?;
     if read_kind(&mut up).await? != StreamKind::Control {
         return Err(PeerError::NoControlStream);
     }
     let hello: Hello = receive_at_most(&mut up, HELLO_BYTES_MAX).await?;
-    if !hub.token().matches(&hello.token) {
-        send(&mut down, &Greeting::WrongToken).await?;
-        return Err(PeerError::NotAdmitted("wrong token"));
-    }
+    let pass = match hub.admission().admit(&hello.token, connection) {
+        Ok(pass) => pass,
+        Err(denied) => {
+            if denied == Denied::WrongToken {
+                send(&mut down, &Greeting::WrongToken).await?;
+            }
+            return Err(denied.into());
+        }
+    };
+    let Ok(member) = members.try_acquire_owned() else {
+        let sessions_max = hub.run().server.sessions_max;
+        send(&mut down, &Greeting::Full { sessions_max }).await?;
+        return Err(PeerError::NotAdmitted("too many connections"));
+    };
     trust(connection);
-    Ok((hello, (down, up)))
+    Ok((hello, (down, up), pass, member))
 }
 
 /// A worker's place in the run. However it is left, also by a future that is dropped, its session is settled.
@@ -155,6 +211,8 @@ struct Seat<'a> {
     resumed: bool,
     /// The step of the session's base model; none for one that has pushed already, and so has had it.
     base_step: Option<Step>,
+    /// Lets one exchange through at a time.
+    exchanges: Arc<Semaphore>,
     /// Whether the session ends with the connection: one that never began is of no use to anybody, nor is one that was
     /// said goodbye to.
     for_good: bool,
@@ -178,17 +236,19 @@ async fn place<'a>(
         hello.resume.into_iter().for_each(|session| hub.came_back(session));
         return Err(PeerError::NotAdmitted("the run is over"));
     }
+    let exchanges = Arc::new(Semaphore::new(EXCHANGES_PER_CONNECTION));
     if let Some(session) = hello.resume
         && let Some(worker) = hub.resume(session, connection)
     {
         // The start of an earlier connection may have been lost on the way.
         let base_step = hub.base_step(session);
-        return Ok(Seat { hub, connection, session, worker, resumed: true, base_step, for_good: false });
+        let (resumed, for_good) = (true, false);
+        return Ok(Seat { hub, connection, session, worker, resumed, base_step, exchanges, for_good });
     }
     let session = SessionId(random_u64());
     // It is there before the session, which opening takes a while for.
     let (worker, resumed, base_step, for_good) = (WorkerId(0), false, None, true);
-    let mut seat = Seat { hub, connection, session, worker, resumed, base_step, for_good };
+    let mut seat = Seat { hub, connection, session, worker, resumed, base_step, exchanges, for_good };
     match hub.open(session, connection).await {
         Ok(Opened { worker, step }) => {
             (seat.worker, seat.base_step) = (worker, Some(step));
@@ -208,7 +268,7 @@ fn random_u64() -> u64 {
 /// Welcome, ready, start. Between welcome and ready the worker may have to fetch the text, so other streams are
 /// served meanwhile.
 async fn confirm(seat: &Seat<'_>, (down, up): &mut Control) -> Result<(), PeerError> {
-    let (hub, connection) = (seat.hub, seat.connection);
+    let hub = seat.hub;
     let welcome = Welcome {
         worker: seat.worker,
         session: seat.session,
@@ -222,7 +282,7 @@ async fn confirm(seat: &Seat<'_>, (down, up): &mut Control) -> Result<(), PeerEr
     send(down, &Greeting::Welcome(Box::new(welcome))).await?;
     let ready: Ready = tokio::select! {
         ready = receive(up) => ready?,
-        () = streams(hub, connection, seat.session) => return Err(connection_lost(connection).into()),
+        () = streams(seat) => return Err(connection_lost(seat.connection).into()),
     };
     if ready.layout_hash != hub.layout_hash() {
         send(down, &Start::LayoutMismatch).await?;
@@ -246,14 +306,16 @@ fn connection_lost(connection: &Connection) -> MessageError {
 }
 
 /// Serves the streams of a connection until it ends. QUIC bounds how many a peer may have open.
-async fn streams(hub: &Arc<Hub>, connection: &Connection, session: SessionId) {
-    while let Ok((down, up)) = connection.accept_bi().await {
-        let (hub, connection) = (hub.clone(), connection.clone());
+async fn streams(seat: &Seat<'_>) {
+    let session = seat.session;
+    while let Ok((down, up)) = seat.connection.accept_bi().await {
+        let (hub, connection, exchanges) =
+            (seat.hub.clone(), seat.connection.clone(), seat.exchanges.clone());
         tokio::spawn(async move {
-            if let Err(error) = stream(&hub, session, down, up).await {
-                if error.is_violation() {
+            if let Err(error) = stream(&hub, session, &exchanges, (down, up)).await {
+                if error.is_violation() || matches!(error, PeerError::TooSlow) {
                     warn!("{session}: {error}");
-                    CloseCode::Protocol.close(&connection, &error.to_string());
+                    error.close_code().close(&connection, &error.to_string());
                 } else {
                     debug!("{session}: {error}");
                 }
@@ -265,26 +327,29 @@ async fn streams(hub: &Arc<Hub>, connection: &Connection, session: SessionId) {
 async fn stream(
     hub: &Arc<Hub>,
     session: SessionId,
-    mut down: SendStream,
-    mut up: RecvStream,
+    exchanges: &Semaphore,
+    (mut down, mut up): (SendStream, RecvStream),
 ) -> Result<(), PeerError> {
-    match read_kind(&mut up).await? {
+    let pace = Pace::begin(hub.lease());
+    match pace.message(read_kind(&mut up)).await? {
         StreamKind::Control => return Err(PeerError::NoControlStream),
         StreamKind::Exchange => {
-            let bytes = receive_rest(&mut up, hub.frame_bytes_max()).await?;
+            let _turn = exchanges.acquire().await.expect("the semaphore is never closed");
+            let bytes = Pace::begin(hub.lease()).receive_rest(&mut up, hub.frame_bytes_max()).await?;
             let push = Push::decode(&bytes)?;
+            drop(bytes);
             if push.session != session {
                 return Err(PeerError::ForeignSession);
             }
             let reply = exchange(hub, push).await;
-            down.write_chunk(reply).await?;
+            Pace::begin(hub.lease()).send(&mut down, reply).await?;
         }
         StreamKind::Request => {
-            let response = respond(hub, session, receive(&mut up).await?).await?;
-            send(&mut down, &response).await?;
+            let response = respond(hub, session, pace.message(receive(&mut up)).await?).await?;
+            Pace::begin(hub.lease()).message(send(&mut down, &response)).await?;
         }
         StreamKind::Bulk => {
-            let request = receive(&mut up).await?;
+            let request = pace.message(receive(&mut up)).await?;
             bulk::serve(hub, session, request, &mut down).await?;
         }
     }

@@ -18,7 +18,6 @@ use sanderling_common::config::RunConfig;
 use sanderling_common::corpus::Corpus;
 use sanderling_common::ids::{SessionId, Step, WorkerId};
 use sanderling_common::init::parameters_hash;
-use sanderling_common::join::Token;
 use sanderling_common::layout::{Layout, LayoutHash};
 use sanderling_common::model_config::ModelConfig;
 use sanderling_common::origin::Beginning;
@@ -31,6 +30,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tracing::{info, warn};
 
+use super::admission::Admission;
 use super::bulk::Blob;
 use super::durable::Beginnings;
 use super::pipeline::{Pipeline, Snapshot};
@@ -82,7 +82,7 @@ pub(crate) struct Hub {
     initial: Initial,
     /// The dense model that it was made of, if it was.
     dense: Option<Blob>,
-    token: Token,
+    admission: Admission,
     pipeline: Pipeline,
     attached: DashMap<SessionId, Attached>,
     bases: DashMap<SessionId, (Step, Blob)>,
@@ -102,7 +102,7 @@ impl Hub {
     pub(super) fn new(
         run: RunConfig,
         corpus: Corpus,
-        token: Token,
+        admission: Admission,
         beginning: &Beginning,
         layout: Arc<Layout>,
         beginnings: Beginnings,
@@ -129,7 +129,7 @@ impl Hub {
                 .map(|dense| Blob::of_bytes(dense_bytes(&dense.parameters).into())),
             model,
             layout,
-            token,
+            admission,
             attached: DashMap::new(),
             bases: DashMap::new(),
             asides: DashMap::new(),
@@ -152,8 +152,8 @@ impl Hub {
         &self.corpus
     }
 
-    pub(super) fn token(&self) -> &Token {
-        &self.token
+    pub(super) fn admission(&self) -> &Admission {
+        &self.admission
     }
 
     pub(super) fn model(&self) -> &ModelConfig {

@@ -1,10 +1,14 @@
 //! The driver around the server's core: accepts workers over QUIC and writes down what the run leaves behind.
 
+mod admission;
 mod bulk;
 mod connection;
 mod durable;
 mod hub;
+mod limits;
+mod pace;
 mod pipeline;
+mod rate;
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
@@ -30,15 +34,19 @@ use crate::core::ImageError;
 use crate::progress::Progress;
 use crate::results::{Evaluation, ResultsError, RunFolder, Summary};
 use crate::storage::{Identity, JournalError, JournalFailed, RunId, StateError, StateFolder, StoreError};
+use admission::Admission;
+pub use admission::AdmissionError;
 use durable::{Beginnings, Subject};
 use hub::{Hub, NOTICE_EVERY, idle};
+pub use limits::MemoryExceeded;
+use limits::{CONNECTIONS_PER_SESSION, Pinned, STRANGERS_MAX, megabytes};
+use rate::HandshakeRate;
 
 /// How often progress is shown.
 const SHOW_EVERY: Duration = Duration::from_millis(150);
 
-/// Peers that have not shown the token yet, at a time; further ones are refused. Each costs the server a handshake and
-/// what a connection buffers.
-const STRANGERS_MAX: usize = 1024;
+/// That handshakes are refused is said this often at most.
+const REFUSALS_TOLD_EVERY: Duration = Duration::from_secs(10);
 
 /// Workers that were told that the run is over may take this long to say goodbye.
 const GOODBYES_WAIT: Duration = Duration::from_secs(3);
@@ -58,6 +66,12 @@ pub enum ServerError {
     /// No certificate.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// Nobody could be admitted as the settings say.
+    #[error(transparent)]
+    Admission(#[from] AdmissionError),
+    /// Those who take part could make the server hold too much.
+    #[error(transparent)]
+    Memory(#[from] MemoryExceeded),
     /// The model cannot be built.
     #[error(transparent)]
     Model(#[from] ModelConfigError),
@@ -155,7 +169,8 @@ impl Drop for Server {
 }
 
 impl Server {
-    /// Makes the run's folder, initialises the model and listens. Without a token a fresh one is drawn.
+    /// Makes the run's folder, initialises the model and listens. The token admits workers, unless they have tokens or
+    /// certificates of their own, when none may be given; without one a fresh one is drawn.
     ///
     /// # Errors
     /// A [`ServerError`].
@@ -163,6 +178,8 @@ impl Server {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn start(mut run: RunConfig, token: Option<Token>) -> Result<Self, ServerError> {
+        admission::check_token(&run.server, token.as_ref())?;
+        let clients = admission::client_authority(&run.server)?;
         let state = match std::mem::take(&mut run.server.state_dir).as_str() {
             "" => None,
             path => Some(StateFolder::open(path.as_ref())?),
@@ -188,7 +205,10 @@ impl Server {
             }
             None => Certificate::generate()?,
         };
-        let endpoint = server_endpoint(address, &certificate, idle(&run))?;
+        let layout = Arc::new(beginning.model.layout()?);
+        let pinned = Pinned::of(&layout, &run, state.is_some());
+        pinned.check(run.server.memory_max_mb)?;
+        let endpoint = server_endpoint(address, &certificate, clients.as_ref(), idle(&run))?;
         let bound = endpoint.local_addr()?;
         let token = match token {
             Some(token) => token,
@@ -196,13 +216,14 @@ impl Server {
                 let kept = known.as_ref().map_or("", |known| &known.token);
                 kept.parse().map_err(|_| ServerError::Token)?
             }
-            None => hex(&secure_random::<16>()).parse().expect("32 hexadecimal digits are a token"),
+            None => Token::draw(secure_random()),
         };
+        let admission = Admission::of(&run.server, token.clone())?;
         let local_join = JoinString {
             host: reachable_host(bound),
             port: bound.port(),
             pin: certificate.pin(),
-            token: token.clone(),
+            token: admission.shared_token().cloned(),
         };
         let join = match run.server.advertise.as_str() {
             "" => local_join.clone(),
@@ -213,7 +234,6 @@ impl Server {
             None => RunFolder::create(&mut run)?,
         });
         let (model, origin) = (beginning.model.clone(), Arc::new(origin));
-        let layout = Arc::new(model.layout()?);
         let (initial, active_parameters) = (&beginning.parameters[..], model.active_parameters()?);
         let subject = Subject { layout: &layout, run: &run, initial, active_parameters };
         let beginnings = match &state {
@@ -237,11 +257,20 @@ impl Server {
             }
         };
         let sessions = beginnings.sessions.clone();
-        let hub = Arc::new(Hub::new(run, corpus, token, &beginning, layout.clone(), beginnings));
+        info!(
+            "at the worst, {} workers and strangers pin {} MB together: {} MB a worker, {} MB the strangers (memory_max_mb)",
+            run.server.sessions_max,
+            megabytes(pinned.total()),
+            megabytes(pinned.session),
+            megabytes(pinned.strangers)
+        );
+        let hub = Arc::new(Hub::new(run, corpus, admission, &beginning, layout.clone(), beginnings));
         hub.await_return(sessions);
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(hub.clone(), endpoint.clone()));
         tasks.spawn(announce_steps(hub.clone()));
+        let watched = hub.clone();
+        tasks.spawn(async move { watched.admission().watch().await });
         tasks.spawn(write_checkpoints(hub.clone()));
         Ok(Self {
             hub,
@@ -422,20 +451,34 @@ impl Server {
     }
 }
 
+/// Takes in whoever may begin a handshake. Neither an address that is forged nor one that comes too often costs more than
+/// a packet in answer.
 async fn accept(hub: Arc<Hub>, endpoint: Endpoint) {
+    let sessions_max = hub.run().server.sessions_max;
     let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
+    let members = Arc::new(Semaphore::new(CONNECTIONS_PER_SESSION * sessions_max as usize));
+    let mut rate = HandshakeRate::new(sessions_max, Instant::now());
+    let (mut refused, mut told) = (0_u64, None);
     while let Some(incoming) = endpoint.accept().await {
-        // When many come at once, those whose address may be forged are asked to show that it is theirs.
-        if strangers.available_permits() < STRANGERS_MAX / 2 && !incoming.remote_address_validated() {
-            // It can be asked, since its address is not validated yet.
+        let address = incoming.remote_address().ip();
+        if !incoming.remote_address_validated() {
+            // It can be asked to show that its address is not forged, since it has not been.
             let _ = incoming.retry();
             continue;
         }
-        match strangers.clone().try_acquire_owned() {
-            Ok(stranger) => drop(tokio::spawn(connection::serve(hub.clone(), incoming, stranger))),
+        let now = Instant::now();
+        let admitted = rate.take(address, now).then(|| strangers.clone().try_acquire_owned().ok()).flatten();
+        let Some(stranger) = admitted else {
             // A worker that is refused so tries again.
-            Err(_) => incoming.refuse(),
-        }
+            incoming.refuse();
+            refused += 1;
+            if told.is_none_or(|told| now.duration_since(told) >= REFUSALS_TOLD_EVERY) {
+                warn!("too many at a time want to connect: {refused} were refused, {address} was the last");
+                (refused, told) = (0, Some(now));
+            }
+            continue;
+        };
+        tokio::spawn(connection::serve(hub.clone(), incoming, (stranger, members.clone())));
     }
 }
 

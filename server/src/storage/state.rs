@@ -12,6 +12,7 @@
 //! made again of what the run names; or from the last checkpoint on. What comes before the last checkpoint but one is
 //! removed.
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -81,7 +82,7 @@ pub enum StateError {
 }
 
 /// What makes a server that is started again the same to its workers.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, serde::Serialize, serde::Deserialize)]
 pub struct Identity {
     format: u32,
     /// The run.
@@ -110,6 +111,15 @@ impl Identity {
         initial_sha256: [u8; 32],
     ) -> Self {
         Self { format: FORMAT, run, token, certificate, key, address, results, initial_sha256 }
+    }
+}
+
+/// Without the token and the key.
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut identity = f.debug_struct("Identity");
+        identity.field("format", &self.format).field("run", &self.run).field("address", &self.address);
+        identity.field("results", &self.results).finish_non_exhaustive()
     }
 }
 
@@ -290,6 +300,14 @@ mod tests {
         state.begin(&RunConfig::default(), &identity()).unwrap();
         let mode = fs::metadata(folder.path().join(IDENTITY_FILE)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn an_identity_does_not_show_its_secrets() {
+        let mut identity = identity();
+        (identity.token, identity.key) = ("a-secret-token".to_owned(), vec![253]);
+        let shown = format!("{identity:?}");
+        assert!(!shown.contains("secret") && !shown.contains("253") && shown.contains("4433"), "{shown}");
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! One connection to the server: hello, then exchanges, requests and bulk transfers.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -15,20 +14,17 @@ use sanderling_common::wire::control::{
 };
 use sanderling_common::wire::frame::Reply;
 use sanderling_transport::{
-    CloseCode, IDLE_MAX, MessageError, client_endpoint, describe, receive, receive_rest, send,
+    CloseCode, IDLE_MAX, MessageError, client_endpoint, describe, is_tls_alert, receive, receive_rest, send,
 };
 
 use super::bulk::{BulkError, Download};
-use super::{Lost, WorkerError};
+use super::{Lost, WorkerError, WorkerOptions};
 
 /// A server that does not answer the first packets is tried again after this long, or given up on when less is left.
 const CONNECT_WAIT: Duration = Duration::from_secs(10);
 
 /// A goodbye is waited for this long.
 const GOODBYE_WAIT: Duration = Duration::from_millis(500);
-
-/// The QUIC error codes that stand for TLS alerts (RFC 9001, section 4.8).
-const TLS_ALERTS: RangeInclusive<u64> = 0x100..=0x1ff;
 
 /// An established connection on which the hello has been said.
 pub(super) struct Link {
@@ -49,26 +45,30 @@ pub(super) enum Reception {
 }
 
 impl Link {
-    /// Connects, each attempt to the next address of the host, and says hello; waits at most `patience` for the server to answer the first packets.
+    /// Connects, each attempt to the next address of the host, and says hello; waits at most `patience` for the server to
+    /// answer the first packets.
     pub(super) async fn open(
         join: &JoinString,
+        options: &WorkerOptions,
         resume: Option<SessionId>,
         (attempt, patience): (u64, Duration),
     ) -> Result<Reception, Lost> {
         let address = resolve(join, attempt).await?;
-        let endpoint = client_endpoint(address, join.pin, IDLE_MAX).map_err(WorkerError::Endpoint)?;
+        let endpoint = client_endpoint(address, join.pin, options.identity.as_deref(), IDLE_MAX)
+            .map_err(WorkerError::Endpoint)?;
         let connecting = endpoint
             .connect(address, "sanderling")
             .map_err(|error| Lost::ForNow(format!("cannot connect to {}: {error}", join)))?;
         let connection = match tokio::time::timeout(CONNECT_WAIT.min(patience), connecting).await {
             Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => return Err(connect_error(&error)),
+            Ok(Err(error)) => return Err(error.into()),
             Err(_) => return Err(Lost::ForNow("the server does not answer".to_owned())),
         };
         let (mut up, mut down) = connection.open_bi().await?;
         up.write_all(&[StreamKind::Control as u8]).await.map_err(MessageError::from)?;
         let software = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION")).to_owned();
-        send(&mut up, &Hello { token: join.token.reveal().to_owned(), resume, software }).await?;
+        let token = join.token.as_ref().map_or("", |token| token.reveal()).to_owned();
+        send(&mut up, &Hello { token, resume, software }).await?;
         match receive(&mut down).await? {
             Greeting::Welcome(welcome) => {
                 let announced_step = Arc::new(AtomicU64::new(0));
@@ -80,6 +80,7 @@ impl Link {
                     welcome,
                 ))
             }
+            Greeting::WrongToken if join.token.is_none() => Err(WorkerError::NoToken.into()),
             Greeting::WrongToken => Err(WorkerError::WrongToken.into()),
             Greeting::Full { sessions_max } => Err(Lost::ForNow(format!(
                 "the server has no room: all of its {sessions_max} places are taken"
@@ -184,26 +185,16 @@ async fn resolve(join: &JoinString, attempt: u64) -> Result<SocketAddr, Lost> {
     address.ok_or_else(|| Lost::ForNow(format!("the host {} cannot be found", join.host)))
 }
 
-/// A server with another certificate or protocol will be no other on the next try. Anything else may be: one that
-/// refuses a connection, for example, is full of strangers or about to go.
-fn connect_error(error: &quinn::ConnectionError) -> Lost {
-    let code = match error {
-        quinn::ConnectionError::TransportError(error) => u64::from(error.code),
-        quinn::ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
-        _ => return Lost::ForNow(describe(error)),
-    };
-    if TLS_ALERTS.contains(&code) {
-        WorkerError::Handshake(describe(error)).into()
-    } else {
-        Lost::ForNow(describe(error))
-    }
-}
-
+/// A server with another certificate or protocol, or one that refuses this worker's certificate, will be no other on the
+/// next try; the last may show only after the handshake, which is over for this side before the server has looked. Anything
+/// else may pass: one that refuses a connection, for example, is full of strangers or about to go.
 impl From<quinn::ConnectionError> for Lost {
     fn from(error: quinn::ConnectionError) -> Self {
         match CloseCode::of(&error) {
             Some(CloseCode::Finished) => Self::Finished,
             Some(CloseCode::NotAdmitted) => WorkerError::NotAdmitted(describe(&error)).into(),
+            Some(CloseCode::Revoked) => WorkerError::Revoked(describe(&error)).into(),
+            None if is_tls_alert(&error) => WorkerError::Handshake(describe(&error)).into(),
             _ => Self::ForNow(describe(&error)),
         }
     }
@@ -232,13 +223,13 @@ mod tests {
     #[test]
     fn only_tls_errors_are_final() {
         let error = |code: TransportErrorCode| ConnectionError::TransportError(code.into());
-        for alert in [42, 48, 120] {
-            let lost = connect_error(&error(TransportErrorCode::crypto(alert)));
+        for alert in [42, 48, 116, 120] {
+            let lost = Lost::from(error(TransportErrorCode::crypto(alert)));
             assert!(matches!(lost, Lost::ForGood(_)), "{alert}: {lost:?}");
         }
         let refused = error(TransportErrorCode::CONNECTION_REFUSED);
         for passing in [refused, ConnectionError::TimedOut, ConnectionError::Reset] {
-            let lost = connect_error(&passing);
+            let lost = Lost::from(passing.clone());
             assert!(matches!(lost, Lost::ForNow(_)), "{passing}: {lost:?}");
         }
     }

@@ -18,7 +18,7 @@ use sanderling_common::join::JoinString;
 use sanderling_common::model_config::ModelConfigError;
 use sanderling_common::upcycle::UpcycleError;
 use sanderling_common::wire::control::Welcome;
-use sanderling_transport::EndpointError;
+use sanderling_transport::{ClientIdentity, EndpointError};
 use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
@@ -54,6 +54,8 @@ pub struct WorkerOptions {
     /// The dense checkpoint of a run that upcycles one, if it is on this machine; without it, or if it is another one,
     /// the place that the run names is looked at, and then it is fetched from the server.
     pub dense: Option<PathBuf>,
+    /// The client certificate to present to a server that admits workers by one.
+    pub identity: Option<Arc<ClientIdentity>>,
     /// A folder in which the worker keeps what another process needs to go on in its session, before every push: 4 bytes
     /// per parameter for the model and for each vector of the method.
     pub state_dir: Option<PathBuf>,
@@ -61,7 +63,13 @@ pub struct WorkerOptions {
 
 impl Default for WorkerOptions {
     fn default() -> Self {
-        Self { give_up_after: GIVE_UP_AFTER, compute_permits: None, dense: None, state_dir: None }
+        Self {
+            give_up_after: GIVE_UP_AFTER,
+            compute_permits: None,
+            dense: None,
+            identity: None,
+            state_dir: None,
+        }
     }
 }
 
@@ -94,6 +102,15 @@ pub enum WorkerError {
     /// The server does not accept the token.
     #[error("the server refused the token; it is the last part of the join string that the server printed")]
     WrongToken,
+    /// The server wants a token, and the join string has none.
+    #[error(
+        "the server asks for a token, and the join string has none; copy the whole line that the server printed, or put the \
+         worker's own token behind it as &token=…"
+    )]
+    NoToken,
+    /// The server has taken back what it admitted this worker by.
+    #[error("this worker may not take part any more: {0}")]
+    Revoked(String),
     /// The server does not want this worker.
     #[error("the server does not admit this worker: {0}")]
     NotAdmitted(String),
@@ -239,7 +256,7 @@ async fn connected(
     let patience = options.give_up_after.saturating_sub(last_contact.elapsed()).max(PATIENCE_MIN);
     let mut stopped = stop.clone();
     let reception = tokio::select! {
-        reception = Link::open(join, resume, (report.reconnects, patience)) => reception?,
+        reception = Link::open(join, options, resume, (report.reconnects, patience)) => reception?,
         _ = stopped.wait_for(|stop| *stop) => return Ok(()),
     };
     let (mut link, welcome) = match reception {
