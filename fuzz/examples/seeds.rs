@@ -256,7 +256,7 @@ fn texts() -> Outcome {
     keep("texts", "default", RunConfig::default().to_toml().as_bytes())?;
     keep("texts", "small", run()?.to_toml().as_bytes())?;
     keep("texts", "unknown", b"[model]\nlayer = 2\n")?;
-    let token = "a".repeat(32).parse()?;
+    let token = Some("a".repeat(32).parse()?);
     let join = |host: &str| JoinString { host: host.to_owned(), port: 4433, pin: [5; 32], token };
     let join = join("192.0.2.7").reveal();
     keep("texts", "join", join.as_bytes())?;

@@ -203,7 +203,13 @@ fn folders_of_other_runs_and_of_other_servers_are_refused() {
     let runtime = Runtime::new().unwrap();
     let start = |settings: &str| {
         let scene = scene_of(&scene, settings);
-        runtime.block_on(async { Server::start(scene, None).map(drop) })
+        loop {
+            match runtime.block_on(async { Server::start(scene.clone(), None).map(drop) }) {
+                // The system may take a moment to free the port of the one before.
+                Err(ServerError::Endpoint(_)) => std::thread::sleep(Duration::from_millis(20)),
+                outcome => break outcome,
+            }
+        }
     };
     let first = runtime.block_on(async { Server::start(scene.resolved(), None).unwrap() });
     assert!(matches!(start(""), Err(ServerError::State(StateError::Lock(FolderLockError::Locked(_))))));
