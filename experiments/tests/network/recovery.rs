@@ -268,7 +268,7 @@ fn a_worker_that_is_killed_goes_on_in_its_session() {
     for method in ["dgs-adam", "dgc-async", "dgs"] {
         let settings =
             format!("[run]\nworkers = 1\n[training]\nmethod = '{method}'\n[server]\nlease_ms = 20000");
-        let models = [vec![], vec![20, 90, 91, 150]].map(|kills| {
+        let models = [vec![], vec![20, 60, 61, 90]].map(|kills| {
             let scene = Scene::new(200).with(&settings);
             let state = scene.path("worker");
             let runtime = Runtime::new().unwrap();
