@@ -134,7 +134,8 @@ async fn a_certificate_that_is_revoked_ends_its_workers_connection() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_of_workers_own_come_and_go_while_the_run_goes_on() {
-    let (first, second, third) = (token("token-of-node-1"), token("token-of-node-2"), token("token-of-node-3"));
+    let (first, second, third) =
+        (token("token-of-node-1"), token("token-of-node-2"), token("token-of-node-3"));
     let (scene, file) = with_tokens(Scene::new(ENDLESS), &[("node-1", &first), ("node-2", &second)]);
     let mut serving = Serving::start(&scene);
     assert_eq!(serving.join.token, None, "there is none that all share");
@@ -199,7 +200,10 @@ async fn the_batches_of_one_that_was_revoked_go_to_others() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_is_not_ready_yet_is_revoked_too() {
     let first = token("token-of-node-1");
-    let (scene, file) = with_tokens(Scene::new(5).with("[server]\nsessions_max = 1"), &[("node-1", &first)]);
+    let (scene, file) = with_tokens(
+        Scene::new(5).with("[run]\nworkers = 1\n[server]\nsessions_max = 1"),
+        &[("node-1", &first)],
+    );
     let serving = Serving::start(&scene);
     let (peer, _) = Peer::welcomed(&with_token(&serving.join, &first)).await;
     let second = token("token-of-node-2");

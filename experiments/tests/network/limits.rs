@@ -76,7 +76,9 @@ async fn connect_narrowly(join: &JoinString, window_bytes: u32) -> (Endpoint, qu
     let address: SocketAddr = format!("{}:{}", join.host, join.port).parse().unwrap();
     let mut config = ClientConfig::new(Arc::new(client_tls(join.pin, None).unwrap()));
     let mut transport = TransportConfig::default();
-    transport.stream_receive_window(window_bytes.into()).keep_alive_interval(Some(Duration::from_millis(200)));
+    transport
+        .stream_receive_window(window_bytes.into())
+        .keep_alive_interval(Some(Duration::from_millis(200)));
     config.transport_config(Arc::new(transport));
     let mut endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     endpoint.set_default_client_config(config);
@@ -146,10 +148,13 @@ async fn a_push_is_completed_though_its_connection_is_gone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_handshakes_is_refused_and_a_worker_gets_in() {
     const FLOOD: usize = 400;
-    let serving = Serving::start(&Scene::new(5).with("[server]\nsessions_max = 1\nlease_ms = 60000"));
+    let serving = Serving::start(
+        &Scene::new(5).with("[run]\nworkers = 1\n[server]\nsessions_max = 1\nlease_ms = 60000"),
+    );
     let address: SocketAddr = format!("{}:{}", serving.join.host, serving.join.port).parse().unwrap();
     let mut endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-    endpoint.set_default_client_config(ClientConfig::new(Arc::new(client_tls(serving.join.pin, None).unwrap())));
+    endpoint
+        .set_default_client_config(ClientConfig::new(Arc::new(client_tls(serving.join.pin, None).unwrap())));
     let mut attempts = tokio::task::JoinSet::new();
     for _ in 0..FLOOD {
         let connecting = endpoint.connect(address, "sanderling").unwrap();
@@ -176,7 +181,7 @@ async fn a_flood_of_handshakes_is_refused_and_a_worker_gets_in() {
 /// A value that may not be applied is refused with the reason, counted, and makes no step.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_update_that_may_not_be_applied_is_refused_and_counted() {
-    let scene = Scene::new(5).with("[exchange]\nkeep = 1.0\nvalues = 'f32'");
+    let scene = Scene::new(5).with("[exchange]\nkeep = 1.0\nvalues_up = 'f32'");
     let serving = Serving::start(&scene);
     let (peer, welcome) = Peer::admitted(&serving.join).await;
     let mut push = first_push(&peer, &welcome).await;

@@ -8,7 +8,9 @@ use sanderling_common::ids::SessionId;
 use sanderling_common::join::JoinString;
 use sanderling_common::layout::LayoutHash;
 use sanderling_common::wire::Work;
-use sanderling_common::wire::control::{Greeting, Hello, Ready, Request, Response, Start, StreamKind, Welcome};
+use sanderling_common::wire::control::{
+    Greeting, Hello, Ready, Request, Response, Start, StreamKind, Welcome,
+};
 use sanderling_transport::{client_endpoint, receive, send};
 
 /// A connection on which anything can be said.
