@@ -4,10 +4,12 @@
 
 pub mod adamw;
 pub mod card;
+pub mod chaos;
 pub mod commands;
 pub mod evaluation;
 pub mod faults;
 pub mod generate;
+pub mod relay;
 pub mod report;
 pub mod reproduce;
 pub mod simulation;

@@ -4,7 +4,9 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use sanderling::commands::{UsageError, eval, export, generate, inspect, simulate, tokenize, train, upcycle};
+use sanderling::commands::{
+    UsageError, chaos, eval, export, generate, inspect, simulate, tokenize, train, upcycle,
+};
 use sanderling::reproduce;
 use sanderling_common::config::cli::{RunOptionsError, with_defaults};
 use sanderling_common::report::one_sentence;
@@ -39,6 +41,11 @@ enum Command {
     Export(export::Arguments),
     Tokenize(Box<tokenize::Arguments>),
     Simulate(simulate::Arguments),
+    Chaos(chaos::Arguments),
+    #[command(hide = true)]
+    ChaosServer(sanderling::chaos::ServerArguments),
+    #[command(hide = true)]
+    ChaosWorker(sanderling::chaos::WorkerArguments),
     /// Run a published result again, at a scale that fits a desk: table, plots, verdict
     #[command(subcommand)]
     Reproduce(Reproduction),
@@ -74,6 +81,9 @@ fn main() -> ExitCode {
         Command::Export(arguments) => export::export(&arguments),
         Command::Tokenize(arguments) => tokenize::tokenize(*arguments),
         Command::Simulate(arguments) => simulate::simulate(&arguments),
+        Command::Chaos(arguments) => chaos::chaos(&arguments),
+        Command::ChaosServer(arguments) => sanderling::chaos::serve(&arguments),
+        Command::ChaosWorker(arguments) => sanderling::chaos::join(&arguments),
         Command::Reproduce(Reproduction::Upcycling(arguments)) => reproduce::upcycling(&arguments),
     };
     match result {

@@ -108,7 +108,7 @@ impl StateFolder {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(source) => return Err(StateError::Io { path, source }),
             };
-            let kept = read(&bytes, self.pin).map_err(|found| StateError::Newer { path, found })?;
+            let kept = decode(&bytes, self.pin).map_err(|found| StateError::Newer { path, found })?;
             // Both are of one session, since a new one begins with none.
             if let Some(worker) = kept
                 && last.as_ref().is_none_or(|last| last.push.seq < worker.push.seq)
@@ -213,13 +213,18 @@ fn write(out: &mut impl Write, worker: &WorkerImage<'_>, pin: [u8; 32]) -> io::R
     Ok(())
 }
 
+/// What a file ends with that has these bytes before it.
+pub fn checksum(bytes: &[u8]) -> u32 {
+    crc32fast::hash(bytes)
+}
+
 /// The worker in the bytes of a file; none in one that is torn, or of work for another server.
 ///
 /// # Errors
 /// The version, if it is another than this release's.
-fn read(bytes: &[u8], pin: [u8; 32]) -> Result<Option<RestoredWorker>, u32> {
+pub fn decode(bytes: &[u8], pin: [u8; 32]) -> Result<Option<RestoredWorker>, u32> {
     let Some((body, sum)) = bytes.split_last_chunk::<4>() else { return Ok(None) };
-    if body.get(..8) != Some(&MAGIC[..]) || crc32fast::hash(body) != u32::from_le_bytes(*sum) {
+    if body.get(..8) != Some(&MAGIC[..]) || checksum(body) != u32::from_le_bytes(*sum) {
         return Ok(None);
     }
     let version = body.get(8..12).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")));

@@ -498,6 +498,20 @@ impl RunConfig {
         }
     }
 
+    /// The run as workers are told of it: without the places on the server's machine that are none of their business.
+    pub fn for_workers(&self) -> Self {
+        let mut run = self.clone();
+        for place in [
+            &mut run.server.client_ca,
+            &mut run.server.tokens_file,
+            &mut run.server.state_dir,
+            &mut run.server.checkpoint_url,
+        ] {
+            place.clear();
+        }
+        run
+    }
+
     /// The first setting in which `other` is another run, with the value here and there; `None` if it is the same run, only
     /// served otherwise: the address, the lease, who is admitted, the number of shards, the state folder, what is kept there
     /// and the folder of results do not matter to it, nor does the name.
@@ -582,6 +596,15 @@ mod tests {
         let mut run = RunConfig::default();
         run.make_paths_absolute();
         assert_eq!(run, RunConfig::default());
+    }
+
+    #[test]
+    fn workers_are_not_told_where_the_server_keeps_its_secrets() {
+        let run =
+            parse("[server]\nclient_ca = 'a/ca.pem'\nstate_dir = 's'\ncheckpoint_url = 's3://b'\nshards = 2");
+        let told = run.unwrap().resolve().unwrap().for_workers();
+        let shards = ServerSettings { shards: 2, ..RunConfig::default().server };
+        assert_eq!(told.server, shards);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! One module per command.
 
+pub mod chaos;
 pub mod eval;
 pub mod export;
 pub mod generate;

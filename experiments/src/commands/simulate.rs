@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use sanderling_transport::stop_on_interrupt;
 
 use super::say;
 use crate::faults::{Tally, Violation, trial};
+use crate::work::Stop;
 
 /// Events that are shown before a violation.
 const EVENTS_SHOWN: usize = 40;
@@ -71,12 +71,11 @@ pub fn simulate(arguments: &Arguments) -> anyhow::Result<()> {
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
     let threads = if arguments.trace { 1 } else { threads };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let interrupted = runtime.block_on(async { stop_on_interrupt(|| {}) });
+    let stop = Stop::listen()?;
     let trials = Trials::new(arguments);
     std::thread::scope(|scope| {
         (0..threads).for_each(|_| drop(scope.spawn(|| trials.work(arguments.trace))));
-        trials.watch(|| *interrupted.borrow());
+        trials.watch(|| stop.is_asked());
     });
     let done = trials.done.load(Ordering::Relaxed);
     let tally = *trials.tally.lock().expect("no trial panics while it counts");

@@ -201,7 +201,7 @@ async fn the_batches_of_one_that_was_revoked_go_to_others() {
 async fn one_that_is_not_ready_yet_is_revoked_too() {
     let first = token("token-of-node-1");
     let (scene, file) = with_tokens(
-        Scene::new(5).with("[run]\nworkers = 1\n[server]\nsessions_max = 1"),
+        Scene::new(5).with("[server]\nsessions_max = 1\n[run]\nworkers = 1"),
         &[("node-1", &first)],
     );
     let serving = Serving::start(&scene);

@@ -9,7 +9,6 @@ mod faults;
 mod limits;
 mod peer;
 mod recovery;
-mod relay;
 mod runs;
 mod strangers;
 mod support;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use sanderling::relay::{Conditions, Relay};
 use sanderling_common::config::{RunConfig, RunPartial, parse};
 use sanderling_common::corpus::Corpus;
 use sanderling_common::join::JoinString;
@@ -112,6 +113,14 @@ impl Serving {
     pub(crate) async fn outcome(self) -> Outcome {
         self.task.await.unwrap()
     }
+}
+
+/// A bad network in front of a server, and how workers join over it.
+pub(crate) async fn relayed(join: &JoinString, conditions: Conditions) -> (Relay, JoinString) {
+    let server = format!("{}:{}", join.host, join.port).parse().unwrap();
+    let relay = Relay::start(server, conditions, 1).await.unwrap();
+    let join = JoinString { port: relay.address().port(), ..join.clone() };
+    (relay, join)
 }
 
 pub(crate) fn options() -> WorkerOptions {

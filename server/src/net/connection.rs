@@ -273,7 +273,7 @@ async fn confirm(seat: &Seat<'_>, (down, up): &mut Control) -> Result<(), PeerEr
         worker: seat.worker,
         session: seat.session,
         resumed: seat.resumed,
-        run: hub.run().clone(),
+        run: hub.run().for_workers(),
         text_sha256: hub.corpus().sha256(),
         model: hub.model().clone(),
         initial: hub.initial().clone(),

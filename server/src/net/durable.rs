@@ -16,8 +16,8 @@ use super::ServerError;
 use crate::core::{Effect, Image, Log, Note, Record, Replay, ServerCore, ServerSettings, Shard};
 use crate::recorder::{Books, PushRecord, Recorder};
 use crate::storage::{
-    CheckpointStore, Commit, Directory, Journal, JournalFailed, Position, ReadJournal, RestoredState, RunId,
-    SEGMENT_BYTES, Stamp, StateCheckpoint, StoreError,
+    CheckpointFileError, CheckpointStore, Commit, Directory, Journal, JournalFailed, Position, ReadJournal,
+    RestoredState, RunId, SEGMENT_BYTES, Stamp, StateCheckpoint, StoreError,
 };
 
 /// Records between two lines about a recovery that takes long.
@@ -308,14 +308,17 @@ impl Beginnings {
     }
 }
 
-/// The last checkpoint that can be read; none if there is none. One that cannot is passed over, since its predecessor and
-/// the journal are there.
+/// The last checkpoint that can be read; none if there is none. One that is damaged is passed over, since its predecessor
+/// and the journal are there; a newer release's is an error, since what follows it may be newer too.
 fn last_checkpoint(folder: &Path, url: &str, id: RunId) -> Result<Option<RestoredState>, ServerError> {
     let find = async {
         let store = CheckpointStore::open(folder, url, id)?;
         for position in store.positions().await?.into_iter().rev() {
             match store.read(position).await {
                 Ok(state) => return Ok(Some(state)),
+                Err(error @ StoreError::File { source: CheckpointFileError::Newer(_), .. }) => {
+                    return Err(error.into());
+                }
                 Err(error) => warn!("{}; going back to the one before", one_sentence(&error)),
             }
         }

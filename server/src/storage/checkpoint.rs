@@ -161,6 +161,11 @@ impl StateCheckpoint {
 }
 
 impl RestoredState {
+    /// The hash that ends a checkpoint with these bytes before it.
+    pub fn hash(bytes: &[u8]) -> [u8; 32] {
+        Sha256::digest(bytes).into()
+    }
+
     /// Reads the checkpoint of a run out of `bytes` bytes.
     ///
     /// # Errors

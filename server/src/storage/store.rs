@@ -44,6 +44,11 @@ pub enum StoreError {
         /// What is wrong with it.
         source: object_store::Error,
     },
+    /// The store is one that this program was built without.
+    #[error(
+        "cannot keep checkpoints in {0:?}: this program was built without cloud stores; build it with --features cloud"
+    )]
+    NoCloud(String),
     /// The URL is none.
     #[error("cannot keep checkpoints in {0:?}: give a URL such as s3://bucket/folder or file:///folder")]
     NoUrl(String),
@@ -84,7 +89,7 @@ impl CheckpointStore {
     /// folder.
     ///
     /// # Errors
-    /// [`StoreError::Url`], [`StoreError::NoUrl`] or [`StoreError::Io`].
+    /// [`StoreError::Url`], [`StoreError::NoUrl`], [`StoreError::NoCloud`] or [`StoreError::Io`].
     pub fn open(state_folder: &Path, url: &str, run: RunId) -> Result<Self, StoreError> {
         if url.is_empty() {
             let folder = state_folder.join(CHECKPOINTS_FOLDER);
@@ -98,7 +103,10 @@ impl CheckpointStore {
             let folder = folder.join(hex(&run.0));
             std::fs::create_dir_all(&folder)?;
             Arc::new(local(&folder).map_err(at)?)
+        } else if cfg!(not(feature = "cloud")) {
+            return Err(StoreError::NoCloud(url.to_owned()));
         } else {
+            use_the_one_provider();
             // Credentials and endpoints are in the environment, as the stores' own tools have them.
             let (store, path) = object_store::parse_url_opts(&parsed, std::env::vars()).map_err(at)?;
             Arc::new(PrefixStore::new(store, path.join(hex(&run.0).as_str())))
@@ -179,6 +187,13 @@ impl CheckpointStore {
     }
 }
 
+/// HTTPS takes the provider of cryptography that the process has, and QUIC has no need to install one.
+fn use_the_one_provider() {
+    #[cfg(feature = "cloud")]
+    // It fails where somebody has installed one, which does as well.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
 /// Syncs what it writes, file and name.
 fn local(folder: &Path) -> Result<LocalFileSystem, object_store::Error> {
     Ok(LocalFileSystem::new_with_prefix(folder)?.with_fsync(true))
@@ -204,5 +219,45 @@ impl Write for Blocking<BufWriter> {
 impl Read for Blocking<BufReader> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         self.handle.block_on(self.inner.read(bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(url: &str) -> Result<CheckpointStore, StoreError> {
+        CheckpointStore::open(Path::new("state"), url, RunId([1; 16]))
+    }
+
+    #[test]
+    fn a_store_that_is_none_is_named_in_the_sentence() {
+        for url in ["folder/of/mine", "s3:", "nowhere://bucket"] {
+            let error = open(url).unwrap_err().to_string();
+            assert!(error.contains(url), "{error}");
+        }
+        let s3 = open("s3://bucket/folder").map(drop);
+        if cfg!(not(feature = "cloud")) {
+            assert!(s3.unwrap_err().to_string().contains("--features cloud"));
+        }
+    }
+
+    #[tokio::test]
+    async fn only_the_last_two_are_kept_and_other_files_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let url = url::Url::from_directory_path(folder.path()).unwrap();
+        let store = open(url.as_str()).unwrap();
+        let of_the_run = folder.path().join(hex(&[1; 16]));
+        for name in ["state-00000000000000000007", "state-00000000000000000900", "state-9", "notes.txt"] {
+            std::fs::write(of_the_run.join(name), b"?").unwrap();
+        }
+        assert_eq!(store.positions().await.unwrap(), [7, 900]);
+        assert_eq!(store.remove_old().await.unwrap(), Some(7));
+        std::fs::write(of_the_run.join("state-00000000000000001000"), b"?").unwrap();
+        assert_eq!(store.remove_old().await.unwrap(), Some(900));
+        assert_eq!(store.positions().await.unwrap(), [900, 1000]);
+        assert!(of_the_run.join("notes.txt").exists() && of_the_run.join("state-9").exists());
+        let damaged = store.read(900).await.unwrap_err().to_string();
+        assert!(damaged.contains("record 900"), "{damaged}");
     }
 }

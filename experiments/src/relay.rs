@@ -1,0 +1,332 @@
+//! A bad network for UDP, in this process: what passes between workers and a server is lost, delayed, doubled, reordered,
+//! squeezed and cut off, by a seed; and the workers' ports change as those behind a router do.
+//!
+//! Each client is shown to the server as a socket of its own, and has a link of its own in each direction. All settings
+//! can be changed while it runs.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rand_chacha::ChaCha12Rng;
+use sanderling_common::init::{Purpose, stream, uniform};
+use tokio::net::UdpSocket;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// Larger than any datagram.
+const DATAGRAM_BYTES_MAX: usize = 65_536;
+
+/// Datagrams that a link holds at a time; what comes beyond is lost.
+const HELD_MAX: usize = 4096;
+
+/// Clients that are relayed; others are not heard.
+const CLIENTS_MAX: usize = 1024;
+
+/// What a link does to datagrams, in each direction.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Conditions {
+    /// The probability that one is lost.
+    pub loss: f64,
+    /// That it comes twice.
+    pub duplicates: f64,
+    /// That it is held back for `held_back`, so that later ones overtake it.
+    pub reordering: f64,
+    /// How long.
+    pub held_back: Duration,
+    /// How long each takes.
+    pub delay: Duration,
+    /// And up to so much longer, each for itself.
+    pub jitter: Duration,
+    /// Bytes per second; `None`: as many as there are.
+    pub bytes_per_second: Option<f64>,
+    /// Bytes that wait for their turn on a link that is full; what comes beyond is lost.
+    pub queue_bytes: usize,
+    /// Nothing passes.
+    pub is_cut: bool,
+}
+
+impl Default for Conditions {
+    /// A perfect link.
+    fn default() -> Self {
+        Self {
+            loss: 0.0,
+            duplicates: 0.0,
+            reordering: 0.0,
+            held_back: Duration::from_millis(20),
+            delay: Duration::ZERO,
+            jitter: Duration::ZERO,
+            bytes_per_second: None,
+            queue_bytes: 256 << 10,
+            is_cut: false,
+        }
+    }
+}
+
+/// What a relay did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Counts {
+    /// Datagrams passed on.
+    pub forwarded: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Lost at random.
+    pub lost: u64,
+    /// Passed on twice.
+    pub duplicated: u64,
+    /// Held back.
+    pub held_back: u64,
+    /// Lost because the link was full.
+    pub overflowed: u64,
+    /// Lost while it was cut.
+    pub cut_off: u64,
+    /// Ports that were changed.
+    pub rebinds: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    forwarded: AtomicU64,
+    bytes: AtomicU64,
+    lost: AtomicU64,
+    duplicated: AtomicU64,
+    held_back: AtomicU64,
+    overflowed: AtomicU64,
+    cut_off: AtomicU64,
+    rebinds: AtomicU64,
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// A relay to one server; it ends when it is dropped.
+#[derive(Debug)]
+pub struct Relay {
+    address: SocketAddr,
+    conditions: watch::Sender<Conditions>,
+    /// How often all clients' ports were to change.
+    rebinds: watch::Sender<u64>,
+    counters: Arc<Counters>,
+    _tasks: JoinSet<()>,
+}
+
+impl Relay {
+    /// Listens on a port of its own, and relays to `server` and back.
+    ///
+    /// # Errors
+    /// If the system gives no socket.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub async fn start(server: SocketAddr, conditions: Conditions, seed: u64) -> io::Result<Self> {
+        let front = Arc::new(UdpSocket::bind((server.ip(), 0)).await?);
+        let address = front.local_addr()?;
+        let (conditions, seen) = watch::channel(conditions);
+        let (rebinds, rebind) = watch::channel(0);
+        let counters = Arc::new(Counters::default());
+        let link = Link { server, front, conditions: seen, rebind, counters: counters.clone(), seed };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(relay(link));
+        Ok(Self { address, conditions, rebinds, counters, _tasks: tasks })
+    }
+
+    /// Where clients find it.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Changes what the links do, from now on.
+    pub fn set(&self, change: impl FnOnce(&mut Conditions)) {
+        self.conditions.send_modify(change);
+    }
+
+    /// Shows every client to the server under another port, from now on, also in the middle of an exchange. What the server
+    /// sends to the old ones is lost.
+    pub fn rebind(&self) {
+        self.rebinds.send_modify(|rebinds| *rebinds += 1);
+    }
+
+    /// What it did so far.
+    pub fn counts(&self) -> Counts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let Counters { forwarded, bytes, lost, duplicated, held_back, overflowed, cut_off, rebinds } =
+            &*self.counters;
+        Counts {
+            forwarded: read(forwarded),
+            bytes: read(bytes),
+            lost: read(lost),
+            duplicated: read(duplicated),
+            held_back: read(held_back),
+            overflowed: read(overflowed),
+            cut_off: read(cut_off),
+            rebinds: read(rebinds),
+        }
+    }
+}
+
+/// What the clients' tasks share.
+#[derive(Clone)]
+struct Link {
+    server: SocketAddr,
+    front: Arc<UdpSocket>,
+    conditions: watch::Receiver<Conditions>,
+    rebind: watch::Receiver<u64>,
+    counters: Arc<Counters>,
+    seed: u64,
+}
+
+async fn relay(link: Link) {
+    let mut clients: HashMap<SocketAddr, mpsc::Sender<Vec<u8>>> = HashMap::new();
+    let mut tasks = JoinSet::new();
+    let mut datagram = vec![0; DATAGRAM_BYTES_MAX];
+    loop {
+        // A client whose port is closed makes the socket say so; the others are still there.
+        let Ok((length, client)) = link.front.recv_from(&mut datagram).await else { continue };
+        if !clients.contains_key(&client) && clients.len() < CLIENTS_MAX {
+            let (sender, receiver) = mpsc::channel(HELD_MAX);
+            tasks.spawn(serve(link.clone(), client, clients.len() as u64, receiver));
+            clients.insert(client, sender);
+        }
+        if let Some(sender) = clients.get(&client)
+            && sender.try_send(datagram[..length].to_vec()).is_err()
+        {
+            count(&link.counters.overflowed);
+        }
+    }
+}
+
+/// A datagram on its way.
+struct Held {
+    due: Instant,
+    order: u64,
+    bytes: Vec<u8>,
+}
+
+impl PartialEq for Held {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Held {}
+
+impl PartialOrd for Held {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Held {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.due, self.order).cmp(&(other.due, other.order))
+    }
+}
+
+/// One direction of a client's link.
+struct Direction {
+    rng: ChaCha12Rng,
+    counters: Arc<Counters>,
+    held: BinaryHeap<Reverse<Held>>,
+    /// When the link is done with what it has.
+    free_at: Instant,
+    order: u64,
+}
+
+impl Direction {
+    fn new(rng: ChaCha12Rng, counters: Arc<Counters>) -> Self {
+        Self { rng, counters, held: BinaryHeap::new(), free_at: Instant::now(), order: 0 }
+    }
+
+    fn happens(&mut self, probability: f64) -> bool {
+        uniform(&mut self.rng) < probability
+    }
+
+    /// Takes a datagram in.
+    fn take(&mut self, bytes: &[u8], conditions: &Conditions) {
+        if conditions.is_cut {
+            return count(&self.counters.cut_off);
+        }
+        if self.happens(conditions.loss) {
+            return count(&self.counters.lost);
+        }
+        let now = Instant::now();
+        if let Some(rate) = conditions.bytes_per_second {
+            let waiting = self.free_at.saturating_duration_since(now).as_secs_f64() * rate;
+            if waiting > conditions.queue_bytes as f64 {
+                return count(&self.counters.overflowed);
+            }
+            self.free_at = self.free_at.max(now) + Duration::from_secs_f64(bytes.len() as f64 / rate);
+        } else {
+            self.free_at = now;
+        }
+        let again = self.happens(conditions.duplicates);
+        if again {
+            count(&self.counters.duplicated);
+        }
+        for _ in 0..1 + u32::from(again) {
+            let mut delay = conditions.delay + conditions.jitter.mul_f64(uniform(&mut self.rng));
+            if self.happens(conditions.reordering) {
+                count(&self.counters.held_back);
+                delay += conditions.held_back;
+            }
+            if self.held.len() == HELD_MAX {
+                return count(&self.counters.overflowed);
+            }
+            self.order += 1;
+            let due = self.free_at.max(now) + delay;
+            self.held.push(Reverse(Held { due, order: self.order, bytes: bytes.to_vec() }));
+        }
+    }
+
+    /// The next datagram that is due, when it is.
+    async fn due(&mut self) -> Vec<u8> {
+        let Some(Reverse(next)) = self.held.peek() else { return std::future::pending().await };
+        tokio::time::sleep_until(next.due).await;
+        let Reverse(Held { bytes, .. }) = self.held.pop().expect("it was there a moment ago");
+        count(&self.counters.forwarded);
+        self.counters.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        bytes
+    }
+}
+
+/// Relays what one client says and is told.
+async fn serve(mut link: Link, client: SocketAddr, number: u64, mut said: mpsc::Receiver<Vec<u8>>) {
+    let direction = |place| {
+        let rng = stream(link.seed, Purpose::Simulation, 2 * number + place);
+        Direction::new(rng, link.counters.clone())
+    };
+    let (mut up, mut down) = (direction(0), direction(1));
+    let Ok(mut back) = UdpSocket::bind((link.server.ip(), 0)).await else { return };
+    link.rebind.mark_unchanged();
+    let mut datagram = vec![0; DATAGRAM_BYTES_MAX];
+    loop {
+        tokio::select! {
+            bytes = said.recv() => match bytes {
+                Some(bytes) => up.take(&bytes, &link.conditions.borrow().clone()),
+                None => return,
+            },
+            // A server whose port is closed makes the socket say so; another may come.
+            received = back.recv_from(&mut datagram) => if let Ok((length, _)) = received {
+                down.take(&datagram[..length], &link.conditions.borrow().clone());
+            },
+            // A socket that is gone loses the datagram too.
+            bytes = up.due() => drop(back.send_to(&bytes, link.server).await),
+            bytes = down.due() => drop(link.front.send_to(&bytes, client).await),
+            changed = link.rebind.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                if let Ok(another) = UdpSocket::bind((link.server.ip(), 0)).await {
+                    count(&link.counters.rebinds);
+                    back = another;
+                }
+            }
+        }
+    }
+}
