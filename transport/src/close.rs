@@ -48,6 +48,9 @@ impl CloseCode {
     }
 }
 
+/// The QUIC transport error code of a server that does not take a connection (RFC 9000, section 20.1).
+const CONNECTION_REFUSED: u64 = 0x02;
+
 /// TLS alerts as QUIC transport error codes (RFC 9001, section 4.8), with what they mean here.
 mod alert {
     pub(super) const BASE: u64 = 0x100;
@@ -90,10 +93,39 @@ pub fn describe(error: &ConnectionError) -> String {
         (Some(alert::CERTIFICATE_EXPIRED), _) => {
             "the client certificate has expired, or is not valid yet".to_owned()
         }
+        (Some(CONNECTION_REFUSED), ConnectionError::ConnectionClosed(_)) => {
+            "the other side takes no more connections for now, from this address or altogether".to_owned()
+        }
         (_, ConnectionError::ApplicationClosed(close)) => {
             format!("closed by the other side: {}", String::from_utf8_lossy(&close.reason))
         }
         (_, ConnectionError::TimedOut) => "no answer".to_owned(),
         (_, other) => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quinn::{ConnectionClose, TransportErrorCode};
+
+    use super::*;
+
+    #[test]
+    fn what_a_worker_can_do_about_it_is_said() {
+        let closed = |error_code: TransportErrorCode| {
+            let close = ConnectionClose { error_code, frame_type: None, reason: Default::default() };
+            ConnectionError::ConnectionClosed(close)
+        };
+        let check = |code: TransportErrorCode, is_final: bool, words: &str| {
+            let error = closed(code);
+            assert_eq!(is_tls_alert(&error), is_final, "{words}");
+            assert!(describe(&error).contains(words), "{}", describe(&error));
+        };
+        check(TransportErrorCode::CONNECTION_REFUSED, false, "no more connections for now");
+        check(TransportErrorCode::crypto(116), true, "--certificate and --key");
+        check(TransportErrorCode::crypto(48), true, "not signed by");
+        check(TransportErrorCode::crypto(51), true, "not signed by");
+        check(TransportErrorCode::crypto(45), true, "has expired");
+        check(TransportErrorCode::crypto(120), true, "same release");
     }
 }

@@ -37,6 +37,9 @@ const INCOMING_MAX: usize = 1024;
 /// Bytes that each of them may send meanwhile: its first packets.
 const INCOMING_BYTES: u64 = 16 << 10;
 
+/// Bytes that all of them may send meanwhile.
+pub const INCOMING_BYTES_TOTAL: u64 = INCOMING_BYTES * INCOMING_MAX as u64;
+
 /// A worker sends something at least this often, whatever it computes; the server's lease is at least twice that.
 const KEEP_ALIVE: Duration = Duration::from_millis(400);
 
@@ -78,7 +81,7 @@ pub fn server_endpoint(
 ) -> Result<Endpoint, EndpointError> {
     let mut config = ServerConfig::with_crypto(Arc::new(server_tls(certificate, clients)?));
     config.max_incoming(INCOMING_MAX).incoming_buffer_size(INCOMING_BYTES);
-    config.incoming_buffer_size_total(INCOMING_BYTES * INCOMING_MAX as u64);
+    config.incoming_buffer_size_total(INCOMING_BYTES_TOTAL);
     let mut transport = transport(idle);
     transport.receive_window(STRANGER_WINDOW_BYTES.into());
     config.transport_config(Arc::new(transport));

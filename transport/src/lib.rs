@@ -14,8 +14,8 @@ mod tls;
 pub use clients::{Authority, ClientAuthority, ClientError, ClientIdentity, PemPair, client_names};
 pub use close::{CloseCode, describe, is_tls_alert};
 pub use endpoint::{
-    CONNECTION_WINDOW_BYTES, EndpointError, IDLE_MAX, STRANGER_WINDOW_BYTES, STREAMS_MAX, client_endpoint,
-    server_endpoint, trust,
+    CONNECTION_WINDOW_BYTES, EndpointError, IDLE_MAX, INCOMING_BYTES_TOTAL, STRANGER_WINDOW_BYTES,
+    STREAMS_MAX, client_endpoint, server_endpoint, trust,
 };
 pub use interrupt::stop_on_interrupt;
 pub use message::{MessageError, read_kind, receive, receive_at_most, receive_rest, send};

@@ -268,6 +268,7 @@ fn a_worker_that_is_killed_goes_on_in_its_session() {
     for method in ["dgs-adam", "dgc-async", "dgs"] {
         let settings =
             format!("[run]\nworkers = 1\n[training]\nmethod = '{method}'\n[server]\nlease_ms = 20000");
+        // None so near the end that the run may be over before its worker is back.
         let models = [vec![], vec![20, 60, 61, 90]].map(|kills| {
             let scene = Scene::new(200).with(&settings);
             let state = scene.path("worker");

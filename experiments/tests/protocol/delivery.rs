@@ -64,6 +64,65 @@ fn values_out_of_range_are_refused() {
     }
 }
 
+/// In every form that values travel in.
+#[test]
+fn values_that_are_not_finite_are_refused() {
+    let payload = |flags: u8, bytes: &[u8]| [&[flags][..], bytes].concat();
+    let wide = |value: f32| payload(0, &[1.0, value, 1.0, 1.0].map(f32::to_le_bytes).concat());
+    // The upper half of a float is its bfloat16.
+    let half = |value: f32| payload(1, &[&value.to_le_bytes()[2..], &[0; 6]].concat());
+    let scaled = |scale: f32| payload(2, &[&scale.to_le_bytes()[..], &[1; 4]].concat());
+    let mut cluster = cluster(1);
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for payload in [wide(value), half(value), scaled(value)] {
+            cluster.compute(0, &GRADIENT);
+            let push = Push { payload, ..pending(&cluster, 0) };
+            assert_eq!(refused(&mut cluster, &push), Refusal::BadPayload);
+            cluster.replace(0);
+        }
+    }
+    // The same with numbers is taken.
+    for payload in [wide(1.0), half(1.0), scaled(1.0)] {
+        cluster.compute(0, &GRADIENT);
+        let push = Push { payload, ..pending(&cluster, 0) };
+        cluster.server.handle_push(&push).expect("these are numbers");
+        cluster.replace(0);
+    }
+}
+
+/// More entries than the tensor has elements, an index beyond the last, and payloads for tensors of other lengths.
+#[test]
+fn indices_out_of_range_and_other_layouts_are_refused() {
+    let sparse = |tensor: &[usize], keep: f64, gradient: &[f32]| {
+        let settings = worker_settings(Method::GdAsync, 0.5, 0.0, exact(keep));
+        let zeros = vec![0.0; gradient.len()];
+        let mut other = Cluster::new(&layout(tensor), &zeros, &server_settings(None), settings, 1);
+        other.compute(0, gradient);
+        pending(&other, 0).payload
+    };
+    // Of a tensor of 64 elements, the last alone: an index far beyond four.
+    let mut gradient = [0.0; 64];
+    gradient[63] = 1.0;
+    let beyond = sparse(&[64], 1.0 / 64.0, &gradient);
+    let fits = sparse(&[4], 0.25, &[1.0, 0.0, 0.0, 0.0]);
+    assert!(beyond.len() < 16, "one entry takes {} bytes", beyond.len());
+    let mut many = fits.clone();
+    many[1] = 5;
+    let shorter = sparse(&[2], 1.0, &[1.0, 2.0]);
+    let longer = sparse(&[6], 1.0, &[1.0; 6]);
+    let split = sparse(&[2, 2], 1.0, &GRADIENT);
+    let mut cluster = cluster(1);
+    for payload in [beyond, many, shorter, longer, split] {
+        cluster.compute(0, &GRADIENT);
+        let push = Push { payload, ..pending(&cluster, 0) };
+        assert_eq!(refused(&mut cluster, &push), Refusal::BadPayload);
+        cluster.replace(0);
+    }
+    cluster.compute(0, &GRADIENT);
+    let push = Push { payload: fits, ..pending(&cluster, 0) };
+    cluster.server.handle_push(&push).expect("it is for this layout");
+}
+
 /// One that is refused so has made no step; its batch goes to another.
 #[test]
 fn updates_out_of_all_proportion_are_refused() {

@@ -247,3 +247,53 @@ pub(super) fn check_token(settings: &ServerSettings, token: Option<&Token>) -> R
     };
     if token.is_some() { Err(AdmissionError::TokenBeside(other)) } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use sanderling_common::config::RunConfig;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_file_counts_when_it_has_changed_and_makes_sense() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens.toml");
+        std::fs::write(&path, "").unwrap();
+        let settings =
+            ServerSettings { tokens_file: path.display().to_string(), ..RunConfig::default().server };
+        let shared: Token = "0123456789abcdef".parse().unwrap();
+        let admission = Admission::of(&settings, shared).unwrap();
+        assert_eq!(admission.shared_token(), None);
+        assert!(look(path.clone(), String::new()).await.unwrap().is_none(), "nothing has changed");
+        for nonsense in ["tokens = 3", "revoked_certificates = ['A']"] {
+            std::fs::write(&path, nonsense).unwrap();
+            assert!(matches!(look(path.clone(), String::new()).await, Err(PassesError::Malformed { .. })));
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(look(path.clone(), String::new()).await, Err(PassesError::Io { .. })));
+
+        let pass = Pass::Certificate { names: vec!["node-1".to_owned(), "node-2".to_owned()] };
+        let watched = async {
+            tokio::select! {
+                () = admission.watch() => unreachable!("it looks for ever"),
+                denied = admission.revoked(&pass) => denied,
+            }
+        };
+        std::fs::write(&path, "revoked_certificates = ['node-2']").unwrap();
+        assert_eq!(watched.await, Denied::RevokedCertificate("node-2".to_owned()));
+    }
+
+    #[test]
+    fn a_token_for_all_is_for_runs_without_others() {
+        let token: Token = "0123456789abcdef".parse().unwrap();
+        let plain = RunConfig::default().server;
+        assert!(check_token(&plain, Some(&token)).is_ok());
+        let with_ca = ServerSettings { client_ca: "ca.pem".to_owned(), ..plain.clone() };
+        let with_tokens = ServerSettings { tokens_file: "tokens.toml".to_owned(), ..plain };
+        for (settings, named) in [(with_ca, "client_ca"), (with_tokens, "tokens_file")] {
+            assert!(check_token(&settings, None).is_ok());
+            let error = check_token(&settings, Some(&token)).unwrap_err().to_string();
+            assert!(error.contains(named) && !error.contains("0123"), "{error}");
+        }
+    }
+}

@@ -1,26 +1,6 @@
-//! What workers and strangers may make the server hold, all together and at the worst. Each limit is a named constant or a
-//! setting:
+//! What workers and strangers may make the server hold, all together and at the worst.
 //!
-//! | limit | value | what is beyond it |
-//! | --- | --- | --- |
-//! | sessions | `sessions_max` | is told that there is no room, and asks again |
-//! | connections of workers | [`CONNECTIONS_PER_SESSION`] · `sessions_max` | the same |
-//! | connections of strangers | [`STRANGERS_MAX`] | is refused before the handshake, and may try again |
-//! | handshakes of one address (IPv6: /64) | [`HANDSHAKES_BURST_MIN`] or `sessions_max` at once, then [`HANDSHAKES_PER_S`] | the same |
-//! | addresses remembered for that | [`ADDRESSES_MAX`] | share one allowance |
-//! | handshake and hello | [`HELLO_WAIT`], a lease at most | is hung up on |
-//! | bytes of a hello | [`HELLO_BYTES_MAX`] | is hung up on |
-//! | bytes of a control message | [`CONTROL_BYTES_MAX`] | is hung up on |
-//! | bytes of a push | [`frame_bytes_max`] of the layout | is hung up on |
-//! | entries of a push, once decoded | elements of each tensor | is refused ([`Refusal::BadPayload`](sanderling_common::wire::Refusal)) |
-//! | norm of an update | `norm_limit` times the recent median | is refused ([`Refusal::AbsurdNorm`](sanderling_common::wire::Refusal)) |
-//! | streams of a connection | [`STREAMS_MAX`] | waits at the peer |
-//! | bytes of a connection under way | [`STRANGER_WINDOW_BYTES`], then [`CONNECTION_WINDOW_BYTES`] | wait at the peer |
-//! | exchanges of a connection | [`EXCHANGES_PER_CONNECTION`] | waits unread |
-//! | a stream that stands still | [`STREAM_WAIT_MAX`], a lease at most, and [`STREAM_BYTES_PER_S_MIN`] on average | loses its connection |
-//! | memory that all of it may pin | `memory_max_mb` | the server does not start |
-//!
-//! What may be pinned at the worst is the sum of:
+//! `docs/fleets.md` has the table of all limits; a test holds it against the constants. What may be pinned is the sum of:
 //!
 //! | what | how many | bytes each |
 //! | --- | --- | --- |
@@ -34,6 +14,7 @@
 //! | push under way | 2 · sessions | twice a frame as it comes in, and 8 bytes an entry, of which there are at most P |
 //! | connection of a worker | 2 · sessions | windows in both directions, and a control message per stream |
 //! | connection of a stranger | [`STRANGERS_MAX`] | window, and the handshake |
+//! | first packets of whoever knocks | all together | [`INCOMING_BYTES_TOTAL`] |
 //!
 //! The run's own models (the current, the initial, those to be evaluated) are not among it: they do not grow with who
 //! comes. The queues of the shards hold what is counted here.
@@ -43,13 +24,8 @@ use sanderling_common::layout::Layout;
 use sanderling_common::sparse::{aside_bytes_max, payload_bytes_max};
 use sanderling_common::wire::control::CONTROL_BYTES_MAX;
 use sanderling_common::wire::frame::frame_bytes_max;
-use sanderling_transport::{CONNECTION_WINDOW_BYTES, STRANGER_WINDOW_BYTES, STREAMS_MAX};
-
-#[cfg(doc)]
-use super::{
-    connection::{EXCHANGES_PER_CONNECTION, HELLO_BYTES_MAX, HELLO_WAIT},
-    pace::{STREAM_BYTES_PER_S_MIN, STREAM_WAIT_MAX},
-    rate::{ADDRESSES_MAX, HANDSHAKES_BURST_MIN, HANDSHAKES_PER_S},
+use sanderling_transport::{
+    CONNECTION_WINDOW_BYTES, INCOMING_BYTES_TOTAL, STRANGER_WINDOW_BYTES, STREAMS_MAX,
 };
 
 /// Peers that are not admitted yet, at a time; further ones are refused. Each costs the server a handshake and what a
@@ -127,7 +103,7 @@ impl Pinned {
         Self {
             sessions_max: run.server.sessions_max,
             session: state + answers + journal + CONNECTIONS_PER_SESSION as u64 * connection,
-            strangers: STRANGERS_MAX as u64 * stranger,
+            strangers: STRANGERS_MAX as u64 * stranger + INCOMING_BYTES_TOTAL,
         }
     }
 
@@ -181,7 +157,7 @@ mod tests {
         // an answer two and two pushes four; and two connections of 8 MiB each way with 16 messages of 1 MiB.
         let frames = one.session - 5 * model - 2 * (32 << 20);
         assert!((13 * frame..=14 * frame).contains(&frames), "{frames} of {frame}");
-        assert_eq!(one.strangers, 128 << 20);
+        assert_eq!(one.strangers, (128 + 16) << 20);
         assert_eq!(pinned(256, "", false).total(), 256 * one.session + one.strangers);
         // What is kept needs the state twice, and the journal's queue.
         assert_eq!(pinned(1, "", true).session, one.session + model + 5 * frame);
@@ -199,5 +175,45 @@ mod tests {
         assert!(error.contains("100 workers") && error.contains("sessions_max to 99"), "{error}");
         let error = pinned.check(1).unwrap_err().to_string();
         assert!(error.contains("not even one"), "{error}");
+    }
+
+    #[test]
+    fn the_documentation_has_the_limits_as_they_are() {
+        use super::super::connection::{EXCHANGES_PER_CONNECTION, HELLO_BYTES_MAX, HELLO_WAIT};
+        use super::super::pace::{STREAM_BYTES_PER_S_MIN, STREAM_WAIT_MAX};
+        use super::super::rate::{ADDRESSES_MAX, HANDSHAKES_BURST_MIN, HANDSHAKES_PER_S};
+        use crate::admission::PASSES_BYTES_MAX;
+        use sanderling_transport::IDLE_MAX;
+
+        let table = include_str!("../../../docs/fleets.md");
+        let server = RunConfig::default().server;
+        let kib = |bytes: u64| format!("{} KiB", bytes >> 10);
+        let rows = [
+            ("sessions_max", server.sessions_max.to_string()),
+            ("CONNECTIONS_PER_SESSION", format!("{CONNECTIONS_PER_SESSION} for each")),
+            ("STRANGERS_MAX", STRANGERS_MAX.to_string()),
+            ("HANDSHAKES_BURST_MIN", format!("{HANDSHAKES_BURST_MIN}, or")),
+            ("HANDSHAKES_PER_S", format!("{HANDSHAKES_PER_S} per second")),
+            ("ADDRESSES_MAX", ADDRESSES_MAX.to_string()),
+            ("HELLO_WAIT", format!("{} s,", HELLO_WAIT.as_secs())),
+            ("HELLO_BYTES_MAX", kib(HELLO_BYTES_MAX as u64)),
+            ("CONTROL_BYTES_MAX", kib(CONTROL_BYTES_MAX as u64)),
+            ("norm_limit", format!("{} times", server.norm_limit)),
+            ("STREAMS_MAX", STREAMS_MAX.to_string()),
+            ("EXCHANGES_PER_CONNECTION", EXCHANGES_PER_CONNECTION.to_string()),
+            ("STRANGER_WINDOW_BYTES", kib(STRANGER_WINDOW_BYTES.into())),
+            ("CONNECTION_WINDOW_BYTES", kib(CONNECTION_WINDOW_BYTES.into())),
+            ("STREAM_WAIT_MAX", format!("{} s,", STREAM_WAIT_MAX.as_secs())),
+            ("STREAM_BYTES_PER_S_MIN", format!("{STREAM_BYTES_PER_S_MIN} bytes")),
+            ("IDLE_MAX", format!("{} s,", IDLE_MAX.as_secs())),
+            ("PASSES_BYTES_MAX", kib(PASSES_BYTES_MAX)),
+            ("memory_max_mb", format!("{}: no limit", server.memory_max_mb)),
+        ];
+        for (name, value) in rows {
+            let row =
+                table.lines().find(|line| line.starts_with("| ") && line.contains(&format!("`{name}` | ")));
+            let row = row.unwrap_or_else(|| panic!("{name} has no row"));
+            assert!(row.contains(&format!("| {value}")), "{name} is {value}, and documented as {row}");
+        }
     }
 }
