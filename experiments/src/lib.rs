@@ -13,4 +13,5 @@ pub mod relay;
 pub mod report;
 pub mod reproduce;
 pub mod simulation;
+pub mod task;
 pub mod work;
