@@ -55,6 +55,9 @@ const ANSWER_FINISHED: u8 = 1 << 2;
 /// The longest header: a push with a hash.
 const HEADER_BYTES_MAX: u64 = 86;
 
+/// The header of a push, without a hash.
+const PUSH_HEADER_BYTES: usize = 54;
+
 /// The longest frame that a peer with this layout sends: the most that need be read from a stream.
 pub fn frame_bytes_max(layout: &Layout) -> u64 {
     HEADER_BYTES_MAX + payload_bytes_max(layout)
@@ -123,6 +126,11 @@ pub enum Reply {
 }
 
 impl Push {
+    /// Bytes of the frame.
+    pub fn frame_bytes(&self) -> usize {
+        PUSH_HEADER_BYTES + self.replica_hash.map_or(0, |hash| hash.len()) + self.payload.len()
+    }
+
     /// Appends the frame.
     ///
     /// # Panics
@@ -414,6 +422,7 @@ mod tests {
         #[test]
         fn pushes_round_trip_and_any_other_length_is_refused(push in push()) {
             let mut frame = encoded(|out| push.encode(out));
+            assert_eq!(push.frame_bytes(), frame.len());
             prop_assert_eq!(Push::decode(&frame), Ok(push));
             for cut in 0..frame.len() {
                 prop_assert!(Push::decode(&frame[..cut]).is_err());

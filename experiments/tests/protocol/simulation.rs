@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use sanderling::simulation::{Conditions, SimulationReport, simulate};
+use sanderling::simulation::{Conditions, Evaluations, SimulationReport};
+use sanderling::task::LanguageTask;
 use sanderling_common::config::{RunConfig, parse};
 use sanderling_common::corpus::Corpus;
 use sanderling_common::wire::Split;
@@ -27,11 +28,17 @@ fn corpus() -> Arc<Corpus> {
 }
 
 fn uneven() -> Conditions {
-    Conditions { speed_spread: 0.5, latency: 0.1, lost_answers: 0.05, vanishing: 0.02 }
+    let (lost_answers, vanishing) = (0.05, 0.02);
+    Conditions { speed_spread: 0.5, latency: 0.1, lost_answers, vanishing, ..Conditions::default() }
+}
+
+fn simulate(run: &RunConfig, conditions: &Conditions, evaluations: Evaluations) -> SimulationReport {
+    let mut task = LanguageTask::new(run, corpus()).unwrap();
+    sanderling::simulation::simulate(run, &mut task, conditions, evaluations, &|| true).unwrap()
 }
 
 fn simulated(seed: u64, conditions: &Conditions) -> SimulationReport {
-    simulate(&run(seed), corpus(), conditions).unwrap()
+    simulate(&run(seed), conditions, Evaluations::ByWorkers)
 }
 
 #[test]
@@ -54,7 +61,7 @@ fn every_batch_counts_once_whatever_happens_and_the_model_learns() {
 
 #[test]
 fn staleness_is_that_of_workers_that_take_turns() {
-    let even = Conditions { speed_spread: 0.0, latency: 0.1, lost_answers: 0.0, vanishing: 0.0 };
+    let even = Conditions { speed_spread: 0.0, jitter: 0.0, latency: 0.1, ..Conditions::default() };
     let report = simulated(1, &even);
     // From the second turn on, all 31 others have pushed since the model was taken, but for the evaluating worker.
     let later = &report.staleness[32..150];
@@ -65,11 +72,11 @@ fn staleness_is_that_of_workers_that_take_turns() {
 fn tight_experts_drop_tokens_and_dropless_ones_none() {
     let mut run = run(3);
     (run.training.steps, run.training.eval_every) = (40, 40);
-    let dropless = simulate(&run, corpus(), &uneven()).unwrap();
+    let dropless = simulate(&run, &uneven(), Evaluations::ByWorkers);
     assert_eq!(dropless.dropped, [0.0; 40]);
 
     run.model.capacity_factor = 0.5;
-    let tight = simulate(&run, corpus(), &uneven()).unwrap();
+    let tight = simulate(&run, &uneven(), Evaluations::ByWorkers);
     // 4 experts · 0.5 of their share of the tokens, for 2 choices of each token: at least three quarters are dropped.
     let share = tight.dropped.iter().copied().map(f64::from).sum::<f64>() / tight.dropped.len() as f64;
     assert!((0.75..1.0).contains(&share), "{share}");
@@ -80,4 +87,48 @@ fn tight_experts_drop_tokens_and_dropless_ones_none() {
 fn the_same_seed_gives_the_same_bits() {
     assert_eq!(simulated(7, &uneven()), simulated(7, &uneven()));
     assert_ne!(simulated(7, &uneven()).theta, simulated(8, &uneven()).theta);
+}
+
+#[test]
+fn an_onlooker_sees_the_loss_fall_and_changes_nothing() {
+    let mut run = run(5);
+    run.training.steps = 160;
+    let conditions = Conditions { speed_spread: 0.5, ..Conditions::default() };
+    let aside = |every, until| simulate(&run, &conditions, Evaluations::Aside { every, until });
+    let report = aside(40, f64::NEG_INFINITY);
+    let steps: Vec<u64> = report.curve.iter().map(|point| point.steps).collect();
+    assert_eq!(steps, [0, 40, 80, 120, 160]);
+    assert!(report.curve.windows(2).all(|pair| pair[0].time <= pair[1].time), "{:?}", report.curve);
+    assert!(report.curve[4].score.loss < report.curve[0].score.loss, "{:?}", report.curve);
+    assert_eq!(aside(160, f64::NEG_INFINITY).theta, report.theta, "looking more often changes nothing");
+    let third = report.curve[2].score.loss;
+    let ended = aside(40, third);
+    assert_eq!(ended.curve.last().map(|point| point.steps), Some(80), "it ends where the loss is low enough");
+}
+
+#[test]
+fn a_slow_link_is_shared_and_a_slow_worker_is_stale() {
+    let mut run = run(5);
+    (run.run.workers, run.training.steps) = (8, 80);
+    let even = Conditions { speed_spread: 0.0, jitter: 0.0, ..Conditions::default() };
+    let aside = Evaluations::Aside { every: 80, until: f64::NEG_INFINITY };
+    let free = simulate(&run, &even, aside);
+    assert!((free.time - 10.0).abs() < 1e-9, "80 gradients by 8 workers take 10 of each: {}", free.time);
+    // A link that carries two answers in the time of a gradient is what all of them wait for.
+    let per_answer = free.bytes_down as f64 / 80.0;
+    let thin = simulate(&run, &Conditions { link_bytes: 2.0 * per_answer, ..even }, aside);
+    assert!((35.0..50.0).contains(&thin.time), "{}", thin.time);
+    let slow = simulate(&run, &Conditions { slow_workers: 1, slowness: 10.0, ..even }, aside);
+    assert!(slow.staleness.iter().max() > Some(&60), "{:?}", slow.staleness);
+    assert_eq!(slow.staleness.iter().filter(|&&staleness| staleness > 20).count(), 1);
+}
+
+#[test]
+fn workers_that_leave_come_back_and_every_batch_is_done() {
+    let mut run = run(5);
+    (run.run.workers, run.training.steps) = (8, 160);
+    let restless = Conditions { stay: 5, away: 3.0, ..Conditions::default() };
+    let report = simulate(&run, &restless, Evaluations::Aside { every: 160, until: f64::NEG_INFINITY });
+    assert_eq!((report.steps, report.done), (160, 160));
+    assert!(report.returned >= 8, "{}", report.returned);
 }

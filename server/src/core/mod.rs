@@ -429,6 +429,15 @@ impl ServerCore {
     }
 }
 
+/// A push between the halves of its exchange with a [`SerialServer`].
+#[derive(Debug)]
+pub enum Begun {
+    /// It was applied before; here is the frame that answered it.
+    Repeat(Bytes),
+    /// It has its step, and the shards have done their part.
+    New(Ticket, PushOutput),
+}
+
 /// The core and its shards in one thread: what tests and simulations drive.
 #[derive(Debug)]
 pub struct SerialServer {
@@ -500,21 +509,42 @@ impl SerialServer {
     /// # Errors
     /// A [`Refusal`].
     pub fn handle_push(&mut self, push: &Push) -> Result<(Bytes, Option<Vec<f32>>), Refusal> {
+        let begun = self.begin_push(push)?;
+        if let Begun::New(ticket, output) = &begun
+            && output.snapshot.is_some()
+        {
+            self.core.snapshot_ready(ticket.step());
+        }
+        self.finish_push(begun)
+    }
+
+    /// The first half of an exchange: the push gets its step, and the shards do its jobs.
+    ///
+    /// # Errors
+    /// A [`Refusal`].
+    pub fn begin_push(&mut self, push: &Push) -> Result<Begun, Refusal> {
         let shards = &mut self.shards;
         let mut outputs = Vec::new();
         let admitted = self.core.admit(push, |ticket| {
             outputs.extend(shards.iter_mut().map(|s| ticket.jobs().map(|job| s.handle(&job)).collect()));
         })?;
-        match admitted {
-            Admitted::Repeat(answer) => Ok((answer, None)),
-            Admitted::New(ticket) => {
-                let output = PushOutput::join(outputs);
-                if output.snapshot.is_some() {
-                    self.core.snapshot_ready(ticket.step());
-                }
+        Ok(match admitted {
+            Admitted::Repeat(answer) => Begun::Repeat(answer),
+            Admitted::New(ticket) => Begun::New(ticket, PushOutput::join(outputs)),
+        })
+    }
+
+    /// The second half: the answer, and the snapshot if one fell due, which the caller has announced.
+    ///
+    /// # Errors
+    /// A [`Refusal`].
+    pub fn finish_push(&mut self, begun: Begun) -> Result<(Bytes, Option<Vec<f32>>), Refusal> {
+        match begun {
+            Begun::Repeat(answer) => Ok((answer, None)),
+            Begun::New(ticket, output) => {
                 let completed = self.core.complete(&ticket, &output);
                 if completed == Err(Refusal::ReplicaMismatch) {
-                    self.close_session(push.session);
+                    self.close_session(ticket.session());
                 }
                 Ok((completed?, output.snapshot))
             }
