@@ -7,6 +7,7 @@ mod admission;
 mod beginnings;
 mod faults;
 mod limits;
+mod order;
 mod peer;
 mod recovery;
 mod runs;
