@@ -53,7 +53,8 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum Reproduction {
-    Upcycling(reproduce::Arguments),
+    Methods(reproduce::MethodsArguments),
+    Upcycling(reproduce::UpcyclingArguments),
 }
 
 fn main() -> ExitCode {
@@ -84,7 +85,10 @@ fn main() -> ExitCode {
         Command::Chaos(arguments) => chaos::chaos(&arguments),
         Command::ChaosServer(arguments) => sanderling::chaos::serve(&arguments),
         Command::ChaosWorker(arguments) => sanderling::chaos::join(&arguments),
-        Command::Reproduce(Reproduction::Upcycling(arguments)) => reproduce::upcycling(&arguments),
+        Command::Reproduce(what) => match what {
+            Reproduction::Methods(arguments) => reproduce::methods(&arguments),
+            Reproduction::Upcycling(arguments) => reproduce::upcycling(&arguments),
+        },
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,8 +1,12 @@
-//! Curves as SVG.
+//! Curves as SVG and PNG.
 
+use std::error::Error;
 use std::path::Path;
+use std::sync::Once;
 
+use plotters::coord::Shift;
 use plotters::prelude::*;
+use plotters::style::{FontStyle, register_font};
 use sanderling_server::results::Evaluation;
 
 /// Why a plot cannot be drawn.
@@ -12,6 +16,12 @@ pub struct PlotError {
     path: String,
     reason: String,
 }
+
+/// Pixels of a picture.
+const SIZE: (u32, u32) = (800, 480);
+
+/// What labels a PNG; an SVG is labelled by whoever shows it.
+const FONT: &[u8] = include_bytes!("../../assets/DejaVuSans-subset.ttf");
 
 /// What a plot without points says.
 const NOTHING: &str = "nothing was evaluated";
@@ -46,7 +56,7 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(86, 180, 233),
 ];
 
-/// Draws several curves; `(x, y)` name the axes.
+/// Draws several curves; `(x, y)` name the axes. What kind of picture it is, the name's ending says: `.png`, or SVG.
 ///
 /// # Errors
 /// A [`PlotError`] if the file cannot be written.
@@ -62,8 +72,22 @@ pub fn plot_curves(
         .zip(colours)
         .map(|(curve, &colour)| (curve.name.as_str(), colour, curve.points.clone()))
         .collect();
-    draw(path, title, Axes { x, y }, &series)
-        .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
+    let axes = Axes { x, y };
+    let drawn = if path.extension().is_some_and(|extension| extension == "png") {
+        register_the_font();
+        draw(&BitMapBackend::new(path, SIZE).into_drawing_area(), title, axes, &series)
+    } else {
+        draw(&SVGBackend::new(path, SIZE).into_drawing_area(), title, axes, &series)
+    };
+    drawn.map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
+}
+
+fn register_the_font() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let registered = register_font("sans-serif", FontStyle::Normal, FONT);
+        assert!(registered.is_ok(), "the font that is compiled in cannot be read");
+    });
 }
 
 /// Draws training and validation loss, in nats per `unit` of the text, over millions of training tokens.
@@ -89,7 +113,7 @@ pub fn plot_losses(
     ];
     let y = format!("cross-entropy, nats per {unit}");
     let axes = Axes { x: "training tokens, millions", y: &y };
-    draw(path, title, axes, &series)
+    draw(&SVGBackend::new(path, SIZE).into_drawing_area(), title, axes, &series)
         .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
 }
 
@@ -115,20 +139,22 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     }
 }
 
-fn draw(
-    path: &Path,
+fn draw<B: DrawingBackend>(
+    root: &DrawingArea<B, Shift>,
     title: &str,
     axes: Axes<'_>,
     series: &[Series<'_>],
-) -> Result<(), Box<dyn std::error::Error>> {
+) -> Result<(), Box<dyn Error>>
+where
+    B::ErrorType: 'static,
+{
     let points = || series.iter().flat_map(|(_, _, points)| points).filter(|point| is_drawable(point));
     let right = points().map(|p| p.0).fold(0.0, f64::max).max(1e-6) * 1.02;
     let (bottom, top) = range(points().map(|p| p.1));
     let margin = (top - bottom) * 0.05;
 
-    let root = SVGBackend::new(path, (800, 480)).into_drawing_area();
     root.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&root)
+    let mut chart = ChartBuilder::on(root)
         .caption(title, ("sans-serif", 22))
         .margin(14)
         .x_label_area_size(52)
@@ -189,6 +215,19 @@ mod tests {
             router_entropy: Vec::new(),
             dropped_share: None,
         }
+    }
+
+    #[test]
+    fn a_png_has_labels_and_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let pictures = ["short", "x"].map(|label| {
+            let path = folder.path().join(format!("{label}.png"));
+            let curve = Curve { name: label.to_owned(), points: vec![(0.0, 1.0), (1.0, 2.0)] };
+            plot_curves(&path, "θ ≤ 1", (label, "loss"), &[curve]).unwrap();
+            std::fs::read(path).unwrap()
+        });
+        assert!(pictures[0].starts_with(b"\x89PNG") && pictures[0].len() > 3000, "{}", pictures[0].len());
+        assert_ne!(pictures[0], pictures[1], "the labels are drawn");
     }
 
     fn drawn(evaluations: &[Evaluation]) -> String {

@@ -1,8 +1,8 @@
 //! Published results, run again at a scale that fits a desk.
 
-mod arms;
-mod results;
-mod trainer;
+mod lab;
+mod methods;
 mod upcycling;
 
-pub use upcycling::{Arguments, upcycling};
+pub use methods::{Arguments as MethodsArguments, methods};
+pub use upcycling::{Arguments as UpcyclingArguments, upcycling};

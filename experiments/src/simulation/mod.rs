@@ -175,7 +175,7 @@ impl Ord for Due {
     }
 }
 
-/// Simulates a run for as long as `keep_going` says so, which is asked before every event.
+/// Simulates a run for as long as `keep_going` says so, which is told before every event how many batches are done.
 ///
 /// # Errors
 /// A [`SimulationError`].
@@ -184,13 +184,13 @@ pub fn simulate(
     task: &mut dyn Task,
     conditions: &Conditions,
     evaluations: Evaluations,
-    keep_going: &dyn Fn() -> bool,
+    keep_going: &dyn Fn(u64) -> bool,
 ) -> Result<SimulationReport, SimulationError> {
     let mut simulation = Simulation::new(run, task, conditions, evaluations)?;
     while !simulation.is_over()
         && let Some(Reverse(due)) = simulation.schedule.pop()
     {
-        if !keep_going() {
+        if !keep_going(simulation.server.core().standing().done) {
             return Err(SimulationError::Stopped);
         }
         simulation.report.time = due.time;

@@ -34,7 +34,7 @@ fn uneven() -> Conditions {
 
 fn simulate(run: &RunConfig, conditions: &Conditions, evaluations: Evaluations) -> SimulationReport {
     let mut task = LanguageTask::new(run, corpus()).unwrap();
-    sanderling::simulation::simulate(run, &mut task, conditions, evaluations, &|| true).unwrap()
+    sanderling::simulation::simulate(run, &mut task, conditions, evaluations, &|_| true).unwrap()
 }
 
 fn simulated(seed: u64, conditions: &Conditions) -> SimulationReport {

@@ -1,0 +1,199 @@
+//! Finished runs, a JSON line each: what is there already is not made again.
+//!
+//! Several processes may work on one book: each claims a run by a locked file before it makes it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use anyhow::Context;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
+
+/// The file of finished runs.
+const FILE: &str = "results.jsonl";
+
+/// The folder of the locks that stand for runs being made.
+const CLAIMS: &str = "claims";
+
+/// A finished run.
+pub(in crate::reproduce) trait Finished:
+    Serialize + DeserializeOwned + Clone + Send
+{
+    /// What was asked for: a run with the same key need not be made again.
+    type Key: Serialize;
+
+    fn key(&self) -> &Self::Key;
+}
+
+/// A book of finished runs in a folder.
+pub(in crate::reproduce) struct Book<R> {
+    folder: PathBuf,
+    done: Mutex<Pages<R>>,
+}
+
+struct Pages<R> {
+    /// How far the file was read, in bytes.
+    read: usize,
+    results: BTreeMap<String, R>,
+}
+
+/// A run that no other process makes meanwhile.
+pub(in crate::reproduce) struct Claim {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // What is left behind is locked by nobody, which is what counts.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Two keys are the same if they have the same JSON form.
+fn text<K: Serialize>(key: &K) -> String {
+    serde_json::to_string(key).expect("a key has a JSON form")
+}
+
+impl<R: Finished> Book<R> {
+    /// Opens the book of a folder, which is made if it is not there. Lines that cannot be read, such as a last one that
+    /// was cut off or those of an earlier version, are left out and their runs made again.
+    pub(in crate::reproduce) fn open(folder: &Path) -> anyhow::Result<Self> {
+        fs::create_dir_all(folder.join(CLAIMS))
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        let done = Mutex::new(Pages { read: 0, results: BTreeMap::new() });
+        let book = Self { folder: folder.to_owned(), done };
+        book.refresh()?;
+        Ok(book)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.join(FILE)
+    }
+
+    /// Reads what was added since the last time.
+    pub(in crate::reproduce) fn refresh(&self) -> anyhow::Result<()> {
+        let path = self.path();
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        };
+        let mut pages = self.done.lock().expect("no reader panics");
+        let new = bytes.get(pages.read..).unwrap_or_default();
+        let whole = new.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        let results = new[..whole].split(|&byte| byte == b'\n');
+        let results = results.filter_map(|line| serde_json::from_slice::<R>(line).ok());
+        results.for_each(|result| drop(pages.results.insert(text(result.key()), result)));
+        pages.read += whole;
+        Ok(())
+    }
+
+    /// The run with this key, if it is finished.
+    pub(in crate::reproduce) fn find(&self, key: &R::Key) -> Option<R> {
+        self.done.lock().expect("no reader panics").results.get(&text(key)).cloned()
+    }
+
+    /// The right to make a run; `None` if another process has it, or it is finished by now.
+    pub(in crate::reproduce) fn claim(&self, key: &R::Key) -> anyhow::Result<Option<Claim>> {
+        let name: String =
+            Sha256::digest(text(key)).iter().take(10).map(|byte| format!("{byte:02x}")).collect();
+        let path = self.folder.join(CLAIMS).join(name);
+        let unusable = || format!("cannot use {}", path.display());
+        let lock =
+            OpenOptions::new().create(true).write(true).truncate(false).open(&path).with_context(unusable)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(unusable),
+        }
+        // Whoever had it before may have finished it between our reading and our locking.
+        self.refresh()?;
+        Ok(if self.find(key).is_some() { None } else { Some(Claim { path, _lock: lock }) })
+    }
+
+    /// Writes a finished run down.
+    pub(in crate::reproduce) fn add(&self, result: &R) -> anyhow::Result<()> {
+        let path = self.path();
+        let unusable = || format!("cannot write {}", path.display());
+        let mut file =
+            OpenOptions::new().create(true).append(true).read(true).open(&path).with_context(unusable)?;
+        // One line at a time, whoever writes; the lock goes with the file.
+        file.lock().with_context(unusable)?;
+        let mut line = text(result);
+        line.push('\n');
+        if !ends_with_newline(&path).with_context(unusable)? {
+            line.insert(0, '\n');
+        }
+        file.write_all(line.as_bytes()).and_then(|()| file.sync_data()).with_context(unusable)?;
+        drop(file);
+        self.refresh()
+    }
+}
+
+/// Whether the file is empty or its last line whole.
+fn ends_with_newline(path: &Path) -> std::io::Result<bool> {
+    Ok(fs::read(path)?.last().is_none_or(|&byte| byte == b'\n'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    struct Sum {
+        of: (u32, u32),
+        is: u32,
+    }
+
+    impl Finished for Sum {
+        type Key = (u32, u32);
+
+        fn key(&self) -> &(u32, u32) {
+            &self.of
+        }
+    }
+
+    #[test]
+    fn what_is_written_down_is_found_by_everyone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ours, theirs) =
+            (Book::<Sum>::open(folder.path()).unwrap(), Book::<Sum>::open(folder.path()).unwrap());
+        let sum = Sum { of: (1, 2), is: 3 };
+        ours.add(&sum).unwrap();
+        assert_eq!(ours.find(&(1, 2)), Some(sum.clone()));
+        assert_eq!(theirs.find(&(1, 2)), None, "it has not looked since");
+        theirs.refresh().unwrap();
+        assert_eq!(theirs.find(&(1, 2)), Some(sum.clone()));
+        assert_eq!(Book::<Sum>::open(folder.path()).unwrap().find(&(1, 2)), Some(sum));
+    }
+
+    #[test]
+    fn a_run_is_made_by_one_process_at_a_time_and_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ours, theirs) =
+            (Book::<Sum>::open(folder.path()).unwrap(), Book::<Sum>::open(folder.path()).unwrap());
+        let claim = ours.claim(&(1, 2)).unwrap().expect("nobody else has it");
+        assert!(theirs.claim(&(1, 2)).unwrap().is_none());
+        assert!(theirs.claim(&(2, 2)).unwrap().is_some());
+        ours.add(&Sum { of: (1, 2), is: 3 }).unwrap();
+        drop(claim);
+        assert!(theirs.claim(&(1, 2)).unwrap().is_none(), "it is finished");
+    }
+
+    #[test]
+    fn a_line_that_was_cut_off_is_left_out_and_spoils_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE);
+        fs::write(&path, "{\"of\":[1,2],\"is\":3}\n{\"of\":[2,2],\"i").unwrap();
+        let book = Book::<Sum>::open(folder.path()).unwrap();
+        assert!(book.find(&(1, 2)).is_some() && book.find(&(2, 2)).is_none());
+        book.add(&Sum { of: (2, 2), is: 4 }).unwrap();
+        assert_eq!(Book::<Sum>::open(folder.path()).unwrap().find(&(2, 2)).unwrap().is, 4);
+        assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 3);
+    }
+}

@@ -1,0 +1,135 @@
+//! Many runs, some at a time, with a bar and a stop.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use tokio::sync::watch;
+
+use super::book::{Book, Finished};
+use crate::work::{Unit, Work};
+
+/// How often the bar moves, and runs that another process makes are looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// What a run tells of its progress, and asks whether to go on.
+pub(in crate::reproduce) struct Progress<'a> {
+    /// Of all runs together.
+    done: &'a AtomicU64,
+    /// Of this run.
+    told: AtomicU64,
+    failed: &'a AtomicBool,
+    stop: watch::Receiver<bool>,
+}
+
+impl Progress<'_> {
+    /// The run has made so many gradient evaluations; returns whether it is to go on.
+    pub(in crate::reproduce) fn at(&self, evaluations: u64) -> bool {
+        let told = self.told.swap(evaluations, Ordering::Relaxed);
+        self.done.fetch_add(evaluations.saturating_sub(told), Ordering::Relaxed);
+        !self.failed.load(Ordering::Relaxed) && !*self.stop.borrow()
+    }
+}
+
+/// How many runs are made at a time in this process.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::reproduce) struct Jobs(pub(in crate::reproduce) usize);
+
+/// A run to be made: its key, and how many gradient evaluations it takes.
+pub(in crate::reproduce) type Wanted<K> = (K, u64);
+
+impl Jobs {
+    /// Makes those of the wanted runs that are not in the book, each once, and returns when all are there; runs that
+    /// another process makes are waited for.
+    ///
+    /// # Errors
+    /// The first failure of a run, or a sentence if the user wanted it to stop.
+    pub(in crate::reproduce) fn make_missing<R>(
+        self,
+        what: &'static str,
+        book: &Book<R>,
+        wanted: &[Wanted<R::Key>],
+        make: impl Fn(&R::Key, &Progress<'_>) -> anyhow::Result<R> + Sync,
+    ) -> anyhow::Result<()>
+    where
+        R: Finished + Sync,
+        R::Key: Sync,
+    {
+        let missing: Vec<_> = wanted.iter().filter(|(key, _)| book.find(key).is_none()).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let total = missing.iter().map(|(_, evaluations)| evaluations).sum();
+        let mut work = Work::begin(what, total, Unit::Count("gradient evaluations"))?;
+        let (done, failed) = (AtomicU64::new(0), AtomicBool::new(false));
+        let stop = work.stop();
+        let running = AtomicU64::new(self.0.min(missing.len()) as u64);
+        let failure = Mutex::new(None);
+        let thread = || {
+            let made = make_some(book, &missing, &make, &|| Progress {
+                done: &done,
+                told: AtomicU64::new(0),
+                failed: &failed,
+                stop: stop.clone(),
+            });
+            if let Err(error) = made {
+                failed.store(true, Ordering::Relaxed);
+                failure.lock().expect("nobody panics with it").get_or_insert(error);
+            }
+            running.fetch_sub(1, Ordering::Release);
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..self.0.min(missing.len()) {
+                scope.spawn(thread);
+            }
+            while running.load(Ordering::Acquire) > 0 {
+                // The runs themselves look at the stop.
+                let _ = work.at(done.load(Ordering::Relaxed));
+                std::thread::sleep(LOOK_EVERY);
+            }
+        });
+        work.end();
+        match failure.into_inner().expect("nobody panics with it") {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What one thread does: makes runs until all are there.
+fn make_some<'a, R: Finished>(
+    book: &Book<R>,
+    missing: &[&Wanted<R::Key>],
+    make: &(impl Fn(&R::Key, &Progress<'_>) -> anyhow::Result<R> + Sync),
+    progress: &(dyn Fn() -> Progress<'a> + Sync),
+) -> anyhow::Result<()> {
+    loop {
+        let (mut is_complete, mut has_made) = (true, false);
+        for (key, evaluations) in missing {
+            if book.find(key).is_some() {
+                continue;
+            }
+            let progress = progress();
+            ensure!(progress.at(0), "stopped; the runs that are finished are kept");
+            let Some(claim) = book.claim(key)? else {
+                is_complete &= book.find(key).is_some();
+                continue;
+            };
+            let made = make(key, &progress);
+            // A run that is stopped fails with a reason of its own, which nobody wants to read.
+            ensure!(made.is_ok() || progress.at(0), "stopped; the runs that are finished are kept");
+            book.add(&made.context("a run failed")?)?;
+            progress.at(*evaluations);
+            drop(claim);
+            has_made = true;
+        }
+        if is_complete {
+            return Ok(());
+        }
+        if !has_made {
+            std::thread::sleep(LOOK_EVERY);
+            book.refresh()?;
+        }
+    }
+}

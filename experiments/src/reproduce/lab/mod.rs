@@ -1,0 +1,17 @@
+//! What the reproductions share: runs as data, the book of those that are finished, and the tables and plots made of it.
+
+mod book;
+mod jobs;
+mod reference;
+mod search;
+mod spec;
+mod text;
+
+pub(super) use book::{Book, Finished};
+pub(super) use jobs::{Jobs, Progress};
+pub(super) use reference::{Batches, Stretch, train};
+pub(super) use search::{Grid, Search, Tried};
+pub(super) use spec::{Run, Spec, Subject, Trainer, make, small_model};
+pub(super) use text::{
+    Options, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report,
+};

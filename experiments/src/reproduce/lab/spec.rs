@@ -1,0 +1,261 @@
+//! A run as data, and what comes of it.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use sanderling_common::config::{DataSettings, ExchangeSettings, ModelSettings, RunConfig, TrainingSettings};
+use sanderling_common::corpus::Corpus;
+use sanderling_common::wire::{Refusal, Split};
+
+use super::book::Finished;
+use super::jobs::Progress;
+use super::reference::{Batches, Stretch, train};
+use crate::adamw::AdamWSettings;
+use crate::simulation::{Conditions, Evaluations, Point, SimulationError, SimulationReport, simulate};
+use crate::task::{DigitsTask, LanguageTask, Score, Task};
+
+/// What is learned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(in crate::reproduce) enum Subject {
+    /// The bundled text, character by character.
+    Text,
+    /// Handwritten digits.
+    Digits,
+}
+
+impl Subject {
+    /// For tables.
+    pub(in crate::reproduce) fn name(self) -> &'static str {
+        match self {
+            Self::Text => "characters",
+            Self::Digits => "digits",
+        }
+    }
+
+    fn task(self, run: &RunConfig) -> anyhow::Result<Box<dyn Task>> {
+        static CORPUS: OnceLock<Arc<Corpus>> = OnceLock::new();
+        Ok(match self {
+            Self::Text => {
+                let corpus = CORPUS.get_or_init(|| Arc::new(Corpus::bundled()));
+                Box::new(LanguageTask::new(run, corpus.clone())?)
+            }
+            Self::Digits => {
+                let batch_size = run.data.batch_size as usize;
+                Box::new(DigitsTask::new(run.run.seed, batch_size, run.model.aux_loss))
+            }
+        })
+    }
+}
+
+/// The sections of a run file that make a subject's small model, of which many runs can be afforded.
+pub(in crate::reproduce) fn small_model(subject: Subject) -> &'static str {
+    match subject {
+        Subject::Text => {
+            "[data]\nbatch_size = 12\n\
+             [model]\nhidden_size = 64\nlayers = 2\nintermediate_size = 64\ncontext = 64\n"
+        }
+        // Its shape is fixed.
+        Subject::Digits => "[data]\nbatch_size = 16\n",
+    }
+}
+
+/// Who trains.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(in crate::reproduce) enum Trainer {
+    /// Asynchronous workers, by the run's method.
+    Workers(Conditions),
+    /// Data-parallel AdamW: each step takes the mean gradient of as many batches as there are workers.
+    AdamW,
+}
+
+/// A run, fully described. Two that are equal come to the same.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub(in crate::reproduce) struct Spec {
+    pub(in crate::reproduce) subject: Subject,
+    pub(in crate::reproduce) trainer: Trainer,
+    pub(in crate::reproduce) seed: u64,
+    pub(in crate::reproduce) workers: u32,
+    pub(in crate::reproduce) data: DataSettings,
+    pub(in crate::reproduce) model: ModelSettings,
+    /// `steps` counts gradient evaluations; `eval_every` is how often the onlooker looks.
+    pub(in crate::reproduce) training: TrainingSettings,
+    pub(in crate::reproduce) exchange: ExchangeSettings,
+    /// The run is over when its validation loss has come down to this.
+    pub(in crate::reproduce) until: Option<f64>,
+}
+
+impl Spec {
+    /// The run that a server would be given.
+    pub(in crate::reproduce) fn run(&self) -> RunConfig {
+        let mut run = RunConfig::default();
+        (run.run.seed, run.run.workers) = (self.seed, self.workers);
+        (run.data, run.model) = (self.data.clone(), self.model.clone());
+        (run.training, run.exchange) = (self.training.clone(), self.exchange.clone());
+        run
+    }
+
+    /// A run by workers as `run` describes it.
+    pub(in crate::reproduce) fn of(subject: Subject, run: &RunConfig, trainer: Trainer) -> Self {
+        Self {
+            subject,
+            trainer,
+            seed: run.run.seed,
+            workers: run.run.workers,
+            data: run.data.clone(),
+            model: run.model.clone(),
+            training: run.training.clone(),
+            exchange: run.exchange.clone(),
+            until: None,
+        }
+    }
+}
+
+/// What came of a run.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub(in crate::reproduce) struct Outcome {
+    /// Validation along the way, from before the first update to after the last.
+    pub(in crate::reproduce) curve: Vec<Point>,
+    /// The last model on the test split.
+    pub(in crate::reproduce) test: Score,
+    /// Parameters of the model.
+    pub(in crate::reproduce) parameters: u64,
+    /// Updates of the model.
+    pub(in crate::reproduce) updates: u64,
+    /// Frames of pushes and of answers; 0 for one process.
+    pub(in crate::reproduce) bytes_up: u64,
+    pub(in crate::reproduce) bytes_down: u64,
+    /// How many updates had each staleness, from 0 on.
+    pub(in crate::reproduce) staleness: Vec<u64>,
+    /// Why the run came to no end, if it did not.
+    pub(in crate::reproduce) diverged: Option<String>,
+    /// What it took here.
+    pub(in crate::reproduce) seconds: f64,
+}
+
+impl Outcome {
+    /// The last model on the validation split.
+    pub(in crate::reproduce) fn validation(&self) -> Score {
+        match (self.curve.last(), &self.diverged) {
+            (Some(point), None) => point.score,
+            _ => NOTHING,
+        }
+    }
+
+    pub(in crate::reproduce) fn staleness_mean(&self) -> f64 {
+        let (mut sum, mut count) = (0.0, 0.0);
+        for (staleness, &updates) in self.staleness.iter().enumerate() {
+            (sum, count) = (sum + staleness as f64 * updates as f64, count + updates as f64);
+        }
+        if count > 0.0 { sum / count } else { 0.0 }
+    }
+
+    /// The largest staleness.
+    pub(in crate::reproduce) fn staleness_max(&self) -> usize {
+        self.staleness.len().saturating_sub(1)
+    }
+}
+
+/// The score of a run that diverged.
+const NOTHING: Score = Score { loss: f64::NAN, accuracy: None };
+
+/// A finished run.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub(in crate::reproduce) struct Run {
+    pub(in crate::reproduce) spec: Spec,
+    pub(in crate::reproduce) outcome: Outcome,
+}
+
+impl Finished for Run {
+    type Key = Spec;
+
+    fn key(&self) -> &Spec {
+        &self.spec
+    }
+}
+
+/// Makes a run.
+pub(in crate::reproduce) fn make(spec: &Spec, progress: &Progress<'_>) -> anyhow::Result<Run> {
+    let started = Instant::now();
+    let run = spec.run();
+    let mut task = spec.subject.task(&run)?;
+    let mut outcome = match &spec.trainer {
+        Trainer::Workers(conditions) => by_workers(spec, &run, task.as_mut(), conditions, progress)?,
+        Trainer::AdamW => by_one(&run, task.as_mut(), progress)?,
+    };
+    outcome.seconds = started.elapsed().as_secs_f64();
+    Ok(Run { spec: spec.clone(), outcome })
+}
+
+fn by_workers(
+    spec: &Spec,
+    run: &RunConfig,
+    task: &mut dyn Task,
+    conditions: &Conditions,
+    progress: &Progress<'_>,
+) -> anyhow::Result<Outcome> {
+    let every = spec.training.eval_every;
+    let evaluations = Evaluations::Aside { every, until: spec.until.unwrap_or(f64::NEG_INFINITY) };
+    let parameters = task.layout().len() as u64;
+    let report = match simulate(run, task, conditions, evaluations, &|done| progress.at(done)) {
+        Ok(report) => report,
+        Err(error @ (SimulationError::Diverged(_) | SimulationError::Refused(Refusal::AbsurdNorm))) => {
+            return Ok(diverged(parameters, error.to_string()));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let SimulationReport { theta, curve, steps, staleness, bytes_up, bytes_down, .. } = report;
+    let mut histogram = vec![0; staleness.iter().max().map_or(0, |&max| max as usize + 1)];
+    staleness.iter().for_each(|&staleness| histogram[staleness as usize] += 1);
+    let test = task.evaluate(&theta, Split::Test)?;
+    Ok(Outcome {
+        curve,
+        test,
+        parameters,
+        updates: steps,
+        bytes_up,
+        bytes_down,
+        staleness: histogram,
+        diverged: None,
+        seconds: 0.0,
+    })
+}
+
+fn by_one(run: &RunConfig, task: &mut dyn Task, progress: &Progress<'_>) -> anyhow::Result<Outcome> {
+    let parameters = task.layout().len() as u64;
+    let batches = Batches { first: 0, per_step: u64::from(run.run.workers) };
+    let settings =
+        AdamWSettings { weight_decay: f64::from(run.training.weight_decay), ..AdamWSettings::default() };
+    let stretch = Stretch::of(&run.training, batches, settings);
+    let trained = train(task, &stretch, &|done| progress.at(done))?;
+    if trained.last.iter().any(|value| !value.is_finite()) {
+        return Ok(diverged(parameters, "the parameters are not finite".to_owned()));
+    }
+    let test = task.evaluate(&trained.last, Split::Test)?;
+    Ok(Outcome {
+        curve: trained.curve,
+        test,
+        parameters,
+        updates: stretch.steps(),
+        bytes_up: 0,
+        bytes_down: 0,
+        staleness: Vec::new(),
+        diverged: None,
+        seconds: 0.0,
+    })
+}
+
+fn diverged(parameters: u64, reason: String) -> Outcome {
+    Outcome {
+        curve: Vec::new(),
+        test: NOTHING,
+        parameters,
+        updates: 0,
+        bytes_up: 0,
+        bytes_down: 0,
+        staleness: Vec::new(),
+        diverged: Some(reason),
+        seconds: 0.0,
+    }
+}
