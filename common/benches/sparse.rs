@@ -94,7 +94,8 @@ mod select {
 mod codec {
     use super::*;
 
-    const FORMATS: [ValueFormat; 3] = [ValueFormat::F32, ValueFormat::Bf16, ValueFormat::Int8];
+    const FORMATS: [ValueFormat; 4] =
+        [ValueFormat::F32, ValueFormat::Bf16, ValueFormat::Int8, ValueFormat::Sign];
     const LEN: usize = 10_000_000;
 
     struct Example {

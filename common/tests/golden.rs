@@ -62,6 +62,11 @@ fn payload_int8() {
     check_payload("payload-int8.bin", ValueFormat::Int8);
 }
 
+#[test]
+fn payload_sign() {
+    check_payload("payload-sign.bin", ValueFormat::Sign);
+}
+
 /// The table of the codec, followed by hand.
 #[test]
 fn payload_by_hand() {

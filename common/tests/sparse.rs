@@ -9,7 +9,7 @@ use sanderling_common::sparse::{
     payload_bytes_max,
 };
 
-const FORMATS: [ValueFormat; 3] = [ValueFormat::F32, ValueFormat::Bf16, ValueFormat::Int8];
+const FORMATS: [ValueFormat; 4] = [ValueFormat::F32, ValueFormat::Bf16, ValueFormat::Int8, ValueFormat::Sign];
 
 /// The definition: sort by magnitude, then by index.
 fn top_k_by_sorting(values: &[f32], k: usize) -> Vec<u32> {

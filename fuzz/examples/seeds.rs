@@ -62,9 +62,12 @@ fn payload(format: ValueFormat, keep: f64) -> Outcome<Vec<u8>> {
 }
 
 fn payloads() -> Outcome {
-    for (name, format) in
-        [("f32", ValueFormat::F32), ("bf16", ValueFormat::Bf16), ("int8", ValueFormat::Int8)]
-    {
+    for (name, format) in [
+        ("f32", ValueFormat::F32),
+        ("bf16", ValueFormat::Bf16),
+        ("int8", ValueFormat::Int8),
+        ("sign", ValueFormat::Sign),
+    ] {
         for (share, kept) in [("sparse", 0.01), ("dense", 1.0)] {
             keep("payload", &format!("{name}-{share}"), &payload(format, kept)?)?;
         }

@@ -5,11 +5,11 @@
 //!
 //! | part | bytes | present | content |
 //! | --- | --- | --- | --- |
-//! | flags | 1 | always | bits 0–1: value format (0 f32, 1 bf16, 2 int8); bit 2: 1 sparse, 0 dense; bits 3–7: Rice parameter p, 0 unless sparse with entries |
+//! | flags | 1 | always | bits 0–1: value format (0 f32, 1 bf16, 2 int8, 3 sign); bit 2: 1 sparse, 0 dense; bits 3–7: Rice parameter p, 0 unless sparse with entries |
 //! | count | 1–5 | sparse | number of entries, at most n, LEB128 in its shortest form |
 //! | gaps | ⌈bits/8⌉ | sparse, count > 0 | Golomb–Rice coded gaps between indices: ⌊gap/2^p⌋ zero bits, a one bit, p low bits of the gap; bits fill bytes from the least significant up, padded with zeros |
-//! | scale | 4 | int8, with values | f32: max abs(v) / 127; not negative, and 0 only if all codes are |
-//! | values | 4, 2 or 1 each | with values | f32; or its upper half, rounded to nearest even (bf16); or a signed multiple of the scale, −127 to 127 |
+//! | scale | 4 | int8 or sign, with values | f32: max abs(v) / 127, or the mean of abs(v); not negative, and 0 only if all codes are |
+//! | values | 4, 2, 1 or ⅛ each | with values | f32; or its upper half, rounded to nearest even (bf16); or a signed multiple of the scale, −127 to 127; or a bit, 1 for minus the scale, filled and padded as the gaps are |
 //!
 //! A dense block has n values, a sparse one `count`. The gap of an index is the number of elements skipped since
 //! the previous entry, so indices ascend strictly by construction. There is one way only to write flags, counts,
@@ -93,6 +93,7 @@ fn format_code(format: ValueFormat) -> u8 {
         ValueFormat::F32 => 0,
         ValueFormat::Bf16 => 1,
         ValueFormat::Int8 => 2,
+        ValueFormat::Sign => 3,
     }
 }
 
@@ -187,7 +188,7 @@ fn decode_block(tensor: usize, len: usize, rest: &mut &[u8], update: &mut Update
         0 => ValueFormat::F32,
         1 => ValueFormat::Bf16,
         2 => ValueFormat::Int8,
-        _ => return Err(DecodeError::Flags { tensor, flags }),
+        _ => ValueFormat::Sign,
     };
     let sparse = flags & SPARSE != 0;
     let parameter = u32::from(flags >> PARAMETER_SHIFT);
@@ -213,7 +214,7 @@ fn decode_block(tensor: usize, len: usize, rest: &mut &[u8], update: &mut Update
         *rest = &rest[used..];
     }
     let bytes = take(rest, value_bytes).ok_or(DecodeError::Truncated { tensor })?;
-    values::decode(bytes, format, &mut update.values).map_err(|error| match error {
+    values::decode(bytes, count, format, &mut update.values).map_err(|error| match error {
         ValueError::NonFinite => DecodeError::NonFinite { tensor },
         ValueError::NotCanonical => DecodeError::NotCanonical { tensor },
     })?;
@@ -265,9 +266,9 @@ mod tests {
             let mut update = Update::default();
             let outcome = decode_into(&layout(), first..3, &payload, &mut update);
             prop_assert!(outcome.is_err() || update.tensors() == (first..3));
-            // An index takes a bit at least, a value a byte; vectors grow to twice what is asked for.
+            // An index takes a bit at least, and so does a value; vectors grow to twice what is asked for.
             prop_assert!(update.indices.capacity() <= 16 * payload.len() + 8);
-            prop_assert!(update.values.capacity() <= 2 * payload.len() + 8);
+            prop_assert!(update.values.capacity() <= 16 * payload.len() + 8);
         }
     }
 
@@ -278,7 +279,9 @@ mod tests {
         };
         let tensor = 0;
         check(&[], DecodeError::Truncated { tensor });
-        check(&[3], DecodeError::Flags { tensor, flags: 3 });
+        check(&[1 << 3 | 3], DecodeError::Flags { tensor, flags: 1 << 3 | 3 });
+        check(&[3], DecodeError::Truncated { tensor });
+        check(&[3, 0, 0, 0, 0, 1 << 5], DecodeError::NotCanonical { tensor });
         check(&[0], DecodeError::Truncated { tensor });
         check(&[1 << 3, 0, 0], DecodeError::Flags { tensor, flags: 1 << 3 });
         check(&[SPARSE | 1 << 3, 0], DecodeError::Flags { tensor, flags: SPARSE | 1 << 3 });

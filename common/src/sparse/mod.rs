@@ -49,6 +49,17 @@ pub enum ValueFormat {
     /// One byte: a signed multiple of the tensor's own scale (its largest magnitude / 127).
     #[default]
     Int8,
+    /// One bit: the sign, of the tensor's own magnitude (the mean of theirs).
+    Sign,
+}
+
+impl ValueFormat {
+    /// The format of what is sent at once and never made good by what comes later, such as the model of an evaluation:
+    /// itself, but for signs, whose error only many sendings even out.
+    #[must_use]
+    pub fn at_once(self) -> Self {
+        if self == Self::Sign { Self::Int8 } else { self }
+    }
 }
 
 /// What is kept of each tensor. `keep` = 1 sends everything; tensors of up to `dense_below` elements always go whole.

@@ -1,4 +1,4 @@
-//! Values as bytes: float32, bfloat16, or 8-bit multiples of a scale.
+//! Values as bytes: float32, bfloat16, 8-bit multiples of a scale, or signs of one magnitude.
 
 use crate::sparse::ValueFormat;
 
@@ -25,6 +25,8 @@ pub(super) fn encoded_bytes(count: usize, format: ValueFormat) -> usize {
         ValueFormat::Bf16 => 2 * count,
         ValueFormat::Int8 if count == 0 => 0,
         ValueFormat::Int8 => 4 + count,
+        ValueFormat::Sign if count == 0 => 0,
+        ValueFormat::Sign => 4 + count.div_ceil(8),
     }
 }
 
@@ -51,6 +53,13 @@ pub(super) fn encode(values: &mut [f32], format: ValueFormat, out: &mut Vec<u8>)
                 let scale = scale(values);
                 *scale_bytes = scale.to_le_bytes();
                 encode_int8(values, scale, codes);
+            }
+        }
+        ValueFormat::Sign => {
+            if let Some((magnitude_bytes, signs)) = bytes.split_first_chunk_mut() {
+                let magnitude = mean_magnitude(values);
+                *magnitude_bytes = magnitude.to_le_bytes();
+                encode_signs(values, magnitude, signs);
             }
         }
     }
@@ -88,8 +97,33 @@ fn encode_int8(values: &mut [f32], scale: f32, codes: &mut [u8]) {
     }
 }
 
-/// Appends the values that exactly these bytes encode.
-pub(super) fn decode(bytes: &[u8], format: ValueFormat, out: &mut Vec<f32>) -> Result<(), ValueError> {
+/// The mean of abs(v), which is the magnitude that leaves the least error, in the order of the values.
+fn mean_magnitude(values: &[f32]) -> f32 {
+    let sum: f64 = values.iter().map(|value| f64::from(value.abs())).sum();
+    (sum / values.len() as f64) as f32
+}
+
+fn encode_signs(values: &mut [f32], magnitude: f32, signs: &mut [u8]) {
+    if magnitude == 0.0 {
+        // All values are zero, or so small that their mean underflows; `signs` is zero already.
+        values.fill(0.0);
+        return;
+    }
+    for (signs, values) in signs.iter_mut().zip(values.chunks_mut(8)) {
+        for (bit, value) in values.iter_mut().enumerate() {
+            *signs |= u8::from(value.is_sign_negative()) << bit;
+            *value = magnitude.copysign(*value);
+        }
+    }
+}
+
+/// Appends the `count` values that exactly these bytes encode.
+pub(super) fn decode(
+    bytes: &[u8],
+    count: usize,
+    format: ValueFormat,
+    out: &mut Vec<f32>,
+) -> Result<(), ValueError> {
     let start = out.len();
     match format {
         ValueFormat::F32 => out.extend(bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes))),
@@ -99,6 +133,11 @@ pub(super) fn decode(bytes: &[u8], format: ValueFormat, out: &mut Vec<f32>) -> R
         ValueFormat::Int8 => {
             if let Some((&scale, codes)) = bytes.split_first_chunk() {
                 return decode_int8(f32::from_le_bytes(scale), codes, out);
+            }
+        }
+        ValueFormat::Sign => {
+            if let Some((&magnitude, signs)) = bytes.split_first_chunk() {
+                return decode_signs(f32::from_le_bytes(magnitude), signs, count, out);
             }
         }
     }
@@ -115,6 +154,20 @@ fn decode_int8(scale: f32, codes: &[u8], out: &mut Vec<f32>) -> Result<(), Value
         return Err(ValueError::NotCanonical);
     }
     out.extend(codes.iter().map(|&code| f32::from(code as i8) * scale));
+    Ok(())
+}
+
+fn decode_signs(magnitude: f32, signs: &[u8], count: usize, out: &mut Vec<f32>) -> Result<(), ValueError> {
+    if !magnitude.is_finite() {
+        return Err(ValueError::NonFinite);
+    }
+    let zero_magnitude = magnitude == 0.0 && signs.iter().any(|&signs| signs != 0);
+    let padding = signs.last().is_some_and(|&last| !count.is_multiple_of(8) && last >> (count % 8) != 0);
+    if magnitude.is_sign_negative() || zero_magnitude || padding {
+        return Err(ValueError::NotCanonical);
+    }
+    let sign = |place: usize| if signs[place / 8] >> (place % 8) & 1 == 1 { -magnitude } else { magnitude };
+    out.extend((0..count).map(sign));
     Ok(())
 }
 
@@ -135,7 +188,7 @@ mod tests {
         let (mut sent, mut bytes, mut received) = (values.to_vec(), Vec::new(), Vec::new());
         encode(&mut sent, format, &mut bytes);
         assert_eq!(bytes.len(), encoded_bytes(values.len(), format));
-        decode(&bytes, format, &mut received).unwrap();
+        decode(&bytes, values.len(), format, &mut received).unwrap();
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&sent), bits(&received), "{format:?} {values:?}");
         sent
@@ -170,13 +223,23 @@ mod tests {
         }
 
         #[test]
-        fn int8_keeps_any_finite_values_finite(values in prop::collection::vec(finite(), 0..50)) {
+        fn int8_and_signs_keep_any_finite_values_finite(values in prop::collection::vec(finite(), 0..50)) {
             prop_assert!(all_finite(&encoded(&values, ValueFormat::Int8)));
+            prop_assert!(all_finite(&encoded(&values, ValueFormat::Sign)));
+        }
+
+        #[test]
+        fn signs_have_the_mean_magnitude(values in prop::collection::vec(-100_f32..100.0, 1..50)) {
+            let mean = values.iter().map(|value| value.abs()).sum::<f32>() / values.len() as f32;
+            for (value, sent) in values.iter().zip(encoded(&values, ValueFormat::Sign)) {
+                prop_assert_eq!(sent.is_sign_negative(), value.is_sign_negative());
+                prop_assert!((sent.abs() - mean).abs() <= 1e-5 * mean);
+            }
         }
     }
 
     #[test]
-    fn extremes_of_bf16_and_int8() {
+    fn extremes_of_bf16_int8_and_signs() {
         let max_bf16 = bf16::MAX.to_f32();
         assert_eq!(encoded(&[f32::MAX, -f32::MAX], ValueFormat::Bf16), [max_bf16, -max_bf16]);
         // The second lies half-way between two codes, and goes to the even one.
@@ -184,12 +247,15 @@ mod tests {
         assert_eq!(encoded(&[0.0, -0.0], ValueFormat::Int8), [0.0, 0.0]);
         assert_eq!(encoded(&[f32::from_bits(1)], ValueFormat::Int8), [0.0]);
         assert!(encoded(&[f32::MAX], ValueFormat::Int8)[0] > 0.999 * f32::MAX);
+        assert_eq!(encoded(&[f32::MAX, -f32::MAX], ValueFormat::Sign), [f32::MAX, -f32::MAX]);
+        assert_eq!(encoded(&[3.0, -0.0], ValueFormat::Sign), [1.5, -1.5]);
+        assert_eq!(encoded(&[0.0, -0.0], ValueFormat::Sign), [0.0, 0.0]);
     }
 
     #[test]
     fn refuses_what_no_encoder_writes() {
         let check = |bytes: &[u8], format, expected| {
-            assert_eq!(decode(bytes, format, &mut Vec::new()), Err(expected), "{bytes:?}");
+            assert_eq!(decode(bytes, 1, format, &mut Vec::new()), Err(expected), "{bytes:?}");
         };
         let int8 = |scale: f32, code: i8| [&scale.to_le_bytes()[..], &[code as u8]].concat();
         check(&f32::NAN.to_le_bytes(), ValueFormat::F32, ValueError::NonFinite);
@@ -201,5 +267,9 @@ mod tests {
         check(&int8(-0.0, 0), ValueFormat::Int8, ValueError::NotCanonical);
         check(&int8(0.0, 1), ValueFormat::Int8, ValueError::NotCanonical);
         check(&int8(1.0, -128), ValueFormat::Int8, ValueError::NotCanonical);
+        check(&int8(f32::INFINITY, 1), ValueFormat::Sign, ValueError::NonFinite);
+        check(&int8(-1.0, 1), ValueFormat::Sign, ValueError::NotCanonical);
+        check(&int8(0.0, 1), ValueFormat::Sign, ValueError::NotCanonical);
+        check(&int8(1.0, 2), ValueFormat::Sign, ValueError::NotCanonical);
     }
 }

@@ -632,7 +632,7 @@ fn draw_subject(rng: &mut ChaCha12Rng, mutation: Option<Mutation>) -> (Subject, 
     let initial = (0..layout.len()).map(|_| normal_pair(rng).0 as f32).collect();
     let total_batches = pick(rng, &[30, 60, 120]);
     let compression = |keep, format| Compression { keep, dense_below: 4, format };
-    let formats = [ValueFormat::F32, ValueFormat::Bf16, ValueFormat::Int8];
+    let formats = [ValueFormat::F32, ValueFormat::Bf16, ValueFormat::Int8, ValueFormat::Sign];
     let down = pick(rng, &[None, Some(0.1), Some(0.5)]);
     let settings = ServerSettings {
         work: WorkSettings {

@@ -94,6 +94,7 @@ impl Replicas {
         let compressor = |keep: Option<f64>| match secondary {
             Some(compression) => Compressor::without_zeros(Compression {
                 keep: keep.unwrap_or(compression.keep),
+                format: if keep.is_some() { compression.format.at_once() } else { compression.format },
                 ..compression
             }),
             None => Compressor::nonzero(),
