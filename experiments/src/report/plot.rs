@@ -20,7 +20,7 @@ pub struct PlotError {
 /// Pixels of a picture.
 const SIZE: (u32, u32) = (800, 480);
 
-/// What labels a PNG; an SVG is labelled by whoever shows it.
+/// What labels are drawn with in a PNG, and measured with in an SVG.
 const FONT: &[u8] = include_bytes!("../../assets/DejaVuSans-subset.ttf");
 
 /// What a plot without points says.
@@ -74,7 +74,6 @@ pub fn plot_curves(
         .collect();
     let axes = Axes { x, y };
     let drawn = if path.extension().is_some_and(|extension| extension == "png") {
-        register_the_font();
         draw(&BitMapBackend::new(path, SIZE).into_drawing_area(), title, axes, &series)
     } else {
         draw(&SVGBackend::new(path, SIZE).into_drawing_area(), title, axes, &series)
@@ -148,6 +147,7 @@ fn draw<B: DrawingBackend>(
 where
     B::ErrorType: 'static,
 {
+    register_the_font();
     let points = || series.iter().flat_map(|(_, _, points)| points).filter(|point| is_drawable(point));
     let right = points().map(|p| p.0).fold(0.0, f64::max).max(1e-6) * 1.02;
     let (bottom, top) = range(points().map(|p| p.1));
