@@ -5,7 +5,10 @@ use crate::ids::Step;
 use crate::method::RateScaling;
 
 /// Linear warm-up and cosine decay over server steps, times a rate that may shrink with staleness:
-/// η = min(η_max, η0/(1+τ))·s(t).
+/// η = min(η_max, η0/(1+τ))·s(t, τ).
+///
+/// With many workers the first gradients are many updates old whatever the rate, so the warm-up takes as many exchanges of
+/// each worker as it would take of one: (t + 1)/(1 + τ) is about what each has made by step t.
 ///
 /// The server's steps rather than the worker's own count drive s, so that a worker that joins late neither warms up
 /// again nor lags behind the others' decay.
@@ -17,8 +20,12 @@ pub struct Schedule {
     pub rate_scaling: RateScaling,
     /// η_max, the cap on a rate that is scaled; a constant rate has none.
     pub learning_rate_max: f64,
+    /// The least rate at which a worker's own progress counts for itself before it is sent, times s.
+    pub local_rate: f64,
     /// Steps over which s rises linearly to 1.
     pub warmup_steps: u64,
+    /// Exchanges of each worker over which it does, where that takes longer.
+    pub warmup_exchanges: u64,
     /// The step at which the decay ends.
     pub total_steps: u64,
     /// Where it ends, as a fraction of the peak.
@@ -26,18 +33,28 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// s(t): (t + 1)/warm-up at first, then from 1 along half a cosine to `final_fraction`, and constant after that.
-    pub fn factor(&self, step: Step) -> f64 {
+    /// s(t, τ): (t + 1)/warm-up at first, then from 1 along half a cosine to `final_fraction`, and constant after that.
+    pub fn factor(&self, step: Step, staleness: u32) -> f64 {
         let Step(step) = step;
+        let age = 1.0 + f64::from(staleness);
+        let warmup = (self.warmup_steps as f64).max(self.warmup_exchanges as f64 * age);
+        let warmth = if warmup > 0.0 { ((step as f64 + 1.0) / warmup).min(1.0) } else { 1.0 };
         if step < self.warmup_steps {
-            return (step + 1) as f64 / self.warmup_steps as f64;
+            return warmth;
         }
         if step >= self.total_steps {
-            return self.final_fraction;
+            return self.final_fraction.min(warmth);
         }
         let progress = (step - self.warmup_steps) as f64 / (self.total_steps - self.warmup_steps) as f64;
         let cosine = 0.5 * (1.0 + libm::cos(std::f64::consts::PI * progress));
-        self.final_fraction + (1.0 - self.final_fraction) * cosine
+        (self.final_fraction + (1.0 - self.final_fraction) * cosine).min(warmth)
+    }
+
+    /// η for a gradient that enters at server step `step` with staleness τ, and the rate at which it counts for the worker
+    /// itself before it is sent, which is at least that.
+    pub fn rates(&self, step: Step, staleness: u32) -> (f32, f32) {
+        let rate = self.rate(step, staleness);
+        (rate, rate.max((self.local_rate * self.factor(step, staleness)) as f32))
     }
 
     /// η for a gradient that enters at server step `step` with staleness τ.
@@ -48,7 +65,7 @@ impl Schedule {
             RateScaling::Inverse => (self.learning_rate / age).min(self.learning_rate_max),
             RateScaling::InverseSqrt => (self.learning_rate / libm::sqrt(age)).min(self.learning_rate_max),
         };
-        (rate * self.factor(step)) as f32
+        (rate * self.factor(step, staleness)) as f32
     }
 }
 
@@ -59,7 +76,9 @@ impl From<&RunConfig> for Schedule {
             learning_rate: training.learning_rate,
             rate_scaling: training.rate_scaling,
             learning_rate_max: training.learning_rate_max,
+            local_rate: training.local_rate,
             warmup_steps: training.warmup_steps,
+            warmup_exchanges: training.warmup_exchanges,
             total_steps: training.steps,
             final_fraction: training.final_rate_fraction,
         }
@@ -75,7 +94,9 @@ mod tests {
             learning_rate: 2e-2,
             rate_scaling: RateScaling::Inverse,
             learning_rate_max: 5e-3,
+            local_rate: 0.0,
             warmup_steps: 100,
+            warmup_exchanges: 0,
             total_steps: 1100,
             final_fraction: 0.1,
         }
@@ -84,7 +105,7 @@ mod tests {
     #[test]
     fn factor_rises_falls_and_stays() {
         let check = |step, expected: f64| {
-            let factor = schedule().factor(Step(step));
+            let factor = schedule().factor(Step(step), 3);
             assert!((factor - expected).abs() < 1e-12, "s({step}) = {factor}, expected {expected}");
         };
         check(0, 0.01);
@@ -99,9 +120,35 @@ mod tests {
     #[test]
     fn runs_shorter_than_their_warm_up_have_a_rate() {
         let short = Schedule { total_steps: 10, ..schedule() };
-        assert_eq!(short.factor(Step(9)), 0.1);
+        assert_eq!(short.factor(Step(9), 0), 0.1);
         let none = Schedule { warmup_steps: 0, total_steps: 0, ..schedule() };
-        assert_eq!(none.factor(Step(0)), 0.1);
+        assert_eq!(none.factor(Step(0), 0), 0.1);
+    }
+
+    #[test]
+    fn warm_up_takes_as_many_exchanges_of_each_of_many_workers() {
+        let schedule = Schedule { warmup_exchanges: 16, ..schedule() };
+        let check = |step, staleness, expected: f64| {
+            let factor = schedule.factor(Step(step), staleness);
+            assert!(
+                (factor - expected).abs() < 1e-12,
+                "s({step}, {staleness}) = {factor}, expected {expected}"
+            );
+        };
+        check(49, 0, 0.5);
+        check(255, 31, 0.5);
+        check(399, 99, 0.25);
+        // The decay goes on meanwhile.
+        check(1099, 63, 0.1 + 0.9 * 0.5 * (1.0 + (std::f64::consts::PI * 0.999).cos()));
+        check(5000, 999, 0.1);
+    }
+
+    #[test]
+    fn progress_of_ones_own_counts_at_a_rate_of_its_own() {
+        let schedule = Schedule { local_rate: 2e-3, ..schedule() };
+        assert_eq!(schedule.rates(Step(100), 3), (5e-3, 5e-3));
+        assert_eq!(schedule.rates(Step(100), 19), (1e-3, 2e-3));
+        assert_eq!(schedule.rates(Step(49), 19), (5e-4, 1e-3));
     }
 
     #[test]

@@ -126,6 +126,7 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
         ("weight_decay", training.weight_decay),
         ("clip_norm", training.clip_norm),
         ("aux_loss", config.model.aux_loss),
+        ("local_rate", training.local_rate as f32),
     ] {
         require(value >= 0.0 && value.is_finite(), key, value, "zero or a positive number")?;
     }

@@ -297,9 +297,9 @@ impl WorkerCore {
         let usable = clip_scale(gradient, self.settings.method.clip_norm).filter(|_| loss.is_finite());
         if let Some(scale) = usable {
             let entered_at = Step(self.view_step.0.saturating_add(u64::from(staleness)));
-            let rate = self.settings.schedule.rate(entered_at, staleness);
+            let (rate, local_rate) = self.settings.schedule.rates(entered_at, staleness);
             let theta = if self.method.uses_local_view() { &self.view } else { &self.theta };
-            let direction = Direction { gradient, scale, rate, theta };
+            let direction = Direction { gradient, scale, rate, local_rate, theta };
             let stepped = self.method.step(&direction, &mut payload);
             stepped.map_err(|source| Diverged::Overflow { rate, source })?;
             let magnitude = self.method.sent().magnitude_max();

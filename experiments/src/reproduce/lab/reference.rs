@@ -69,6 +69,8 @@ impl Stretch {
             learning_rate: self.rate,
             rate_scaling: RateScaling::Constant,
             learning_rate_max: self.rate,
+            local_rate: 0.0,
+            warmup_exchanges: 0,
             warmup_steps: (self.warmup / self.batches.per_step)
                 .max(WARMUP_STEPS_MIN.min(self.warmup))
                 .min(steps / 5),

@@ -44,6 +44,8 @@ pub struct Direction<'a> {
     pub scale: f32,
     /// η.
     pub rate: f32,
+    /// The rate at which it counts for the worker itself before it is sent, at least η; for methods with a local view.
+    pub local_rate: f32,
     /// The parameters at which ∇ was taken, for weight decay.
     pub theta: &'a [f32],
 }
