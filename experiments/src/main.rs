@@ -54,6 +54,9 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum Reproduction {
     Methods(reproduce::MethodsArguments),
+    Secondary(reproduce::SecondaryArguments),
+    Quantisation(reproduce::QuantisationArguments),
+    Staleness(reproduce::StalenessArguments),
     Upcycling(reproduce::UpcyclingArguments),
 }
 
@@ -87,6 +90,9 @@ fn main() -> ExitCode {
         Command::ChaosWorker(arguments) => sanderling::chaos::join(&arguments),
         Command::Reproduce(what) => match what {
             Reproduction::Methods(arguments) => reproduce::methods(&arguments),
+            Reproduction::Secondary(arguments) => reproduce::secondary(&arguments),
+            Reproduction::Quantisation(arguments) => reproduce::quantisation(&arguments),
+            Reproduction::Staleness(arguments) => reproduce::staleness(&arguments),
             Reproduction::Upcycling(arguments) => reproduce::upcycling(&arguments),
         },
     };

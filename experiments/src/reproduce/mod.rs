@@ -2,7 +2,13 @@
 
 mod lab;
 mod methods;
+mod quantisation;
+mod secondary;
+mod staleness;
 mod upcycling;
 
 pub use methods::{Arguments as MethodsArguments, methods};
+pub use quantisation::{Arguments as QuantisationArguments, quantisation};
+pub use secondary::{Arguments as SecondaryArguments, secondary};
+pub use staleness::{Arguments as StalenessArguments, staleness};
 pub use upcycling::{Arguments as UpcyclingArguments, upcycling};

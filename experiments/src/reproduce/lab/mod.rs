@@ -5,6 +5,7 @@ mod jobs;
 mod reference;
 mod search;
 mod spec;
+mod sweep;
 mod text;
 
 pub(super) use book::{Book, Finished};
@@ -12,6 +13,7 @@ pub(super) use jobs::{Jobs, Progress};
 pub(super) use reference::{Batches, Stretch, train};
 pub(super) use search::{Grid, Search, Tried};
 pub(super) use spec::{Run, Spec, Subject, Trainer, make, small_model};
+pub(super) use sweep::{Sweep, Variant, file_name};
 pub(super) use text::{
     Options, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report,
 };

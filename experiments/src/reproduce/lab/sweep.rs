@@ -1,0 +1,204 @@
+//! Variations of one run, each with all seeds: a table, curves, and what they differ by.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use sanderling_common::config::parse;
+use sanderling_server::progress::bytes;
+
+use super::book::Book;
+use super::jobs::Jobs;
+use super::spec::{Run, Spec, Subject, Trainer, make, small_model};
+use super::text::{Options, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report};
+use crate::report::Curve;
+use crate::task::Score;
+
+/// One variation.
+#[derive(Clone, Debug)]
+pub(in crate::reproduce) struct Variant {
+    /// What it is, a word for each of the sweep's columns.
+    pub(in crate::reproduce) cells: Vec<String>,
+    /// Of the picture that its curve is drawn in.
+    pub(in crate::reproduce) picture: String,
+    /// What the run file says besides the model, the steps and the seed.
+    pub(in crate::reproduce) settings: String,
+    pub(in crate::reproduce) workers: u32,
+    pub(in crate::reproduce) trainer: Trainer,
+}
+
+impl Variant {
+    /// In file names and legends.
+    pub(in crate::reproduce) fn name(&self) -> String {
+        self.cells.join(", ")
+    }
+}
+
+/// The variations, and what the report says of them.
+pub(in crate::reproduce) struct Sweep {
+    /// Of the folder.
+    pub(in crate::reproduce) name: &'static str,
+    pub(in crate::reproduce) title: &'static str,
+    pub(in crate::reproduce) introduction: String,
+    pub(in crate::reproduce) columns: &'static [&'static str],
+    pub(in crate::reproduce) steps: u64,
+    pub(in crate::reproduce) variants: Vec<Variant>,
+}
+
+/// A variation with its runs, a seed each.
+pub(in crate::reproduce) struct Varied<'a> {
+    pub(in crate::reproduce) variant: &'a Variant,
+    pub(in crate::reproduce) runs: Vec<Run>,
+}
+
+/// Points of a curve.
+const LOOKS: u64 = 16;
+
+impl Varied<'_> {
+    fn mean(&self, value: impl Fn(&Run) -> f64) -> f64 {
+        mean_and_spread(&self.runs.iter().map(value).collect::<Vec<_>>()).0
+    }
+
+    pub(in crate::reproduce) fn test(&self) -> Vec<Score> {
+        self.runs.iter().map(|run| run.outcome.test).collect()
+    }
+
+    /// Mean and standard deviation of the test loss.
+    pub(in crate::reproduce) fn test_loss(&self) -> (f64, f64) {
+        mean_and_spread(&self.runs.iter().map(|run| run.outcome.test.loss).collect::<Vec<_>>())
+    }
+
+    pub(in crate::reproduce) fn bytes_up(&self) -> f64 {
+        self.mean(|run| run.outcome.bytes_up as f64)
+    }
+
+    pub(in crate::reproduce) fn bytes_down(&self) -> f64 {
+        self.mean(|run| run.outcome.bytes_down as f64)
+    }
+
+    /// Bytes of as many dense float32 exchanges, in one direction.
+    fn dense_bytes(&self) -> f64 {
+        self.mean(|run| 4.0 * run.outcome.parameters as f64 * run.outcome.updates as f64)
+    }
+
+    fn line(&self) -> String {
+        let traffic =
+            |sent: f64| format!("{} ({:.0}×)", bytes(sent as u64), self.dense_bytes() / sent.max(1.0));
+        let validation: Vec<Score> = self.runs.iter().map(|run| run.outcome.validation()).collect();
+        let max = self.runs.iter().map(|run| run.outcome.staleness_max()).max().unwrap_or(0);
+        format!(
+            "| {} | {} | {} | {} | {} | {:.1}, {max} | {:.0} |\n",
+            self.variant.cells.join(" | "),
+            show(&validation),
+            show(&self.test()),
+            traffic(self.bytes_up()),
+            traffic(self.bytes_down()),
+            self.mean(|run| run.outcome.staleness_mean()),
+            self.mean(|run| run.outcome.curve.last().map_or(0.0, |point| point.time)),
+        )
+    }
+
+    /// The share of updates of each staleness, over all seeds.
+    pub(in crate::reproduce) fn staleness(&self) -> Vec<(f64, f64)> {
+        let longest = self.runs.iter().map(|run| run.outcome.staleness.len()).max().unwrap_or(0);
+        let count = |staleness: usize| -> u64 {
+            self.runs.iter().filter_map(|run| run.outcome.staleness.get(staleness)).sum()
+        };
+        let all = (0..longest).map(count).sum::<u64>().max(1) as f64;
+        (0..longest).map(|staleness| (staleness as f64, count(staleness) as f64 / all)).collect()
+    }
+}
+
+impl Sweep {
+    fn spec(&self, variant: &Variant, seed: u64) -> anyhow::Result<Spec> {
+        let file = format!(
+            "{}{}\n[run]\nworkers = {}\nseed = {seed}\n",
+            small_model(Subject::Text),
+            variant.settings,
+            variant.workers
+        );
+        let mut partial = parse(&file)?;
+        partial.training.steps = Some(self.steps);
+        partial.training.eval_every = Some((self.steps / LOOKS).max(1));
+        Ok(Spec::of(Subject::Text, &partial.resolve()?, variant.trainer))
+    }
+
+    /// Makes the runs that are missing and writes the report; `verdict` adds to its text, and to the pictures in the folder.
+    pub(in crate::reproduce) fn report(
+        &self,
+        options: &Options,
+        verdict: impl FnOnce(&[Varied<'_>], &std::path::Path) -> anyhow::Result<String>,
+    ) -> anyhow::Result<()> {
+        let started = Instant::now();
+        let (folder, seeds, jobs): (PathBuf, _, Jobs) =
+            (options.folder(self.name), options.seeds(), options.jobs());
+        let book = Book::<Run>::open(&folder)?;
+        let mut specs = Vec::new();
+        for variant in &self.variants {
+            let of_variant: Vec<Spec> =
+                seeds.iter().map(|&seed| self.spec(variant, seed)).collect::<Result<_, _>>()?;
+            write_configuration(&folder, &file_name(&variant.name()), &of_variant[0])?;
+            specs.push(of_variant);
+        }
+        let wanted: Vec<_> = specs.iter().flatten().map(|spec| (spec.clone(), self.steps)).collect();
+        jobs.make_missing("running", &book, &wanted, make)?;
+        let find = |spec: &Spec| book.find(spec).expect("every run was made");
+        let rows: Vec<Varied<'_>> = (self.variants.iter().zip(&specs))
+            .map(|(variant, specs)| Varied { variant, runs: specs.iter().map(find).collect() })
+            .collect();
+
+        let mut text = format!(
+            "# {}\n\n{} {} gradient evaluations each, {} seed(s) from {} on, mean ± standard deviation; characters of the \
+             bundled text, {} parameters; in virtual time, whose unit is a gradient of a worker of middling speed. Bytes are \
+             those of the frames, with how many times fewer they are than dense float32.\n\n",
+            self.title,
+            self.introduction,
+            self.steps,
+            seeds.len(),
+            seeds[0],
+            rows[0].runs[0].outcome.parameters,
+        );
+        let _ = writeln!(
+            text,
+            "| {} | validation loss | test loss | up | down | staleness mean, largest | time |",
+            self.columns.join(" | ")
+        );
+        text.push_str(&"| --- ".repeat(self.columns.len() + 6));
+        text.push_str("|\n");
+        rows.iter().for_each(|row| text.push_str(&row.line()));
+        let _ = write!(text, "\n## Verdict\n\n{}\n", verdict(&rows, &folder)?);
+        let mut pictures: Vec<&str> = rows.iter().map(|row| row.variant.picture.as_str()).collect();
+        pictures.dedup();
+        for picture in pictures {
+            let curves: Vec<Curve> = (rows.iter().filter(|row| row.variant.picture == picture))
+                .map(|row| Curve { name: row.variant.name(), points: mean_curve(&row.runs) })
+                .collect();
+            let axes = ("gradient evaluations", "validation loss, nats per character");
+            let _ = write!(text, "\n{}", plot_both(&folder, &file_name(picture), picture, axes, &curves)?);
+        }
+        let _ = writeln!(
+            text,
+            "\nMade in {:.0} s, runs that were there already not counted.",
+            started.elapsed().as_secs_f64()
+        );
+        write_report(&folder, &text)
+    }
+}
+
+/// A name without what a file system or a link would trip over.
+pub(in crate::reproduce) fn file_name(name: &str) -> String {
+    let plain = |character: char| if character.is_ascii_alphanumeric() { character } else { '-' };
+    let name: String = name.to_lowercase().replace('%', "percent").chars().map(plain).collect();
+    name.split('-').filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_files_are_plain() {
+        assert_eq!(file_name("8 workers, 5 % down"), "8-workers-5-percent-down");
+        assert_eq!(file_name("η0/√(1+τ)"), "0-1");
+    }
+}
