@@ -225,7 +225,12 @@ impl<'a> Simulation<'a> {
         evaluations: Evaluations,
     ) -> Result<Self, SimulationError> {
         let theta = task.initial();
-        let server = SerialServer::new(task.layout(), &theta, &ServerSettings::from(run));
+        let mut settings = ServerSettings::from(run);
+        if let Evaluations::Aside { .. } = evaluations {
+            // No worker is asked to evaluate.
+            settings.work.eval_every = u64::MAX;
+        }
+        let server = SerialServer::new(task.layout(), &theta, &settings);
         let mut simulation = Self {
             run: run.clone(),
             conditions: *conditions,

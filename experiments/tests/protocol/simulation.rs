@@ -94,13 +94,17 @@ fn an_onlooker_sees_the_loss_fall_and_changes_nothing() {
     let mut run = run(5);
     run.training.steps = 160;
     let conditions = Conditions { speed_spread: 0.5, ..Conditions::default() };
-    let aside = |every, until| simulate(&run, &conditions, Evaluations::Aside { every, until });
+    let seen = run.clone();
+    let aside = |every, until| simulate(&seen, &conditions, Evaluations::Aside { every, until });
     let report = aside(40, f64::NEG_INFINITY);
     let steps: Vec<u64> = report.curve.iter().map(|point| point.steps).collect();
     assert_eq!(steps, [0, 40, 80, 120, 160]);
     assert!(report.curve.windows(2).all(|pair| pair[0].time <= pair[1].time), "{:?}", report.curve);
     assert!(report.curve[4].score.loss < report.curve[0].score.loss, "{:?}", report.curve);
     assert_eq!(aside(160, f64::NEG_INFINITY).theta, report.theta, "looking more often changes nothing");
+    run.training.eval_every = 20;
+    let also = simulate(&run, &conditions, Evaluations::Aside { every: 40, until: f64::NEG_INFINITY });
+    assert_eq!(also.theta, report.theta, "nobody is asked to evaluate");
     let third = report.curve[2].score.loss;
     let ended = aside(40, third);
     assert_eq!(ended.curve.last().map(|point| point.steps), Some(80), "it ends where the loss is low enough");
