@@ -14,6 +14,36 @@ use crate::data::{Batch, evaluation_batches, training_batch};
 use crate::kernels::cpu::Cpu;
 use crate::model::{Balancing, EvalSums, Model, ModelError, StepLoss};
 
+/// What a worker computes with: an [`Engine`], or what measurements put in its place.
+pub trait Compute: Send {
+    /// The layout of the parameters.
+    fn layout(&self) -> &Arc<Layout>;
+
+    /// The tokens of a batch.
+    fn batch(&self, id: BatchId) -> Batch;
+
+    /// Takes the gradient of a batch at `parameters`; [`gradient`](Self::gradient) holds it afterwards.
+    ///
+    /// # Errors
+    /// A [`ModelError`] if the device fails.
+    fn take_gradient(&mut self, parameters: &[f32], batch: &Batch) -> Result<StepLoss, ModelError>;
+
+    /// The last gradient taken.
+    fn gradient(&self) -> &[f32];
+
+    /// The loss of `parameters` over the whole of a held-out split, for as long as `keep_going` says so, which is asked
+    /// before every batch; `None` if it said no.
+    ///
+    /// # Errors
+    /// A [`ModelError`] if the device fails.
+    fn evaluate_while(
+        &mut self,
+        parameters: &[f32],
+        job: EvaluationJob,
+        keep_going: &dyn Fn() -> bool,
+    ) -> Result<Option<EvaluationReport>, ModelError>;
+}
+
 /// The model of a run with its data, ready to take gradients and to evaluate.
 pub struct Engine {
     model: Model<Cpu>,
@@ -106,5 +136,32 @@ impl Engine {
                 .map(|layer| (layer.entropy_sum / sums.tokens as f64) as f32)
                 .collect(),
         }))
+    }
+}
+
+impl Compute for Engine {
+    fn layout(&self) -> &Arc<Layout> {
+        self.layout()
+    }
+
+    fn batch(&self, id: BatchId) -> Batch {
+        self.batch(id)
+    }
+
+    fn take_gradient(&mut self, parameters: &[f32], batch: &Batch) -> Result<StepLoss, ModelError> {
+        self.take_gradient(parameters, batch)
+    }
+
+    fn gradient(&self) -> &[f32] {
+        self.gradient()
+    }
+
+    fn evaluate_while(
+        &mut self,
+        parameters: &[f32],
+        job: EvaluationJob,
+        keep_going: &dyn Fn() -> bool,
+    ) -> Result<Option<EvaluationReport>, ModelError> {
+        self.evaluate_while(parameters, job, keep_going)
     }
 }

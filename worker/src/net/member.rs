@@ -23,10 +23,10 @@ use tracing::{info, warn};
 
 use super::bulk::{BulkError, Download, parameters};
 use super::connection::Link;
-use super::{Lost, WorkerError, WorkerOptions, WorkerReport};
+use super::{Lost, StandIn, WorkerError, WorkerOptions, WorkerReport};
 use crate::core::{Diverged, RestoredWorker, WorkerCore, WorkerSettings};
 use crate::data::Batch;
-use crate::engine::Engine;
+use crate::engine::{Compute, Engine};
 use crate::model::{ModelError, StepLoss};
 use crate::storage::{StateError, StateFolder};
 
@@ -211,7 +211,7 @@ pub(super) struct Member {
 
 /// What a computation needs.
 struct Desk {
-    engine: Engine,
+    engine: Box<dyn Compute>,
     core: Option<WorkerCore>,
 }
 
@@ -243,6 +243,10 @@ impl Member {
         welcome.run.check_corpus(&corpus).map_err(WorkerError::Corpus)?;
         let engine =
             Engine::new(&welcome.run, welcome.model.clone(), corpus).map_err(WorkerError::Compute)?;
+        let engine = match &options.stand_in {
+            None => Box::new(engine),
+            Some(StandIn(make)) => make(engine),
+        };
         let layout = engine.layout().clone();
         let initial = match &welcome.initial {
             Initial::Sent => None,

@@ -7,6 +7,7 @@ mod bulk;
 mod connection;
 mod member;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,6 +24,7 @@ use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
 use crate::core::Diverged;
+use crate::engine::{Compute, Engine};
 use crate::storage::StateError;
 use connection::{Link, Reception};
 use member::{Member, Shelf};
@@ -56,9 +58,21 @@ pub struct WorkerOptions {
     pub dense: Option<PathBuf>,
     /// The client certificate to present to a server that admits workers by one.
     pub identity: Option<Arc<ClientIdentity>>,
+    /// What computes in place of the engine that a run describes; for measurements, which know what a step costs.
+    pub stand_in: Option<StandIn>,
     /// A folder in which the worker keeps what another process needs to go on in its session, before every push: 4 bytes
     /// per parameter for the model and for each vector of the method.
     pub state_dir: Option<PathBuf>,
+}
+
+/// Makes what computes of the engine that a run describes.
+#[derive(Clone)]
+pub struct StandIn(pub Arc<dyn Fn(Engine) -> Box<dyn Compute> + Send + Sync>);
+
+impl fmt::Debug for StandIn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StandIn")
+    }
 }
 
 impl Default for WorkerOptions {
@@ -68,6 +82,7 @@ impl Default for WorkerOptions {
             compute_permits: None,
             dense: None,
             identity: None,
+            stand_in: None,
             state_dir: None,
         }
     }
