@@ -46,6 +46,10 @@ enum Command {
     ChaosServer(sanderling::chaos::ServerArguments),
     #[command(hide = true)]
     ChaosWorker(sanderling::chaos::WorkerArguments),
+    #[command(hide = true)]
+    BandwidthServer(reproduce::BandwidthServerArguments),
+    #[command(hide = true)]
+    BandwidthWorkers(reproduce::BandwidthWorkersArguments),
     /// Run a published result again, at a scale that fits a desk: table, plots, verdict
     #[command(subcommand)]
     Reproduce(Reproduction),
@@ -54,6 +58,7 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum Reproduction {
     Methods(reproduce::MethodsArguments),
+    Bandwidth(reproduce::BandwidthArguments),
     Secondary(reproduce::SecondaryArguments),
     Quantisation(reproduce::QuantisationArguments),
     Staleness(reproduce::StalenessArguments),
@@ -88,8 +93,11 @@ fn main() -> ExitCode {
         Command::Chaos(arguments) => chaos::chaos(&arguments),
         Command::ChaosServer(arguments) => sanderling::chaos::serve(&arguments),
         Command::ChaosWorker(arguments) => sanderling::chaos::join(&arguments),
+        Command::BandwidthServer(arguments) => reproduce::bandwidth_server(&arguments),
+        Command::BandwidthWorkers(arguments) => reproduce::bandwidth_workers(&arguments),
         Command::Reproduce(what) => match what {
             Reproduction::Methods(arguments) => reproduce::methods(&arguments),
+            Reproduction::Bandwidth(arguments) => reproduce::bandwidth(&arguments),
             Reproduction::Secondary(arguments) => reproduce::secondary(&arguments),
             Reproduction::Quantisation(arguments) => reproduce::quantisation(&arguments),
             Reproduction::Staleness(arguments) => reproduce::staleness(&arguments),

@@ -1,5 +1,6 @@
 //! Published results, run again at a scale that fits a desk.
 
+mod bandwidth;
 mod lab;
 mod methods;
 mod quantisation;
@@ -7,6 +8,11 @@ mod secondary;
 mod staleness;
 mod upcycling;
 
+pub use bandwidth::{
+    Arguments as BandwidthArguments, ServerArguments as BandwidthServerArguments,
+    WorkersArguments as BandwidthWorkersArguments, bandwidth, join as bandwidth_workers,
+    serve as bandwidth_server,
+};
 pub use methods::{Arguments as MethodsArguments, methods};
 pub use quantisation::{Arguments as QuantisationArguments, quantisation};
 pub use secondary::{Arguments as SecondaryArguments, secondary};
