@@ -232,6 +232,8 @@ async fn place<'a>(
     down: &mut SendStream,
 ) -> Result<Seat<'a>, PeerError> {
     if hub.is_finished() {
+        // The end is a decision like any other.
+        hub.kept().await;
         send(down, &Greeting::Finished).await?;
         hello.resume.into_iter().for_each(|session| hub.came_back(session));
         return Err(PeerError::NotAdmitted("the run is over"));

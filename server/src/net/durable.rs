@@ -13,11 +13,11 @@ use sanderling_common::report::one_sentence;
 use tracing::{debug, info, warn};
 
 use super::ServerError;
-use crate::core::{Effect, Image, Log, Note, Record, Replay, ServerCore, ServerSettings, Shard};
+use crate::core::{Effect, Image, Log, Mutation, Note, Record, Replay, ServerCore, ServerSettings, Shard};
 use crate::recorder::{Books, PushRecord, Recorder};
 use crate::storage::{
-    CheckpointFileError, CheckpointStore, Commit, Directory, Journal, JournalFailed, Position, ReadJournal,
-    RestoredState, RunId, SEGMENT_BYTES, Stamp, StateCheckpoint, StoreError,
+    CheckpointFileError, CheckpointStore, Commit, Disk, Journal, JournalError, JournalFailed, Position,
+    ReadJournal, RestoredState, RunId, SEGMENT_BYTES, Stamp, StateCheckpoint, StoreError,
 };
 
 /// Records between two lines about a recovery that takes long.
@@ -126,9 +126,22 @@ pub(super) struct Keeper {
 #[derive(Debug)]
 struct Kept {
     commit: Arc<Commit>,
-    journal: Journal<Directory>,
+    journal: Box<dyn Segments>,
     store: CheckpointStore,
     keep_journal: bool,
+    /// A defect that tests switch on: nobody waits for anything to be kept.
+    hasty: bool,
+}
+
+/// What is asked of a journal while another thread writes it, on whatever disk.
+trait Segments: std::fmt::Debug + Send + Sync {
+    fn remove_before(&self, position: Position) -> Result<(), JournalError>;
+}
+
+impl<D: Disk> Segments for Journal<D> {
+    fn remove_before(&self, position: Position) -> Result<(), JournalError> {
+        self.remove_before(position)
+    }
 }
 
 /// What was known beside the core when its image was taken.
@@ -157,6 +170,7 @@ impl Keeper {
     /// nobody may learn of it. The server is about to end.
     pub(super) async fn kept(&self) {
         if let Some(kept) = &self.kept
+            && !kept.hasty
             && kept.commit.kept().await.is_err()
         {
             std::future::pending().await
@@ -265,14 +279,20 @@ impl Beginnings {
         }
     }
 
-    /// The run in a state folder, from its last checkpoint to its last record, and the journal of what comes next.
-    pub(super) fn recover(folder: &Path, id: RunId, subject: Subject<'_>) -> Result<Self, ServerError> {
+    /// The run in a state folder, whose journal is on `disk`, from its last checkpoint to its last record, and the journal
+    /// of what comes next.
+    pub(super) fn recover<D: Disk + 'static>(
+        folder: &Path,
+        disk: D,
+        id: RunId,
+        subject: Subject<'_>,
+    ) -> Result<Self, ServerError> {
         let server = &subject.run.server;
         if server.durability == Durability::None {
             return Ok(Self::fresh(subject));
         }
         let started = Instant::now();
-        let journal = Journal::new(Arc::new(Directory::new(folder)), id, SEGMENT_BYTES);
+        let journal = Journal::new(Arc::new(disk), id, SEGMENT_BYTES);
         let store = CheckpointStore::open(folder, &server.checkpoint_url, id)?;
         let mut past = match last_checkpoint(folder, &server.checkpoint_url, id)? {
             None => Past::none(subject),
@@ -296,7 +316,8 @@ impl Beginnings {
         let ledger =
             Ledger { clock: clock.clone(), recorder: recorder.clone(), commit: Some(commit.clone()) };
         let recovered = replay.finish(Box::new(ledger));
-        let kept = Kept { commit, journal, store, keep_journal: server.keep_journal };
+        let (journal, hasty) = (Box::new(journal), Mutation::AnswerBeforeJournal.is_on());
+        let kept = Kept { commit, journal, store, keep_journal: server.keep_journal, hasty };
         Ok(Self {
             core: recovered.core,
             shards: recovered.shards,
@@ -360,7 +381,7 @@ impl Past {
     }
 
     /// Takes the records that follow.
-    fn read(&mut self, journal: &Journal<Directory>) -> Result<ReadJournal, ServerError> {
+    fn read<D: Disk>(&mut self, journal: &Journal<D>) -> Result<ReadJournal, ServerError> {
         journal.read(self.position, |position, body| {
             let damaged = |what: String| ServerError::Record { position, what };
             let (stamp, record) = Stamp::split(body).ok_or_else(|| damaged("it is too short".to_owned()))?;

@@ -442,6 +442,11 @@ impl Hub {
         self.pipeline.keeper().failed().await
     }
 
+    /// Waits until everything that was decided by now is kept.
+    pub(crate) async fn kept(&self) {
+        self.pipeline.kept().await;
+    }
+
     /// Keeps what was decided by now, and nothing that is decided from now on.
     pub(crate) fn close_journal(&self) {
         self.pipeline.keeper().close();

@@ -33,7 +33,9 @@ use tracing::{info, warn};
 use crate::core::ImageError;
 use crate::progress::Progress;
 use crate::results::{Evaluation, ResultsError, RunFolder, Summary};
-use crate::storage::{Identity, JournalError, JournalFailed, RunId, StateError, StateFolder, StoreError};
+use crate::storage::{
+    Directory, Disk, Identity, JournalError, JournalFailed, RunId, StateError, StateFolder, StoreError,
+};
 use admission::Admission;
 pub use admission::AdmissionError;
 use durable::{Beginnings, Subject};
@@ -177,7 +179,22 @@ impl Server {
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn start(mut run: RunConfig, token: Option<Token>) -> Result<Self, ServerError> {
+    pub fn start(run: RunConfig, token: Option<Token>) -> Result<Self, ServerError> {
+        Self::start_on(run, token, |folder| folder)
+    }
+
+    /// [`start`](Self::start) with the journal on the disk that `disk` makes of the state folder.
+    ///
+    /// # Errors
+    /// A [`ServerError`].
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn start_on<D: Disk + 'static>(
+        mut run: RunConfig,
+        token: Option<Token>,
+        disk: impl FnOnce(Directory) -> D,
+    ) -> Result<Self, ServerError> {
         admission::check_token(&run.server, token.as_ref())?;
         let clients = admission::client_authority(&run.server)?;
         let state = match std::mem::take(&mut run.server.state_dir).as_str() {
@@ -253,7 +270,7 @@ impl Server {
                         id
                     }
                 };
-                Beginnings::recover(state.path(), id, subject)?
+                Beginnings::recover(state.path(), disk(Directory::new(state.path())), id, subject)?
             }
         };
         let sessions = beginnings.sessions.clone();
@@ -355,6 +372,11 @@ impl Server {
             }
         }
         drop(stopping);
+        // Results and goodbyes tell of the last decisions too.
+        tokio::select! {
+            () = hub.kept() => {}
+            failure = hub.failed() => return Err(failure.into()),
+        }
         if hub.run().server.checkpoint_every_ms > 0 {
             // So that the next server need not replay anything.
             hub.write_checkpoint().await;
