@@ -52,6 +52,18 @@ fn bad_settings_are_named_with_what_is_allowed() {
     fails(&["--config", "absent.toml"], "absent.toml");
 }
 
+/// Each of them would run for a very long time if it were begun.
+#[test]
+fn what_cannot_be_simulated_is_named_before_anything_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let fails = |arguments: &[&str], code, words| {
+        drop(command_fails(folder.path(), &[&["simulate"], arguments].concat(), code, words));
+    };
+    fails(&["--seeds", "0"], 2, "--seeds");
+    fails(&["--first", "18446744073709551000", "--seeds", "1000"], 2, "beyond the last seed");
+    fails(&["--seeds", "100000000", "--json", "absent/faults.json"], 1, "cannot write absent/faults.json");
+}
+
 #[test]
 fn bad_run_files_are_named_with_the_place() {
     let folder = tempfile::tempdir().unwrap();
