@@ -188,8 +188,8 @@ fn write<D: Disk>(
             while queue.count == 0 && !queue.closed {
                 queue = match unsynced_since {
                     None => shared.filled.wait(queue).expect("nothing panics while it holds the queue"),
-                    Some(_) => {
-                        let waited = shared.filled.wait_timeout(queue, ASYNC_SYNC_EVERY);
+                    Some(since) => {
+                        let waited = shared.filled.wait_timeout(queue, until_sync(since, Instant::now()));
                         let (queue, waited) = waited.expect("nothing panics while it holds the queue");
                         if waited.timed_out() {
                             drop(queue);
@@ -211,13 +211,18 @@ fn write<D: Disk>(
         writer.append_encoded(&bytes, count)?;
         bytes.clear();
         let since = *unsynced_since.get_or_insert_with(Instant::now);
-        if syncs_each || since.elapsed() >= ASYNC_SYNC_EVERY {
+        if syncs_each || until_sync(since, Instant::now()).is_zero() {
             sync(&mut writer, told)?;
             unsynced_since = None;
         }
         let kept = writer.next();
         told.send_modify(|progress| progress.kept = kept);
     }
+}
+
+/// How much longer the oldest record that is not synced may wait.
+fn until_sync(since: Instant, now: Instant) -> Duration {
+    ASYNC_SYNC_EVERY.saturating_sub(now.saturating_duration_since(since))
 }
 
 fn sync<D: Disk>(writer: &mut Writer<D>, told: &watch::Sender<Progress>) -> Result<(), JournalError> {
@@ -346,6 +351,14 @@ mod tests {
         for durability in [Durability::Group, Durability::Async] {
             let folder = tempfile::tempdir().unwrap();
             let journal =
+    #[test]
+    fn a_record_waits_for_the_rest_of_its_time_only() {
+        let since = Instant::now();
+        let after = |ms| until_sync(since, since + Duration::from_millis(ms));
+        assert_eq!((after(0), after(150)), (ASYNC_SYNC_EVERY, ASYNC_SYNC_EVERY - Duration::from_millis(150)));
+        assert!(after(200).is_zero() && after(1000).is_zero());
+    }
+
                 Journal::new(Arc::new(Directory::new(folder.path())), RunId([1; 16]), SEGMENT_BYTES);
             let commit = Commit::start(journal.write_from(0).unwrap(), durability);
             (0..50_u8).for_each(|number| commit.append(&[number]));
