@@ -86,6 +86,10 @@ impl Disk for HeldDisk {
         Ok(HeldFile(self.0.create(name)?, self.1.clone()))
     }
 
+    fn replace(&self, name: &str) -> io::Result<HeldFile> {
+        Ok(HeldFile(self.0.replace(name)?, self.1.clone()))
+    }
+
     fn read(&self, name: &str) -> io::Result<Vec<u8>> {
         self.0.read(name)
     }

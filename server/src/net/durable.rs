@@ -301,7 +301,11 @@ impl Beginnings {
         let from = past.position;
         let read = past.read(&journal)?;
         if read.torn_bytes > 0 {
-            warn!("the last {} bytes of the journal were not whole, and never acknowledged", read.torn_bytes);
+            warn!(
+                "the last {} bytes of the journal were no whole record and are left out; a crash in the middle of a write \
+                 leaves such an end",
+                read.torn_bytes
+            );
         }
         let Past { replay, books, stamp, position } = past;
         if position > 0 {

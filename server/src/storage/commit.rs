@@ -268,6 +268,11 @@ mod tests {
             Ok(SlowFile { file: self.directory.create(name)?, syncs, full })
         }
 
+        fn replace(&self, name: &str) -> io::Result<SlowFile> {
+            let (syncs, full) = (self.syncs.clone(), self.full.clone());
+            Ok(SlowFile { file: self.directory.replace(name)?, syncs, full })
+        }
+
         fn read(&self, name: &str) -> io::Result<Vec<u8>> {
             self.directory.read(name)
         }
@@ -346,11 +351,6 @@ mod tests {
         assert_eq!(commit.kept().await.unwrap_err(), failure);
     }
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn closing_writes_what_is_queued() {
-        for durability in [Durability::Group, Durability::Async] {
-            let folder = tempfile::tempdir().unwrap();
-            let journal =
     #[test]
     fn a_record_waits_for_the_rest_of_its_time_only() {
         let since = Instant::now();
@@ -359,6 +359,11 @@ mod tests {
         assert!(after(200).is_zero() && after(1000).is_zero());
     }
 
+    #[tokio::test(flavor = "multi_thread")]
+    async fn closing_writes_what_is_queued() {
+        for durability in [Durability::Group, Durability::Async] {
+            let folder = tempfile::tempdir().unwrap();
+            let journal =
                 Journal::new(Arc::new(Directory::new(folder.path())), RunId([1; 16]), SEGMENT_BYTES);
             let commit = Commit::start(journal.write_from(0).unwrap(), durability);
             (0..50_u8).for_each(|number| commit.append(&[number]));
