@@ -241,3 +241,5 @@ async fn settings_that_would_admit_nobody_are_refused_at_the_start() {
     refused(&scene, None, &["ca.pem", "certificate"]);
     refused(&Scene::new(5).with("[server]\nmemory_max_mb = 100"), None, &["memory_max_mb", "256 workers"]);
 }
+    std::fs::write(scene.path("ca.pem"), authority.sign("node-1", 1).unwrap().certificate).unwrap();
+    refused(&scene, None, &["ca.pem", "none that can sign others"]);
