@@ -539,8 +539,7 @@ impl RunConfig {
                 let other = theirs.get(key);
                 let is_open = key == "dense_sha256" && other.is_some_and(|other| other.as_str() == Some(""));
                 if other != Some(value) && !is_open {
-                    let other = other.map_or(String::new(), ToString::to_string);
-                    return Some((key.clone(), value.to_string(), other));
+                    return Some((key.clone(), shown(value), other.map_or(String::new(), shown)));
                 }
             }
         }
@@ -579,8 +578,27 @@ mod tests {
     fn one_expert_needs_no_top_k() {
         let run = |text: &str| parse(text).unwrap().resolve();
         assert_eq!(run("[model]\nexperts = 1").unwrap().model.top_k, 1);
+/// A value as people write it: of one that is stored with single precision, no digits beyond that.
+fn shown(value: &toml::Value) -> String {
+    match *value {
+        toml::Value::Float(float) if f64::from(float as f32) == float => format!("{:?}", float as f32),
+        ref other => other.to_string(),
+    }
+}
+
         assert_eq!(run("[model]\nexperts = 16").unwrap().model.top_k, TOP_K);
         assert!(run("[model]\nexperts = 1\ntop_k = 2").is_err());
+    }
+
+    #[test]
+    fn differences_are_shown_as_people_write_them() {
+        let run = |text: &str| parse(text).unwrap().resolve().unwrap();
+        let one = run("[training]\nmomentum = 0.3\nlearning_rate = 0.1");
+        let difference = |text: &str| one.difference(&run(text)).unwrap();
+        let (key, ours, theirs) = difference("[training]\nmomentum = 0.0\nlearning_rate = 0.1");
+        assert_eq!((key.as_str(), ours.as_str(), theirs.as_str()), ("momentum", "0.3", "0.0"));
+        let (key, ours, theirs) = difference("[training]\nmomentum = 0.3\nlearning_rate = 0.2");
+        assert_eq!((key.as_str(), ours.as_str(), theirs.as_str()), ("learning_rate", "0.1", "0.2"));
     }
 
     #[test]
