@@ -179,6 +179,8 @@ settings! {
         lease_batches: u32 = 4;
         /// Most workers at a time; each costs the server one model of memory
         sessions_max: u32 = 256;
+        /// Most sessions of one name, where workers have tokens or certificates of their own; 0: a quarter of sessions_max
+        sessions_per_name_max: u32 = 0;
         /// Threads that apply updates, each to its own part of the model
         shards: usize = 1;
         /// A CA's certificate (PEM); only workers with a client certificate that it signed are admitted, and they need no
@@ -366,6 +368,20 @@ impl RunConfig {
     /// A [`ConfigError`] that names the setting, its value and what is allowed.
     pub fn validate(&self) -> Result<(), ConfigError> {
         check::check(self)
+    }
+
+    /// The most sessions of one name, where names count.
+    pub fn sessions_per_name(&self) -> u32 {
+        let (own, all) = (self.server.sessions_per_name_max, self.server.sessions_max);
+        if own == 0 { all.div_ceil(4) } else { own.min(all) }
+    }
+
+    /// Checks that settings about what a state folder keeps do not come without one.
+    ///
+    /// # Errors
+    /// [`ConfigError::NeedsStateDir`].
+    pub fn check_kept(&self) -> Result<(), ConfigError> {
+        check::check_kept(&self.server)
     }
 
     /// Checks a model that a checkpoint, or a server, says the run trains.
