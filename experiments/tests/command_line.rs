@@ -48,6 +48,7 @@ fn bad_settings_are_named_with_what_is_allowed() {
     fails(&["--seed", "18446744073709551615"], "seed = 18446744073709551615");
     fails(&["--text", ""], "text = \"\"");
     fails(&["--advertise", "a/b?c"], "advertise = \"a/b?c\"");
+    fails(&["--durability", "async"], "state_dir");
     fails(&["--stepz", "3"], "--steps");
     fails(&["--config", "absent.toml"], "absent.toml");
 }

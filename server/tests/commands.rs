@@ -127,4 +127,5 @@ fn help_has_examples_and_mistakes_have_sentences() {
     fails(folder, "--tokens-file absent.toml", 1, "token add --file absent.toml");
     fails(folder, "--token 0123456789abcdef --client-ca ca.pem", 2, "client_ca");
     fails(folder, "--memory-max-mb 1", 2, "memory_max_mb = 1");
+    fails(folder, "--keep-journal", 2, "keep_journal is about what a state folder keeps");
 }

@@ -516,15 +516,25 @@ impl RunConfig {
 
     /// The run as workers are told of it: without the places on the server's machine that are none of their business.
     pub fn for_workers(&self) -> Self {
+        let mut run = self.without_state();
+        run.server.client_ca.clear();
+        run.server.tokens_file.clear();
+        run
+    }
+
+    /// The run without a state folder, and what is said about keeping the state: another one of the same kind.
+    #[must_use]
+    pub fn without_state(&self) -> Self {
         let mut run = self.clone();
-        for place in [
-            &mut run.server.client_ca,
-            &mut run.server.tokens_file,
-            &mut run.server.state_dir,
-            &mut run.server.checkpoint_url,
-        ] {
-            place.clear();
-        }
+        let default = ServerPart::default().resolve(());
+        run.server = ServerSettings {
+            state_dir: default.state_dir,
+            durability: default.durability,
+            checkpoint_every_ms: default.checkpoint_every_ms,
+            checkpoint_url: default.checkpoint_url,
+            keep_journal: default.keep_journal,
+            ..run.server
+        };
         run
     }
 
@@ -568,9 +578,28 @@ impl RunConfig {
     }
 }
 
+/// A value as people write it: of one that is stored with single precision, no digits beyond that.
+fn shown(value: &toml::Value) -> String {
+    match *value {
+        toml::Value::Float(float) if f64::from(float as f32) == float => format!("{:?}", float as f32),
+        ref other => other.to_string(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn differences_are_shown_as_people_write_them() {
+        let run = |text: &str| parse(text).unwrap().resolve().unwrap();
+        let one = run("[training]\nmomentum = 0.3\nlearning_rate = 0.1");
+        let difference = |text: &str| one.difference(&run(text)).unwrap();
+        let (key, ours, theirs) = difference("[training]\nmomentum = 0.0\nlearning_rate = 0.1");
+        assert_eq!((key.as_str(), ours.as_str(), theirs.as_str()), ("momentum", "0.3", "0.0"));
+        let (key, ours, theirs) = difference("[training]\nmomentum = 0.3\nlearning_rate = 0.2");
+        assert_eq!((key.as_str(), ours.as_str(), theirs.as_str()), ("learning_rate", "0.1", "0.2"));
+    }
 
     #[test]
     fn resolved_file_resolves_to_itself() {
@@ -594,27 +623,8 @@ mod tests {
     fn one_expert_needs_no_top_k() {
         let run = |text: &str| parse(text).unwrap().resolve();
         assert_eq!(run("[model]\nexperts = 1").unwrap().model.top_k, 1);
-/// A value as people write it: of one that is stored with single precision, no digits beyond that.
-fn shown(value: &toml::Value) -> String {
-    match *value {
-        toml::Value::Float(float) if f64::from(float as f32) == float => format!("{:?}", float as f32),
-        ref other => other.to_string(),
-    }
-}
-
         assert_eq!(run("[model]\nexperts = 16").unwrap().model.top_k, TOP_K);
         assert!(run("[model]\nexperts = 1\ntop_k = 2").is_err());
-    }
-
-    #[test]
-    fn differences_are_shown_as_people_write_them() {
-        let run = |text: &str| parse(text).unwrap().resolve().unwrap();
-        let one = run("[training]\nmomentum = 0.3\nlearning_rate = 0.1");
-        let difference = |text: &str| one.difference(&run(text)).unwrap();
-        let (key, ours, theirs) = difference("[training]\nmomentum = 0.0\nlearning_rate = 0.1");
-        assert_eq!((key.as_str(), ours.as_str(), theirs.as_str()), ("momentum", "0.3", "0.0"));
-        let (key, ours, theirs) = difference("[training]\nmomentum = 0.3\nlearning_rate = 0.2");
-        assert_eq!((key.as_str(), ours.as_str(), theirs.as_str()), ("learning_rate", "0.1", "0.2"));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quinn::{Endpoint, VarInt};
-use sanderling_common::config::RunConfig;
+use sanderling_common::config::{ConfigError, Durability, RunConfig};
 use sanderling_common::corpus::Corpus;
 use sanderling_common::ids::Step;
 use sanderling_common::init::parameters_hash;
@@ -80,6 +80,9 @@ pub enum ServerError {
     /// What the run starts from, or trains on, cannot be used.
     #[error(transparent)]
     Origin(#[from] OriginError),
+    /// Settings that do not go together.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The state folder cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
@@ -196,6 +199,7 @@ impl Server {
         disk: impl FnOnce(Directory) -> D,
     ) -> Result<Self, ServerError> {
         admission::check_token(&run.server, token.as_ref())?;
+        run.check_kept()?;
         let clients = admission::client_authority(&run.server)?;
         let state = match std::mem::take(&mut run.server.state_dir).as_str() {
             "" => None,
