@@ -9,6 +9,8 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path as ObjectPath;
 use object_store::prefix::PrefixStore;
 use object_store::{ObjectStore, ObjectStoreExt};
+use sanderling_common::config::STATE_RUN_FILE;
+use sanderling_common::folder_lock::make_private;
 use sanderling_common::join::hex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::Handle;
@@ -101,7 +103,7 @@ impl CheckpointStore {
         let store: Arc<dyn ObjectStore> = if parsed.scheme() == "file" {
             let folder = parsed.to_file_path().map_err(|()| StoreError::NoUrl(url.to_owned()))?;
             let folder = folder.join(hex(&run.0));
-            std::fs::create_dir_all(&folder)?;
+            make_private(&folder)?;
             Arc::new(local(&folder).map_err(at)?)
         } else if cfg!(not(feature = "cloud")) {
             return Err(StoreError::NoCloud(url.to_owned()));
