@@ -206,8 +206,8 @@ impl Server {
             path => Some(StateFolder::open(path.as_ref())?),
         };
         let known = state.as_ref().map(StateFolder::identity).transpose()?.flatten();
-        if let (Some(state), Some(_)) = (&state, &known) {
-            state.check_run(&run)?;
+        if let Some(state) = &state {
+            check_state(state, known.is_some(), &run)?;
         }
         let origin = Origin::open(&run)?;
         let corpus = origin.corpus(&run)?;
@@ -231,6 +231,7 @@ impl Server {
         pinned.check(run.server.memory_max_mb)?;
         let endpoint = server_endpoint(address, &certificate, clients.as_ref(), idle(&run))?;
         let bound = endpoint.local_addr()?;
+        let given = token.is_some();
         let token = match token {
             Some(token) => token,
             None if known.is_some() => {
@@ -262,7 +263,15 @@ impl Server {
             Some(state) => {
                 let initial_sha256 = parameters_hash(&layout, initial);
                 let id = match &known {
-                    Some(known) if known.initial_sha256 == initial_sha256 => known.run,
+                    Some(known) if known.initial_sha256 == initial_sha256 => {
+                        if given && known.token != token.reveal() {
+                            // It is the run's from now on.
+                            let mut identity = known.clone();
+                            token.reveal().clone_into(&mut identity.token);
+                            state.keep(&identity)?;
+                        }
+                        known.run
+                    }
                     Some(_) => return Err(StateError::OtherInitial(state.path().to_owned()).into()),
                     None => {
                         let id = RunId(secure_random());
@@ -559,6 +568,19 @@ async fn stop_early(hub: Arc<Hub>) {
         tokio::time::sleep(FINAL_EVALUATION_WAIT).await;
     }
     hub.abandon();
+}
+
+/// Checks that a run is begun in a folder without one, or is the one to be gone on with, before anything is written.
+fn check_state(state: &StateFolder, is_known: bool, run: &RunConfig) -> Result<(), ServerError> {
+    if is_known {
+        state.check_run(run)?;
+    } else {
+        durable::check_beginning(&run.server)?;
+    }
+    if run.server.durability == Durability::None && state.holds_decisions()? {
+        return Err(StateError::Kept(state.path().to_owned()).into());
+    }
+    Ok(())
 }
 
 fn listen_address(text: &str) -> Result<SocketAddr, ServerError> {
