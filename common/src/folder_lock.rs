@@ -1,6 +1,6 @@
 //! Folders that one process at a time may use.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -35,8 +35,25 @@ pub struct FolderLock {
     _file: File,
 }
 
+/// Makes a folder that only its owner can look into, and those on the way to it, unless they are there.
+///
+/// # Errors
+/// What the system says.
+pub fn make_private(folder: &Path) -> io::Result<()> {
+    if let Some(parent) = folder.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let mut builder = DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    match builder.create(folder) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && folder.is_dir() => Ok(()),
+        made => made,
+    }
+}
+
 impl FolderLock {
-    /// Makes the folder if it is not there, and locks it, which may take [`LOCK_WAIT`].
+    /// Makes the folder if it is not there, for its owner only, and locks it, which may take [`LOCK_WAIT`].
     ///
     /// # Errors
     /// A [`FolderLockError`].
@@ -45,7 +62,7 @@ impl FolderLock {
             let path = path.to_owned();
             |source| FolderLockError::Io { path, source }
         };
-        fs::create_dir_all(folder).map_err(at(folder))?;
+        make_private(folder).map_err(at(folder))?;
         let path = folder.join(LOCK_FILE);
         let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let file = file.map_err(at(&path))?;
@@ -60,5 +77,26 @@ impl FolderLock {
                 Err(TryLockError::Error(source)) => return Err(at(&path)(source)),
             }
         }
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_that_is_made_is_its_owners_and_one_that_is_there_stays_as_it_is() {
+        let temporary = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let made = temporary.path().join("on the way/state");
+        drop(FolderLock::take(&made).unwrap());
+        assert_eq!(mode(&made), 0o700);
+        fs::set_permissions(&made, fs::Permissions::from_mode(0o750)).unwrap();
+        drop(FolderLock::take(&made).unwrap());
+        assert_eq!(mode(&made), 0o750);
+        fs::write(temporary.path().join("file"), "").unwrap();
+        assert!(make_private(&temporary.path().join("file")).is_err());
     }
 }

@@ -111,7 +111,8 @@ fn main() -> ExitCode {
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line or the run file is to be mended; 1: anything else.
             let is_usage =
-                matches!(error.downcast_ref(), Some(ServerError::Listen(_))) || error.is::<UsageError>();
+                matches!(error.downcast_ref(), Some(ServerError::Listen(_) | ServerError::Config(_)))
+                    || error.is::<UsageError>();
             let other = if is_usage { 2 } else { 1 };
             ExitCode::from(error.downcast_ref().map_or(other, RunOptionsError::exit_code))
         }

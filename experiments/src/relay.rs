@@ -18,6 +18,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tracing::warn;
 
 /// Larger than any datagram.
 const DATAGRAM_BYTES_MAX: usize = 65_536;
@@ -25,8 +26,11 @@ const DATAGRAM_BYTES_MAX: usize = 65_536;
 /// Datagrams that a link holds at a time; what comes beyond is lost.
 const HELD_MAX: usize = 4096;
 
-/// Clients that are relayed; others are not heard.
+/// Clients that are relayed at a time; others are not heard.
 const CLIENTS_MAX: usize = 1024;
+
+/// A client that has said nothing for so long is gone: longer than any connection lasts in silence.
+const CLIENT_IDLE: Duration = Duration::from_secs(90);
 
 /// What a link does to datagrams, in each direction.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -85,8 +89,10 @@ pub struct Counts {
     pub overflowed: u64,
     /// Lost while it was cut.
     pub cut_off: u64,
-    /// Ports that were changed.
+    /// Ports that were changed, of clients that had said something since the last change.
     pub rebinds: u64,
+    /// Not passed on because there were too many clients.
+    pub unheard: u64,
 }
 
 #[derive(Debug, Default)]
@@ -99,6 +105,7 @@ struct Counters {
     overflowed: AtomicU64,
     cut_off: AtomicU64,
     rebinds: AtomicU64,
+    unheard: AtomicU64,
 }
 
 fn count(counter: &AtomicU64) {
@@ -155,7 +162,7 @@ impl Relay {
     /// What it did so far.
     pub fn counts(&self) -> Counts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let Counters { forwarded, bytes, lost, duplicated, held_back, overflowed, cut_off, rebinds } =
+        let Counters { forwarded, bytes, lost, duplicated, held_back, overflowed, cut_off, rebinds, unheard } =
             &*self.counters;
         Counts {
             forwarded: read(forwarded),
@@ -166,6 +173,7 @@ impl Relay {
             overflowed: read(overflowed),
             cut_off: read(cut_off),
             rebinds: read(rebinds),
+            unheard: read(unheard),
         }
     }
 }
@@ -184,18 +192,27 @@ struct Link {
 async fn relay(link: Link) {
     let mut clients: HashMap<SocketAddr, mpsc::Sender<Vec<u8>>> = HashMap::new();
     let mut tasks = JoinSet::new();
+    let (mut number, mut told) = (0, false);
     let mut datagram = vec![0; DATAGRAM_BYTES_MAX];
     loop {
         // A client whose port is closed makes the socket say so; the others are still there.
         let Ok((length, client)) = link.front.recv_from(&mut datagram).await else { continue };
-        if !clients.contains_key(&client) && clients.len() < CLIENTS_MAX {
+        if clients.get(&client).is_none_or(mpsc::Sender::is_closed) {
+            clients.retain(|_, sender| !sender.is_closed());
+            while tasks.try_join_next().is_some() {}
+            if clients.len() == CLIENTS_MAX {
+                count(&link.counters.unheard);
+                if !std::mem::replace(&mut told, true) {
+                    warn!("the relay has {CLIENTS_MAX} clients; others, such as {client}, are not heard");
+                }
+                continue;
+            }
             let (sender, receiver) = mpsc::channel(HELD_MAX);
-            tasks.spawn(serve(link.clone(), client, clients.len() as u64, receiver));
+            tasks.spawn(serve(link.clone(), client, number, receiver));
+            number += 1;
             clients.insert(client, sender);
         }
-        if let Some(sender) = clients.get(&client)
-            && sender.try_send(datagram[..length].to_vec()).is_err()
-        {
+        if clients[&client].try_send(datagram[..length].to_vec()).is_err() {
             count(&link.counters.overflowed);
         }
     }
@@ -295,7 +312,7 @@ impl Direction {
     }
 }
 
-/// Relays what one client says and is told.
+/// Relays what one client says and is told, until it has been silent for [`CLIENT_IDLE`].
 async fn serve(mut link: Link, client: SocketAddr, number: u64, mut said: mpsc::Receiver<Vec<u8>>) {
     let direction = |place| {
         let rng = stream(link.seed, Purpose::Simulation, 2 * number + place);
@@ -304,13 +321,18 @@ async fn serve(mut link: Link, client: SocketAddr, number: u64, mut said: mpsc::
     let (mut up, mut down) = (direction(0), direction(1));
     let Ok(mut back) = UdpSocket::bind((link.server.ip(), 0)).await else { return };
     link.rebind.mark_unchanged();
+    let (mut heard, mut gone_at) = (false, Instant::now() + CLIENT_IDLE);
     let mut datagram = vec![0; DATAGRAM_BYTES_MAX];
     loop {
         tokio::select! {
             bytes = said.recv() => match bytes {
-                Some(bytes) => up.take(&bytes, &link.conditions.borrow().clone()),
+                Some(bytes) => {
+                    (heard, gone_at) = (true, Instant::now() + CLIENT_IDLE);
+                    up.take(&bytes, &link.conditions.borrow().clone());
+                }
                 None => return,
             },
+            () = tokio::time::sleep_until(gone_at) => return,
             // A server whose port is closed makes the socket say so; another may come.
             received = back.recv_from(&mut datagram) => if let Ok((length, _)) = received {
                 down.take(&datagram[..length], &link.conditions.borrow().clone());
@@ -322,11 +344,45 @@ async fn serve(mut link: Link, client: SocketAddr, number: u64, mut said: mpsc::
                 if changed.is_err() {
                     return;
                 }
-                if let Ok(another) = UdpSocket::bind((link.server.ip(), 0)).await {
+                // One that is gone has no port to change.
+                if std::mem::take(&mut heard)
+                    && let Ok(another) = UdpSocket::bind((link.server.ip(), 0)).await
+                {
                     count(&link.counters.rebinds);
                     back = another;
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A client that is heard of no more has no port to change.
+    #[tokio::test]
+    async fn only_ports_of_clients_that_speak_are_changed() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let relay = Relay::start(server.local_addr().unwrap(), Conditions::default(), 1).await.unwrap();
+        let clients = [(); 2].map(|()| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+        let speak = async |client: &std::net::UdpSocket| {
+            client.send_to(b"here", relay.address()).unwrap();
+            server.recv_from(&mut [0; 16]).await.unwrap();
+        };
+        let changed = async |rebinds| {
+            relay.rebind();
+            while relay.counts().rebinds < rebinds {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        speak(&clients[0]).await;
+        speak(&clients[1]).await;
+        changed(2).await;
+        speak(&clients[0]).await;
+        changed(3).await;
+        speak(&clients[0]).await;
+        changed(4).await;
+        assert_eq!(relay.counts().rebinds, 4);
     }
 }

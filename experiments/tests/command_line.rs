@@ -48,8 +48,21 @@ fn bad_settings_are_named_with_what_is_allowed() {
     fails(&["--seed", "18446744073709551615"], "seed = 18446744073709551615");
     fails(&["--text", ""], "text = \"\"");
     fails(&["--advertise", "a/b?c"], "advertise = \"a/b?c\"");
+    fails(&["--durability", "async"], "state_dir");
     fails(&["--stepz", "3"], "--steps");
     fails(&["--config", "absent.toml"], "absent.toml");
+}
+
+/// Each of them would run for a very long time if it were begun.
+#[test]
+fn what_cannot_be_simulated_is_named_before_anything_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let fails = |arguments: &[&str], code, words| {
+        drop(command_fails(folder.path(), &[&["simulate"], arguments].concat(), code, words));
+    };
+    fails(&["--seeds", "0"], 2, "--seeds");
+    fails(&["--first", "18446744073709551000", "--seeds", "1000"], 2, "beyond the last seed");
+    fails(&["--seeds", "100000000", "--json", "absent/faults.json"], 1, "cannot write absent/faults.json");
 }
 
 #[test]

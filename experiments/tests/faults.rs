@@ -47,6 +47,22 @@ fn a_seed_is_one_course_of_events() {
     assert!(course(3) != course(4));
 }
 
+/// It ends neither the other trials nor the wait for them, and names its seed.
+#[test]
+fn a_panic_in_a_trial_is_a_violation() {
+    let mut left = 5;
+    let violation = trial(7, None, &mut |_| {
+        left -= 1;
+        assert!(left > 0, "enough of {}", "that");
+    });
+    let violation = violation.unwrap_err();
+    assert_eq!((violation.seed, violation.events), (7, 5));
+    assert!(
+        violation.to_string().contains("seed 7") && violation.what.contains("enough of that"),
+        "{violation}"
+    );
+}
+
 fn assert_found(mutation: Mutation) {
     let found = (0..MUTATED_SEEDS).find_map(|seed| trial(seed, Some(mutation), &mut |_| {}).err());
     let violation = found.unwrap_or_else(|| panic!("{mutation:?} was not found"));

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::io::Cursor;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use sanderling_common::checkpoint::{CONFIG_FILE, TENSORS_FILE, save};
+use sanderling_common::checkpoint::{
+    CONFIG_FILE, FlatParameters, INDEX_FILE, TENSORS_FILE, WriteOptions, save, write,
+};
 use sanderling_common::config::RunConfig;
 use sanderling_common::ids::{BatchId, Seq, SessionId, Step, WorkerId};
 use sanderling_common::init::initial_parameters;
@@ -21,6 +24,7 @@ use sanderling_common::wire::frame::Reply;
 use sanderling_common::wire::{Answer, BatchRange, EvaluationJob, Push, Refusal, Split, Work};
 use sanderling_fuzz::memory::MemoryDisk;
 use sanderling_fuzz::{RUN, layout};
+use sanderling_server::admission::Passes;
 use sanderling_server::core::{Note, Record, SerialServer, ServerSettings};
 use sanderling_server::recorder::Books;
 use sanderling_server::storage::{Disk, Journal, SEGMENT_BYTES, Stamp, StateCheckpoint};
@@ -36,6 +40,8 @@ fn main() -> Outcome {
     states()?;
     tokens()?;
     checkpoints()?;
+    shards()?;
+    passes()?;
     texts()
 }
 
@@ -253,6 +259,54 @@ fn checkpoints() -> Outcome {
         )?;
     }
     Ok(())
+}
+
+fn shards() -> Outcome {
+    let model = run()?.model_config(65);
+    let (layout, values) = (model.layout()?, initial_parameters(&model, 1)?);
+    let source = FlatParameters { layout: &layout, values: &values };
+    for (name, shard_bytes_max) in
+        [("few", 4 * layout.len() as u64 / 2), ("many", 4 * layout.len() as u64 / 5)]
+    {
+        let folder = tempfile::tempdir()?;
+        let folder = folder.path().join("model");
+        let options = WriteOptions { shard_bytes_max, ..WriteOptions::default() };
+        write(&folder, &model, &options, &source, &mut |_| ControlFlow::Continue(()))?;
+        let (config, index) =
+            (std::fs::read(folder.join(CONFIG_FILE))?, std::fs::read(folder.join(INDEX_FILE))?);
+        let mut names: Vec<_> =
+            std::fs::read_dir(&folder)?.map(|entry| Ok(entry?.path())).collect::<Outcome<_>>()?;
+        names.retain(|path| path.extension().is_some_and(|ending| ending == "safetensors"));
+        names.sort();
+        let mut bytes = [&config[..], &[0], &index, &[0]].concat();
+        for shard in names {
+            let shard = std::fs::read(shard)?;
+            bytes.extend_from_slice(&u32::try_from(shard.len())?.to_le_bytes());
+            bytes.extend_from_slice(&shard);
+        }
+        keep("shards", name, &bytes)?;
+        keep("shards", &format!("{name}-cut"), &bytes[..bytes.len() - 100])?;
+        if name == "few" {
+            let elsewhere = String::from_utf8(index)?.replace("model-00001", "../model-00001");
+            let escaping = [&config[..], &[0], elsewhere.as_bytes(), &[0]].concat();
+            keep("shards", "elsewhere", &escaping)?;
+        }
+    }
+    Ok(())
+}
+
+fn passes() -> Outcome {
+    let mut passes = Passes::default();
+    keep("passes", "nobody", passes.to_toml().as_bytes())?;
+    passes.add(&"node-1".parse()?, &"the-first-token".parse()?)?;
+    passes.add(&"gpu.example.org".parse()?, &"the-second-token".parse()?)?;
+    keep("passes", "tokens", passes.to_toml().as_bytes())?;
+    passes.revoke_certificate(&"node-3".parse()?);
+    keep("passes", "both", passes.to_toml().as_bytes())?;
+    passes.add(&"node-9".parse()?, &"the-first-token".parse()?)?;
+    keep("passes", "same-token-twice", passes.to_toml().as_bytes())?;
+    keep("passes", "unknown", b"tokenz = 1\n")?;
+    keep("passes", "digest", b"[tokens]\nnode-1 = \"+12\"\n")
 }
 
 fn texts() -> Outcome {

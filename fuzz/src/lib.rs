@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use memory::MemoryDisk;
-use sanderling_common::checkpoint::{CONFIG_FILE, Checkpoint, TENSORS_FILE, parse_config};
+use sanderling_common::checkpoint::{CONFIG_FILE, Checkpoint, INDEX_FILE, TENSORS_FILE, parse_config};
 use sanderling_common::config;
 use sanderling_common::corpus::Corpus;
 use sanderling_common::join::JoinString;
@@ -22,6 +22,7 @@ use sanderling_common::wire::control::{
 };
 use sanderling_common::wire::frame::Reply;
 use sanderling_common::wire::{Push, Split};
+use sanderling_server::admission::Passes;
 use sanderling_server::core::Record;
 use sanderling_server::storage::{Journal, JournalError, RestoredState, RunId, SEGMENT_BYTES, Stamp};
 use serde::Serialize;
@@ -31,7 +32,7 @@ use serde::de::DeserializeOwned;
 pub type Target = fn(&[u8]);
 
 /// All targets, by name.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("payload", payload),
     ("frames", frames),
     ("control", control),
@@ -40,7 +41,12 @@ pub const TARGETS: [(&str, Target); 8] = [
     ("tokens", tokens),
     ("checkpoint", checkpoint),
     ("texts", texts),
+    ("shards", shards),
+    ("passes", passes),
 ];
+
+/// Shards of a fuzzed checkpoint, at most.
+const SHARDS_MAX: usize = 8;
 
 /// The run that journals and states are of.
 pub const RUN: RunId = RunId([7; 16]);
@@ -186,13 +192,55 @@ pub fn checkpoint(bytes: &[u8]) {
     if parse_config(Path::new(CONFIG_FILE), config).is_err() {
         return;
     }
+    open(&[(CONFIG_FILE.to_owned(), config), (TENSORS_FILE.to_owned(), tensors)]);
+}
+
+/// The same in shards: a `config.json`, a zero byte, an index, a zero byte, and the shards, each after its length in four
+/// bytes, the last as far as it goes.
+pub fn shards(bytes: &[u8]) {
+    let mut parts = bytes.splitn(3, |&byte| byte == 0);
+    let (Some(config), Some(index), Some(mut rest)) = (parts.next(), parts.next(), parts.next()) else {
+        return;
+    };
+    if parse_config(Path::new(CONFIG_FILE), config).is_err() {
+        return;
+    }
+    let mut shards = Vec::new();
+    while let Some((length, following)) = rest.split_first_chunk::<4>()
+        && shards.len() < SHARDS_MAX
+    {
+        let length = (u32::from_le_bytes(*length) as usize).min(following.len());
+        let (shard, following) = following.split_at(length);
+        shards.push(shard);
+        rest = following;
+    }
+    let count = shards.len();
+    let name = |place: usize| format!("model-{:05}-of-{count:05}.safetensors", place + 1);
+    let mut files: Vec<_> = shards.iter().enumerate().map(|(place, shard)| (name(place), *shard)).collect();
+    files.extend([(CONFIG_FILE.to_owned(), config), (INDEX_FILE.to_owned(), index)]);
+    open(&files);
+}
+
+/// Opens a checkpoint of these files.
+fn open(files: &[(String, &[u8])]) {
     let folder = tempfile::tempdir().expect("there is a folder for temporary files");
-    let written = std::fs::write(folder.path().join(CONFIG_FILE), config)
-        .and_then(|()| std::fs::write(folder.path().join(TENSORS_FILE), tensors));
-    written.expect("the folder takes small files");
+    for (name, bytes) in files {
+        std::fs::write(folder.path().join(name), bytes).expect("the folder takes small files");
+    }
     if let Ok(checkpoint) = Checkpoint::open(folder.path()) {
         let loaded = checkpoint.load();
-        assert!(loaded.is_err() || checkpoint.layout().len() <= tensors.len());
+        let bytes: usize = files.iter().map(|(_, bytes)| bytes.len()).sum();
+        assert!(loaded.is_err() || checkpoint.layout().len() <= bytes);
+    }
+}
+
+/// Files of who may take part.
+pub fn passes(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let path = Path::new("tokens.toml");
+    if let Ok(passes) = Passes::parse(text, path) {
+        let again = Passes::parse(&passes.to_toml(), path);
+        assert_eq!(again.ok(), Some(passes), "a tokens file changes when it is written");
     }
 }
 

@@ -44,6 +44,11 @@ impl Disk for MemoryDisk {
         Ok(MemoryFile { disk: self.clone(), name: name.to_owned() })
     }
 
+    fn replace(&self, name: &str) -> io::Result<MemoryFile> {
+        self.with(name, Vec::clear)?;
+        Ok(MemoryFile { disk: self.clone(), name: name.to_owned() })
+    }
+
     fn read(&self, name: &str) -> io::Result<Vec<u8>> {
         self.with(name, |bytes| bytes.clone())
     }

@@ -78,6 +78,7 @@ fn main() -> ExitCode {
                 error.downcast_ref(),
                 Some(
                     ServerError::Listen(_)
+                        | ServerError::Config(_)
                         | ServerError::Memory(_)
                         | ServerError::Admission(AdmissionError::TokenBeside(_))
                 )

@@ -102,7 +102,9 @@ fn tokens_are_printed_once_and_listed_by_name() {
     succeeds(folder, "token revoke --file tokens.toml --name node-1");
     assert!(Passes::read(&path).unwrap().holder(token.reveal()).is_none());
     fails(folder, "token revoke --file tokens.toml --name node-1", 1, "no token of node-1");
-    fails(folder, "token list --file absent.toml", 1, "absent.toml");
+    fails(folder, "token list --file absent.toml", 1, "token add --file absent.toml");
+    fails(folder, "token revoke --file absent.toml --name node-1", 1, "token add --file absent.toml");
+    assert!(!folder.join("absent.toml.lock").exists(), "what is not there leaves nothing");
     fails(folder, "token add --file tokens.toml --name node-4 --join nonsense", 2, "join string");
     assert_eq!(succeeds(folder, "token list --file tokens.toml"), "node-2\nnode-3 (certificate revoked)\n");
 }
@@ -115,9 +117,15 @@ fn help_has_examples_and_mistakes_have_sentences() {
         let help = succeeds(folder, &format!("{command} --help"));
         assert!(help.contains("Example") && help.contains(&format!("sanderling-server {command}")), "{help}");
     }
+    for command in ["cert client", "token add"] {
+        let help = succeeds(folder, &format!("{command} --help"));
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(help.contains("of letters a to z, digits, dots and hyphens"), "{help}");
+    }
     // The bare command serves, so that its options and those of the helpers do not mix.
     fails(folder, "--steps 5 cert ca --out fleet", 2, "cert");
-    fails(folder, "--tokens-file absent.toml", 1, "absent.toml");
+    fails(folder, "--tokens-file absent.toml", 1, "token add --file absent.toml");
     fails(folder, "--token 0123456789abcdef --client-ca ca.pem", 2, "client_ca");
     fails(folder, "--memory-max-mb 1", 2, "memory_max_mb = 1");
+    fails(folder, "--keep-journal", 2, "keep_journal is about what a state folder keeps");
 }

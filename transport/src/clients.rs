@@ -54,6 +54,17 @@ pub enum ClientError {
     /// rustls makes no verifier of it.
     #[error("it cannot be used: {0}")]
     Verifier(#[from] rustls::server::VerifierBuilderError),
+    /// A certificate that cannot sign where one is needed that can.
+    #[error(
+        "its certificate is a client's, or a server's, and none that can sign others; give the authority's own, ca.pem"
+    )]
+    NotAuthority,
+    /// An authority's certificate where a client's is needed.
+    #[error(
+        "its certificate is an authority's, which signs those of clients; make one for the worker with `sanderling-server \
+         cert client`"
+    )]
+    NotClient,
     /// The authority's key does not go with its certificate.
     #[error("the key is not that of the certificate, or the certificate is none of `cert ca`'s: {0}")]
     OtherKey(#[source] rustls::Error),
@@ -154,6 +165,9 @@ impl ClientAuthority {
     pub fn from_pem(pem: &[u8]) -> Result<Self, ClientError> {
         let mut roots = RootCertStore::empty();
         for certificate in certificates(pem)? {
+            if is_authority(&certificate) == Some(false) {
+                return Err(ClientError::NotAuthority);
+            }
             roots.add(certificate).map_err(ClientError::Authority)?;
         }
         let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
@@ -172,6 +186,22 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, ClientError>
     }
 }
 
+/// Whether a certificate can sign others; `None` if it cannot be read.
+fn is_authority(certificate: &CertificateDer<'_>) -> Option<bool> {
+    let parsed = EndEntityCert::try_from(certificate).ok()?;
+    // One that can sign is refused for that in the place of a client's, at a time at which it is valid.
+    let refused_at = |time| {
+        let usage = webpki::KeyUsage::client_auth();
+        parsed.verify_for_usage(&[], &[], &[], time, usage, None, None).err()
+    };
+    let refusal = match refused_at(UnixTime::now()) {
+        Some(webpki::Error::CertExpired { not_after, .. }) => refused_at(not_after),
+        Some(webpki::Error::CertNotValidYet { not_before, .. }) => refused_at(not_before),
+        refusal => refusal,
+    };
+    Some(refusal == Some(webpki::Error::CaUsedAsEndEntity))
+}
+
 /// What a worker presents: a client certificate, with those that lead from it to the authority if there are any, and its
 /// key.
 pub struct ClientIdentity {
@@ -183,10 +213,14 @@ impl ClientIdentity {
     /// From their PEM texts.
     ///
     /// # Errors
-    /// [`ClientError::Pem`].
+    /// [`ClientError::Pem`], or [`ClientError::NotClient`].
     pub fn from_pem(certificate: &[u8], key: &[u8]) -> Result<Self, ClientError> {
         let read = |source| ClientError::Pem { what: "private key", source };
-        Ok(Self { chain: certificates(certificate)?, key: PrivateKeyDer::from_pem_slice(key).map_err(read)? })
+        let chain = certificates(certificate)?;
+        if chain.first().and_then(is_authority) == Some(true) {
+            return Err(ClientError::NotClient);
+        }
+        Ok(Self { chain, key: PrivateKeyDer::from_pem_slice(key).map_err(read)? })
     }
 }
 
@@ -260,7 +294,9 @@ mod tests {
             assert!(ClientAuthority::from_pem(bad.as_bytes()).is_err(), "{bad}");
             assert!(ClientIdentity::from_pem(bad.as_bytes(), pair.key.as_bytes()).is_err(), "{bad}");
         }
-        assert!(ClientIdentity::from_pem(pair.certificate.as_bytes(), b"").is_err());
+        let client = Authority::generate(1).unwrap().sign("node-1", 1).unwrap();
+        let keyless = ClientIdentity::from_pem(client.certificate.as_bytes(), b"");
+        assert!(matches!(keyless, Err(ClientError::Pem { what: "private key", .. })));
         let empty = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
         assert!(matches!(ClientAuthority::from_pem(empty.as_bytes()), Err(ClientError::Authority(_))));
         let many = pair.certificate.repeat(AUTHORITIES_MAX + 1);
@@ -268,8 +304,40 @@ mod tests {
     }
 
     #[test]
+    fn an_authority_is_no_client_and_a_client_no_authority() {
+        let authority = Authority::generate(30).unwrap();
+        let (of_authority, client) = (authority.to_pem(), authority.sign("node-1", 7).unwrap());
+        let error = ClientAuthority::from_pem(client.certificate.as_bytes()).unwrap_err();
+        assert!(
+            matches!(error, ClientError::NotAuthority) && error.to_string().contains("ca.pem"),
+            "{error}"
+        );
+        let both = format!("{}{}", of_authority.certificate, client.certificate);
+        assert!(matches!(ClientAuthority::from_pem(both.as_bytes()), Err(ClientError::NotAuthority)));
+        let identity =
+            |pair: &PemPair| ClientIdentity::from_pem(pair.certificate.as_bytes(), pair.key.as_bytes());
+        let error = identity(&of_authority).unwrap_err();
+        assert!(error.to_string().contains("cert client"), "{error}");
+        identity(&client).unwrap();
+        // What has expired, or is not valid yet, is what it was.
+        let now = SystemTime::now();
+        let day = Duration::from_secs(86_400);
+        for (from, to) in [(now - 3 * day, now - 2 * day), (now + 2 * day, now + 3 * day)] {
+            let key = KeyPair::generate().unwrap();
+            let mut params = authority_params(1).unwrap();
+            (params.not_before, params.not_after) = (from.into(), to.into());
+            let certificate = params.clone().self_signed(&key).unwrap();
+            assert_eq!(is_authority(certificate.der()), Some(true));
+            params.is_ca = IsCa::ExplicitNoCa;
+            params.key_usages = Vec::new();
+            let certificate = params.self_signed(&key).unwrap();
+            assert_eq!(is_authority(certificate.der()), Some(false));
+        }
+    }
+
+    #[test]
     fn keys_do_not_show_themselves() {
-        let pair = Authority::generate(1).unwrap().to_pem();
+        let pair = Authority::generate(1).unwrap().sign("node-1", 1).unwrap();
         assert!(!format!("{pair:?}").contains("PRIVATE"));
         let identity = ClientIdentity::from_pem(pair.certificate.as_bytes(), pair.key.as_bytes()).unwrap();
         assert_eq!(format!("{identity:?}"), "ClientIdentity(…)");

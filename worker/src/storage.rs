@@ -131,7 +131,11 @@ impl StateFolder {
     pub fn keep(&mut self, worker: &WorkerImage<'_>) -> Result<(), StateError> {
         let path = self.file(worker.push.seq);
         let write = || {
-            let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path)?;
+            let mut options = OpenOptions::new();
+            options.create(true).truncate(false).write(true);
+            #[cfg(unix)]
+            std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+            let file = options.open(&path)?;
             let mut out =
                 Summing { inner: BufWriter::new(&file), hasher: crc32fast::Hasher::new(), bytes: 0 };
             write(&mut out, worker, self.pin)?;

@@ -2,8 +2,8 @@
 
 use std::net::Ipv6Addr;
 
-use super::RunConfig;
 use super::file::RUN_FILE_BYTES_MAX;
+use super::{RunConfig, ServerPart, ServerSettings};
 use crate::method::Method;
 use crate::model_config::{ModelConfig, ModelConfigError};
 
@@ -72,6 +72,11 @@ pub enum ConfigError {
         /// The server's limit.
         sessions_max: u32,
     },
+    /// What is kept, and nowhere to keep it.
+    #[error(
+        "{0} is about what a state folder keeps, and there is none; name one with state_dir, or leave {0} out"
+    )]
+    NeedsStateDir(&'static str),
     /// `msgd` with several workers.
     #[error("method msgd is for one worker, and workers = {0}; use --workers 1, or asgd for several")]
     OneWorkerOnly(u32),
@@ -147,6 +152,21 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
         return Err(ConfigError::OneWorkerOnly(config.run.workers));
     }
     check_model(config)
+}
+
+/// Checks that what is said about keeping the state does not go without a place to keep it.
+pub(super) fn check_kept(server: &ServerSettings) -> Result<(), ConfigError> {
+    let default = ServerPart::default().resolve(());
+    let stated = [
+        ("durability", server.durability != default.durability),
+        ("checkpoint_every_ms", server.checkpoint_every_ms != default.checkpoint_every_ms),
+        ("checkpoint_url", server.checkpoint_url != default.checkpoint_url),
+        ("keep_journal", server.keep_journal != default.keep_journal),
+    ];
+    match stated.iter().find(|(_, is_stated)| *is_stated) {
+        Some((key, _)) if server.state_dir.is_empty() => Err(ConfigError::NeedsStateDir(key)),
+        _ => Ok(()),
+    }
 }
 
 /// TOML knows no larger integers, so that a larger one could not be read back from the resolved file.
@@ -270,6 +290,27 @@ mod tests {
         check("[model]\nlayers = 0", &["layers must be at least 1"]);
         check("[training]\nmethod = \"msgd\"", &["one worker", "--workers 1"]);
         check("[training]\nlearning_rate = -1.0", &["learning_rate = -1"]);
+    }
+
+    #[test]
+    fn what_is_kept_needs_a_place() {
+        let check = |text: &str| parse(text).unwrap().resolve().unwrap().check_kept();
+        for setting in [
+            "durability = \"async\"",
+            "durability = \"none\"",
+            "checkpoint_every_ms = 5",
+            "checkpoint_url = \"file:///c\"",
+            "keep_journal = true",
+        ] {
+            let error = check(&format!("[server]\n{setting}")).unwrap_err().to_string();
+            let key = setting.split_once(' ').unwrap().0;
+            assert!(error.starts_with(key) && error.contains("state_dir"), "{error}");
+            let kept = check(&format!("[server]\n{setting}\nstate_dir = \"s\""));
+            assert!(kept.is_ok());
+            let run = parse(&format!("[server]\n{setting}\nstate_dir = \"s\"")).unwrap().resolve().unwrap();
+            run.without_state().check_kept().unwrap();
+        }
+        check("").unwrap();
     }
 
     #[test]

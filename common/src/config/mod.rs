@@ -183,6 +183,8 @@ settings! {
         lease_batches: u32 = 4;
         /// Most workers at a time; each costs the server one model of memory
         sessions_max: u32 = 256;
+        /// Most sessions of one name, where workers have tokens or certificates of their own; 0: a quarter of sessions_max
+        sessions_per_name_max: u32 = 0;
         /// Threads that apply updates, each to its own part of the model
         shards: usize = 1;
         /// A CA's certificate (PEM); only workers with a client certificate that it signed are admitted, and they need no
@@ -374,6 +376,20 @@ impl RunConfig {
         check::check(self)
     }
 
+    /// The most sessions of one name, where names count.
+    pub fn sessions_per_name(&self) -> u32 {
+        let (own, all) = (self.server.sessions_per_name_max, self.server.sessions_max);
+        if own == 0 { all.div_ceil(4) } else { own.min(all) }
+    }
+
+    /// Checks that settings about what a state folder keeps do not come without one.
+    ///
+    /// # Errors
+    /// [`ConfigError::NeedsStateDir`].
+    pub fn check_kept(&self) -> Result<(), ConfigError> {
+        check::check_kept(&self.server)
+    }
+
     /// Checks a model that a checkpoint, or a server, says the run trains.
     ///
     /// # Errors
@@ -506,15 +522,25 @@ impl RunConfig {
 
     /// The run as workers are told of it: without the places on the server's machine that are none of their business.
     pub fn for_workers(&self) -> Self {
+        let mut run = self.without_state();
+        run.server.client_ca.clear();
+        run.server.tokens_file.clear();
+        run
+    }
+
+    /// The run without a state folder, and what is said about keeping the state: another one of the same kind.
+    #[must_use]
+    pub fn without_state(&self) -> Self {
         let mut run = self.clone();
-        for place in [
-            &mut run.server.client_ca,
-            &mut run.server.tokens_file,
-            &mut run.server.state_dir,
-            &mut run.server.checkpoint_url,
-        ] {
-            place.clear();
-        }
+        let default = ServerPart::default().resolve(());
+        run.server = ServerSettings {
+            state_dir: default.state_dir,
+            durability: default.durability,
+            checkpoint_every_ms: default.checkpoint_every_ms,
+            checkpoint_url: default.checkpoint_url,
+            keep_journal: default.keep_journal,
+            ..run.server
+        };
         run
     }
 
@@ -545,8 +571,7 @@ impl RunConfig {
                 let other = theirs.get(key);
                 let is_open = key == "dense_sha256" && other.is_some_and(|other| other.as_str() == Some(""));
                 if other != Some(value) && !is_open {
-                    let other = other.map_or(String::new(), ToString::to_string);
-                    return Some((key.clone(), value.to_string(), other));
+                    return Some((key.clone(), shown(value), other.map_or(String::new(), shown)));
                 }
             }
         }
@@ -559,9 +584,28 @@ impl RunConfig {
     }
 }
 
+/// A value as people write it: of one that is stored with single precision, no digits beyond that.
+fn shown(value: &toml::Value) -> String {
+    match *value {
+        toml::Value::Float(float) if f64::from(float as f32) == float => format!("{:?}", float as f32),
+        ref other => other.to_string(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn differences_are_shown_as_people_write_them() {
+        let run = |text: &str| parse(text).unwrap().resolve().unwrap();
+        let one = run("[training]\nmomentum = 0.3\nlearning_rate = 0.1");
+        let difference = |text: &str| one.difference(&run(text)).unwrap();
+        let (key, ours, theirs) = difference("[training]\nmomentum = 0.0\nlearning_rate = 0.1");
+        assert_eq!((key.as_str(), ours.as_str(), theirs.as_str()), ("momentum", "0.3", "0.0"));
+        let (key, ours, theirs) = difference("[training]\nmomentum = 0.3\nlearning_rate = 0.2");
+        assert_eq!((key.as_str(), ours.as_str(), theirs.as_str()), ("learning_rate", "0.1", "0.2"));
+    }
 
     #[test]
     fn resolved_file_resolves_to_itself() {

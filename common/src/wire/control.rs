@@ -88,6 +88,11 @@ pub enum Greeting {
     },
     /// The run is over.
     Finished,
+    /// No room for this name: it has as many sessions as one may.
+    NameFull {
+        /// The limit.
+        sessions_max: u32,
+    },
 }
 
 /// Everything a worker needs to know about the run.
@@ -377,6 +382,7 @@ mod tests {
             layout_hash: LayoutHash([1; 32]),
         })));
         round_trips(&Greeting::Full { sessions_max: 300 });
+        round_trips(&Greeting::NameFull { sessions_max: 3 });
         round_trips(&Start::Fetch { step: Step(1 << 40) });
         round_trips(&Request::Evaluated(session, Box::new(report())));
         let batches = Some(BatchRange { first: BatchId(1 << 33), count: 4 });

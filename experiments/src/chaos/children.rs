@@ -10,6 +10,8 @@ use sanderling_server::net::Server;
 use sanderling_transport::stop_on_interrupt;
 use sanderling_worker::net::{WorkerOptions, work};
 
+use super::processes::{end_with_the_parent, write_private};
+
 /// A worker looks for the server for as long as any soak lasts.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(24 * 3600);
 
@@ -44,13 +46,14 @@ fn read(path: &Path) -> anyhow::Result<String> {
 /// # Errors
 /// As a server's.
 pub fn serve(arguments: &ServerArguments) -> anyhow::Result<()> {
+    end_with_the_parent();
     let run = config::parse(&read(&arguments.config)?)?.resolve()?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
     runtime.block_on(async {
         let stop = stop_on_interrupt(|| {});
         let server = Server::start(run, None)?;
         let temporary = arguments.join_file.with_extension("partial");
-        std::fs::write(&temporary, server.join().reveal())
+        write_private(&temporary, &server.join().reveal())
             .and_then(|()| std::fs::rename(&temporary, &arguments.join_file))
             .with_context(|| format!("cannot write {}", arguments.join_file.display()))?;
         server.serve(stop, |_| {}).await?;
@@ -63,6 +66,7 @@ pub fn serve(arguments: &ServerArguments) -> anyhow::Result<()> {
 /// # Errors
 /// As a worker's.
 pub fn join(arguments: &WorkerArguments) -> anyhow::Result<()> {
+    end_with_the_parent();
     let join: JoinString = read(&arguments.join_file)?.trim().parse()?;
     let options = WorkerOptions {
         give_up_after: GIVE_UP_AFTER,

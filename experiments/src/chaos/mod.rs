@@ -15,13 +15,14 @@ use anyhow::{Context, ensure};
 use rand_chacha::ChaCha12Rng;
 use sanderling_common::init::{Purpose, stream, uniform};
 use sanderling_common::join::JoinString;
+use sanderling_common::report::one_sentence;
 use tokio::runtime::Runtime;
 use tracing::info;
 
 use crate::relay::{Conditions, Counts, Relay};
 pub use children::{ServerArguments, WorkerArguments, join, serve};
-use processes::{Place, Process, text};
-pub use verify::{Findings, verify};
+use processes::{Place, Process, text, write_private};
+pub use verify::{Acknowledged, Findings, verify};
 
 /// The server is killed this often in a soak of any length.
 pub const SERVER_KILLS: u32 = 24;
@@ -79,6 +80,8 @@ pub struct Report {
     pub network: Option<Counts>,
     /// What the journal and the last checkpoint say.
     pub findings: Findings,
+    /// What did not hold, or kept the soak from its end.
+    pub failure: Option<String>,
 }
 
 /// Lets everything run and kills, until the time is over or `is_stopped`; then verifies. `tell` is told of every kill.
@@ -91,9 +94,11 @@ pub fn soak(
     tell: &mut dyn FnMut(&str),
 ) -> anyhow::Result<Report> {
     let mut scene = Scene::begin(soak, is_stopped)?;
-    scene.run(is_stopped, tell)?;
-    let report = scene.end(is_stopped)?;
-    Ok(report)
+    let held = scene.run(is_stopped, tell).and_then(|()| scene.end(is_stopped));
+    scene.report.failure = held.as_ref().err().map(|error| one_sentence(error.as_ref()));
+    let written = scene.write_report();
+    // What did not hold is the more important of the two.
+    held.and(written).map(|()| scene.report)
 }
 
 struct Scene<'a> {
@@ -104,6 +109,10 @@ struct Scene<'a> {
     workers: Vec<Process>,
     rng: ChaCha12Rng,
     started: Instant,
+    /// The server's.
+    pin: [u8; 32],
+    /// What workers knew to be acknowledged when they were killed, and in the end.
+    acknowledged: Vec<Acknowledged>,
     report: Report,
 }
 
@@ -127,6 +136,7 @@ impl<'a> Scene<'a> {
             .with_context(|| format!("cannot write {}", place.run_file().display()))?;
         let mut server = start_server(&place)?;
         let ready = server.ready(&place.join_file(), is_stopped)?;
+        let pin = place.join()?.pin;
         let network =
             soak.network.map(|conditions| Network::begin(&place, conditions, soak.seed)).transpose()?;
         let workers = (0..soak.workers).map(|number| start_worker(&place, number));
@@ -137,6 +147,8 @@ impl<'a> Scene<'a> {
             server,
             rng: stream(soak.seed, Purpose::Simulation, 0),
             started: Instant::now(),
+            pin,
+            acknowledged: Vec::new(),
             report: Report { seed: soak.seed, ready_seconds: vec![ready.as_secs_f64()], ..Report::default() },
             place,
         })
@@ -197,6 +209,7 @@ impl<'a> Scene<'a> {
     fn kill_worker(&mut self, tell: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
         let number = (uniform(&mut self.rng) * self.workers.len() as f64) as usize;
         self.workers[number].kill()?;
+        self.note_acknowledged(number)?;
         self.workers[number] = start_worker(&self.place, number)?;
         self.report.worker_kills += 1;
         self.report.place_kills += u64::from(keeps_place(number));
@@ -205,7 +218,15 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    fn end(mut self, is_stopped: &dyn Fn() -> bool) -> anyhow::Result<Report> {
+    /// Of a worker that has ended.
+    fn note_acknowledged(&mut self, number: usize) -> anyhow::Result<()> {
+        if keeps_place(number) {
+            self.acknowledged.extend(Acknowledged::of_place(&self.place.worker_state(number), self.pin)?);
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, is_stopped: &dyn Fn() -> bool) -> anyhow::Result<()> {
         let status = self.server.end()?;
         ensure!(status.success(), "the server ended with {status}");
         // Without a server they would look for one for a long time.
@@ -213,14 +234,18 @@ impl<'a> Scene<'a> {
             let status = worker.end()?;
             ensure!(status.success(), "a worker ended with {status}");
         }
+        (0..self.workers.len()).try_for_each(|number| self.note_acknowledged(number))?;
         ensure!(!is_stopped(), "interrupted");
         self.report.network = self.network.as_ref().map(|network| network.relay.counts());
         info!("verifying against the whole journal");
-        self.report.findings = verify(&self.place.state())?;
+        self.report.findings = verify(&self.place.state(), &self.acknowledged)?;
+        Ok(())
+    }
+
+    fn write_report(&self) -> anyhow::Result<()> {
         let json = serde_json::to_vec_pretty(&self.report)?;
         let path = self.place.report();
-        std::fs::write(&path, json).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(self.report)
+        std::fs::write(&path, json).with_context(|| format!("cannot write {}", path.display()))
     }
 }
 
@@ -236,16 +261,13 @@ struct Network {
 
 impl Network {
     fn begin(place: &Place, conditions: Conditions, seed: u64) -> anyhow::Result<Self> {
-        let path = place.join_file();
-        let text =
-            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let join: JoinString = text.parse()?;
+        let join = place.join()?;
         let server = SocketAddr::new(join.host.parse().context("the server is at an address")?, join.port);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let relay =
             runtime.block_on(Relay::start(server, conditions, seed)).context("cannot start the relay")?;
         let join = JoinString { port: relay.address().port(), ..join };
-        std::fs::write(place.worker_join_file(), join.reveal()).context("cannot write the join file")?;
+        write_private(&place.worker_join_file(), &join.reveal()).context("cannot write the join file")?;
         Ok(Self { relay, next_rebind: REBIND_EVERY, next_cut: CUT_EVERY, cut_until: None, _runtime: runtime })
     }
 

@@ -1,10 +1,12 @@
 //! The processes that are killed: this program, told to be a server or a worker.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use sanderling_common::join::JoinString;
 
 /// A process is asked to end, and given this long before it is killed.
 const ENDING_MAX: Duration = Duration::from_secs(120);
@@ -32,7 +34,8 @@ impl Process {
             .open(log)
             .with_context(|| format!("cannot write {}", log.display()))?;
         let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        // It ends when the pipe does: see `end_with_the_parent`.
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log);
         // Ctrl-C on a terminal is for whoever started the others, which ends them.
         #[cfg(unix)]
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
@@ -117,6 +120,14 @@ impl Place {
         self.folder.join("join-relayed")
     }
 
+    /// What the server said when it was ready.
+    pub(super) fn join(&self) -> anyhow::Result<JoinString> {
+        let path = self.join_file();
+        let text =
+            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(text.parse()?)
+    }
+
     pub(super) fn state(&self) -> PathBuf {
         self.folder.join("state")
     }
@@ -132,6 +143,24 @@ impl Place {
     pub(super) fn report(&self) -> PathBuf {
         self.folder.join("chaos.json")
     }
+}
+
+/// Writes a file that holds a secret: only its owner may read it.
+pub(super) fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)?.write_all(text.as_bytes())
+}
+
+/// Ends this process when the one that started it is gone, however that ended: it holds the other end of standard input.
+pub(super) fn end_with_the_parent() {
+    std::thread::spawn(|| {
+        // Nothing is ever said there; an error is as much of an end.
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::exit(1);
+    });
 }
 
 /// The text of a path, for a command line.

@@ -16,6 +16,27 @@ use sanderling_server::storage::{
 /// The share of pushes at the beginning and at the end whose losses are compared.
 const SHARE: usize = 10;
 
+/// The last push of a session that was answered, as a worker knew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Acknowledged {
+    /// Whose.
+    pub session: SessionId,
+    /// Its number; 0 if none was.
+    pub seq: Seq,
+}
+
+impl Acknowledged {
+    /// What the place of a worker tells that is not running: the push in it was written down before it was sent, and so
+    /// after the one before was answered.
+    ///
+    /// # Errors
+    /// If the place cannot be read.
+    pub(super) fn of_place(folder: &Path, pin: [u8; 32]) -> anyhow::Result<Option<Self>> {
+        let place = sanderling_worker::storage::StateFolder::open(folder, pin)?.load()?;
+        Ok(place.map(|worker| Self { session: worker.session(), seq: Seq(worker.push.seq.0 - 1) }))
+    }
+}
+
 /// What a state folder holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Findings {
@@ -31,6 +52,8 @@ pub struct Findings {
     pub checkpoint: u64,
     /// Workers' replicas that were compared.
     pub replicas: u64,
+    /// Places of workers that were killed or asked to end, whose acknowledged pushes were looked for.
+    pub places: u64,
     /// Mean training loss of the first tenth of the pushes.
     pub first_loss: f64,
     /// Of the last tenth.
@@ -40,11 +63,12 @@ pub struct Findings {
 }
 
 /// Reads a run's journal from its first record to its last, makes every decision again, and compares the state that this
-/// comes to with the server's last checkpoint, bit for bit.
+/// comes to with the server's last checkpoint, bit for bit. `acknowledged` are pushes of which some worker knew that they
+/// count: the journal must hold them.
 ///
 /// # Errors
 /// What does not hold, as a sentence.
-pub fn verify(folder: &Path) -> anyhow::Result<Findings> {
+pub fn verify(folder: &Path, acknowledged: &[Acknowledged]) -> anyhow::Result<Findings> {
     let started = std::time::Instant::now();
     let state = StateFolder::open(folder)?;
     let identity = state.identity()?.context("there is no run in the state folder")?;
@@ -84,6 +108,8 @@ pub fn verify(folder: &Path) -> anyhow::Result<Findings> {
     );
     findings.records = read.next;
     findings.checkpoint = checkpoint.position;
+    acknowledged.iter().try_for_each(|push| ledger.check(*push))?;
+    findings.places = acknowledged.len() as u64;
     ledger.conclude(&mut findings)?;
     findings.replay_seconds = started.elapsed().as_secs_f64();
     Ok(findings)
@@ -146,6 +172,8 @@ fn same_bits(what: &str, made: &[f32], kept: &[f32]) -> anyhow::Result<()> {
 #[derive(Default)]
 struct Ledger {
     next: BTreeMap<SessionId, Seq>,
+    /// The last push of every session that had one, also of those that ended.
+    last: BTreeMap<SessionId, Seq>,
     batches: BTreeSet<BatchId>,
     losses: Vec<f32>,
     pushes: u64,
@@ -162,6 +190,7 @@ impl Ledger {
                 let next = self.next.get_mut(&session).with_context(|| format!("{session} is not open"))?;
                 ensure!(seq == *next, "{seq} of {session} was applied where {next} was next");
                 *next = Seq(next.0 + 1);
+                self.last.insert(session, seq);
                 ensure!(self.batches.insert(push.batch), "{} was done twice", push.batch);
                 self.pushes += 1;
                 let Effect::Pushed { step, applies, .. } = effect else { bail!("a push had no effect") };
@@ -183,6 +212,12 @@ impl Ledger {
         Ok(())
     }
 
+    fn check(&self, Acknowledged { session, seq }: Acknowledged) -> anyhow::Result<()> {
+        let last = self.last.get(&session).copied().unwrap_or(Seq(0));
+        ensure!(last >= seq, "{seq} of {session} was acknowledged, and the journal ends for it at {last}");
+        Ok(())
+    }
+
     fn conclude(&self, findings: &mut Findings) -> anyhow::Result<()> {
         let tenth = self.losses.len() / SHARE;
         ensure!(tenth > 0, "{} updates are too few to see a loss go down", self.losses.len());
@@ -197,5 +232,22 @@ impl Ledger {
             findings.last_loss
         );
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_acknowledged_push_that_the_journal_lacks_is_found() {
+        let (one, two) = (SessionId(1), SessionId(2));
+        let ledger = Ledger { last: BTreeMap::from([(one, Seq(7))]), ..Ledger::default() };
+        let check = |session, seq| ledger.check(Acknowledged { session, seq: Seq(seq) });
+        assert!(check(one, 6).is_ok() && check(one, 7).is_ok() && check(two, 0).is_ok());
+        for (session, seq) in [(one, 8), (two, 1)] {
+            let error = check(session, seq).unwrap_err().to_string();
+            assert!(error.contains(&format!("push {seq} of {session} was acknowledged")), "{error}");
+        }
     }
 }

@@ -42,7 +42,8 @@ keep_journal = true
 /// `kill -9`, the server at least 20 times in ten minutes; each is started again at once. Every other worker keeps its
 /// place on disk. In the end the server is asked to stop, and its last checkpoint (the model, the workers' replicas, the
 /// sessions and their stored answers) is compared, bit for bit, with what the whole journal makes; and in the journal
-/// every session's pushes must be consecutive, every batch done once, and the loss lower than at the beginning.
+/// every session's pushes must be consecutive, every batch done once, what workers that keep
+/// their place knew to be acknowledged there, and the loss lower than at the beginning.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -55,8 +56,8 @@ pub struct Arguments {
     #[arg(long, default_value_t = 10.0, value_name = "MINUTES")]
     minutes: f64,
     /// Worker processes
-    #[arg(long, default_value_t = 8, value_name = "N")]
-    workers: usize,
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    workers: u32,
     /// A worker is killed about this often, seconds
     #[arg(long, default_value_t = 3.0, value_name = "SECONDS")]
     kill_every_s: f64,
@@ -84,7 +85,7 @@ pub fn chaos(arguments: &Arguments) -> anyhow::Result<()> {
     let folder = std::path::absolute(&arguments.out)?;
     let plan = Soak {
         duration: positive("minutes", arguments.minutes, 60.0)?,
-        workers: arguments.workers,
+        workers: arguments.workers as usize,
         seed: arguments.seed,
         kill_every: positive("kill-every-s", arguments.kill_every_s, 1.0)?,
         folder,
@@ -134,6 +135,10 @@ fn closing_table(report: &Report) -> String {
             format!("{} times, {} of them keeping their place", report.worker_kills, report.place_kills),
         ),
         ("sessions", findings.sessions.to_string()),
+        (
+            "acknowledged",
+            format!("what workers knew of {} times they ended is in the journal", findings.places),
+        ),
         ("pushes", format!("{}, each applied once; {} updates", findings.pushes, findings.steps)),
         (
             "verified",

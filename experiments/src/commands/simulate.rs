@@ -1,7 +1,9 @@
 //! `sanderling simulate`: everything breaks, by a seed.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -9,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::say;
+use super::{UsageError, say};
 use crate::faults::{Tally, Violation, trial};
 use crate::work::Stop;
 
@@ -33,7 +35,7 @@ Examples:
   sanderling simulate --first 4242 --seeds 1 --trace   # every event of one seed")]
 pub struct Arguments {
     /// Runs, one per seed
-    #[arg(long, default_value_t = 1000, value_name = "N")]
+    #[arg(long, default_value_t = 1000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
     /// The first seed
     #[arg(long, default_value_t = 0, value_name = "SEED")]
@@ -63,8 +65,15 @@ struct Report<'a> {
 /// Runs the command.
 ///
 /// # Errors
-/// The violation with the lowest seed of those found, or a file that cannot be written.
+/// The violation with the lowest seed of those found, or a file that cannot be written; [`UsageError`] for more seeds than
+/// there are.
 pub fn simulate(arguments: &Arguments) -> anyhow::Result<()> {
+    if arguments.first.checked_add(arguments.seeds - 1).is_none() {
+        let seeds = arguments.seeds;
+        return Err(UsageError(format!("--seeds {seeds} goes beyond the last seed, {}", u64::MAX)).into());
+    }
+    // Nobody wants to learn at the end of a long run that it cannot be written down.
+    let json = arguments.json.as_deref().map(|path| open(path).map(|file| (path, file))).transpose()?;
     let started = Instant::now();
     let threads = match arguments.threads {
         Some(threads) => threads.max(1),
@@ -81,11 +90,12 @@ pub fn simulate(arguments: &Arguments) -> anyhow::Result<()> {
     let tally = *trials.tally.lock().expect("no trial panics while it counts");
     let violation = trials.violation.into_inner().expect("no trial panics while it tells");
     let seconds = started.elapsed().as_secs_f64();
-    if let Some(path) = &arguments.json {
+    if let Some((path, mut file)) = json {
         let violation = violation.as_ref().map(ToString::to_string);
         let report = Report { first_seed: arguments.first, seeds: done, seconds, tally: &tally, violation };
         let json = serde_json::to_vec_pretty(&report)?;
-        std::fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+        let written = file.set_len(0).and_then(|()| file.write_all(&json));
+        written.with_context(|| format!("cannot write {}", path.display()))?;
     }
     say(&closing_table(arguments.first, done, &tally, seconds))?;
     match violation {
@@ -97,6 +107,12 @@ pub fn simulate(arguments: &Arguments) -> anyhow::Result<()> {
             bail!("{violation}; run it again: sanderling simulate --first {seed} --seeds 1 --trace")
         }
     }
+}
+
+/// A file to be written later; what is in it stays until then.
+fn open(path: &Path) -> anyhow::Result<File> {
+    let file = File::options().create(true).truncate(false).write(true).open(path);
+    file.with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// What happened, a kind per line.

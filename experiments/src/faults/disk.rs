@@ -136,6 +136,14 @@ impl Disk for SimulatedDisk {
         Ok(SimulatedFile { disk: self.clone(), name: name.to_owned(), crashes: state.crashes })
     }
 
+    fn replace(&self, name: &str) -> io::Result<SimulatedFile> {
+        let mut state = self.state();
+        let crashes = state.crashes;
+        let file = state.files.get_mut(name).ok_or_else(|| absent(name))?;
+        (file.synced, file.unsynced) = (Vec::new(), Vec::new());
+        Ok(SimulatedFile { disk: self.clone(), name: name.to_owned(), crashes })
+    }
+
     fn read(&self, name: &str) -> io::Result<Vec<u8>> {
         let state = self.state();
         let file = state.files.get(name).ok_or_else(|| absent(name))?;

@@ -22,6 +22,7 @@ mod worker;
 mod world;
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub use sanderling_server::core::Mutation;
 
@@ -160,11 +161,22 @@ impl fmt::Display for Violation {
 /// One trial; `trace` is told every event.
 ///
 /// # Errors
-/// The first [`Violation`].
+/// The first [`Violation`]; a panic, of whatever is tried, is one too.
 ///
 /// # Panics
 /// If a mutation is asked for in a build without the feature `mutations`.
 pub fn trial(seed: u64, mutation: Option<Mutation>, trace: &mut dyn FnMut(&str)) -> Result<Tally, Violation> {
     let _mutated = mutation.map(Mutation::switch_on);
-    world::World::new(seed, mutation, trace).run()
+    let mut events = 0;
+    let mut counted = |event: &str| {
+        events += 1;
+        trace(event);
+    };
+    // Nothing of the world is looked at after a panic.
+    let run = AssertUnwindSafe(|| world::World::new(seed, mutation, &mut counted).run());
+    catch_unwind(run).unwrap_or_else(|panic| {
+        let said = panic.downcast_ref::<String>().map(String::as_str);
+        let said = said.or(panic.downcast_ref::<&str>().copied()).unwrap_or("without a word");
+        Err(Violation { seed, events, what: format!("panicked: {said}") })
+    })
 }

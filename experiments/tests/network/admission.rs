@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sanderling_common::join::{JoinString, Token};
+use sanderling_common::wire::control::Greeting;
 use sanderling_server::admission::{Name, Passes};
 use sanderling_server::net::Server;
 use sanderling_transport::{Authority, ClientIdentity, CloseCode};
@@ -178,6 +179,48 @@ async fn tokens_of_workers_own_come_and_go_while_the_run_goes_on() {
     serving.kill().await;
 }
 
+/// Whoever has got hold of one token cannot take everybody's places with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_name_has_only_so_many_places() {
+    let (first, second) = (token("token-of-node-1"), token("token-of-node-2"));
+    let tokens = [("node-1", &first), ("node-2", &second)];
+    let hello = async |join: &JoinString| {
+        let (endpoint, connection) = Peer::connect(join).await;
+        Peer::hello(endpoint, connection, join, None).await
+    };
+    for (setting, allowed) in [(0, 1), (2, 2)] {
+        let settings = format!(
+            "[run]\nworkers = 1\n[server]\nlease_ms = 60000\nsessions_max = 4\nsessions_per_name_max = {setting}"
+        );
+        let (scene, _) = with_tokens(Scene::new(5).with(&settings), &tokens);
+        let serving = Serving::start(&scene);
+        let (of_first, of_second) = (with_token(&serving.join, &first), with_token(&serving.join, &second));
+        let mut peers = Vec::new();
+        for _ in 0..allowed {
+            peers.push(Peer::welcomed(&of_first).await);
+        }
+        let greeting = hello(&of_first).await.map(drop).unwrap_err();
+        assert_eq!(greeting, Greeting::NameFull { sessions_max: allowed });
+        peers.push(Peer::welcomed(&of_second).await);
+        // A place that is left is free again, once the server has seen it.
+        drop(peers.swap_remove(0));
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        while hello(&of_first).await.is_err() {
+            assert!(tokio::time::Instant::now() < deadline, "the place stays taken");
+            // As often as an address may.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        serving.kill().await;
+    }
+    // A token that all share is everybody's.
+    let settings = "[run]\nworkers = 1\n[server]\nsessions_max = 2\nlease_ms = 60000";
+    let serving = Serving::start(&Scene::new(5).with(settings));
+    let both = [Peer::welcomed(&serving.join).await, Peer::welcomed(&serving.join).await];
+    assert!(hello(&serving.join).await.is_err_and(|greeting| greeting == Greeting::Full { sessions_max: 2 }));
+    drop(both);
+    serving.kill().await;
+}
+
 /// What a worker held when it was sent away is done by another, at once, and nothing of it is counted twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_batches_of_one_that_was_revoked_go_to_others() {
@@ -239,5 +282,7 @@ async fn settings_that_would_admit_nobody_are_refused_at_the_start() {
     let scene = with_authority(Scene::new(5), &authority);
     std::fs::write(scene.path("ca.pem"), "no certificate").unwrap();
     refused(&scene, None, &["ca.pem", "certificate"]);
+    std::fs::write(scene.path("ca.pem"), authority.sign("node-1", 1).unwrap().certificate).unwrap();
+    refused(&scene, None, &["ca.pem", "none that can sign others"]);
     refused(&Scene::new(5).with("[server]\nmemory_max_mb = 100"), None, &["memory_max_mb", "256 workers"]);
 }

@@ -7,34 +7,13 @@ use std::time::Duration;
 use quinn::{ClientConfig, ConnectionError, Endpoint, TransportConfig, TransportErrorCode};
 use sanderling_common::ids::Step;
 use sanderling_common::join::JoinString;
-use sanderling_common::wire::control::{StreamKind, Welcome};
+use sanderling_common::wire::Refusal;
+use sanderling_common::wire::control::StreamKind;
 use sanderling_common::wire::frame::Reply;
-use sanderling_common::wire::{Push, Refusal};
 use sanderling_transport::{CloseCode, client_tls};
-use sanderling_worker::core::{WorkerCore, WorkerSettings};
 
-use crate::peer::Peer;
+use crate::peer::{Peer, first_push, frame};
 use crate::support::{PATIENCE, Scene, Serving, worker};
-
-/// The first push of a worker that has the initial model.
-async fn first_push(peer: &Peer, welcome: &Welcome) -> Push {
-    let layout = Arc::new(welcome.model.layout().unwrap());
-    let settings = WorkerSettings::from(&welcome.run);
-    let initial = vec![0.0; layout.len()];
-    let mut core = WorkerCore::new(layout.clone(), &settings, welcome.session, initial, Step(0));
-    core.add_work(&peer.work(welcome).await).unwrap();
-    let batch = core.next_batch().expect("batches are left");
-    core.view();
-    let gradient: Vec<f32> = (0..layout.len()).map(|index| 1e-3 + 1e-6 * (index % 97) as f32).collect();
-    core.handle_gradient(batch, &gradient, 4.0, 0.0, 64, 0).unwrap();
-    core.pending().expect("a push was made").clone()
-}
-
-fn frame(push: &Push) -> Vec<u8> {
-    let mut frame = Vec::new();
-    push.encode(&mut frame);
-    frame
-}
 
 async fn closed_as_too_slow(peer: &Peer) {
     let closed = tokio::time::timeout(PATIENCE, peer.connection.closed()).await;

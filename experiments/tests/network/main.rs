@@ -5,6 +5,7 @@
 
 mod admission;
 mod beginnings;
+mod durability;
 mod faults;
 mod limits;
 mod order;

@@ -1,17 +1,19 @@
 //! Peers that say whatever a test wants them to.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
-use sanderling_common::ids::SessionId;
+use sanderling_common::ids::{SessionId, Step};
 use sanderling_common::join::JoinString;
 use sanderling_common::layout::LayoutHash;
-use sanderling_common::wire::Work;
 use sanderling_common::wire::control::{
     Greeting, Hello, Ready, Request, Response, Start, StreamKind, Welcome,
 };
+use sanderling_common::wire::{Push, Work};
 use sanderling_transport::{client_endpoint, receive, send};
+use sanderling_worker::core::{WorkerCore, WorkerSettings};
 
 /// A connection on which anything can be said.
 pub(crate) struct Peer {
@@ -90,6 +92,26 @@ impl Peer {
         up.finish().ok()?;
         down.read_to_end(1 << 20).await.ok()
     }
+}
+
+/// The first push of a worker that has the initial model.
+pub(crate) async fn first_push(peer: &Peer, welcome: &Welcome) -> Push {
+    let layout = Arc::new(welcome.model.layout().unwrap());
+    let settings = WorkerSettings::from(&welcome.run);
+    let initial = vec![0.0; layout.len()];
+    let mut core = WorkerCore::new(layout.clone(), &settings, welcome.session, initial, Step(0));
+    core.add_work(&peer.work(welcome).await).unwrap();
+    let batch = core.next_batch().expect("batches are left");
+    core.view();
+    let gradient: Vec<f32> = (0..layout.len()).map(|index| 1e-3 + 1e-6 * (index % 97) as f32).collect();
+    core.handle_gradient(batch, &gradient, 4.0, 0.0, 64, 0).unwrap();
+    core.pending().expect("a push was made").clone()
+}
+
+pub(crate) fn frame(push: &Push) -> Vec<u8> {
+    let mut frame = Vec::new();
+    push.encode(&mut frame);
+    frame
 }
 
 pub(crate) fn encoded(message: &impl serde::Serialize) -> Vec<u8> {

@@ -231,6 +231,120 @@ fn folders_of_other_runs_and_of_other_servers_are_refused() {
     assert!(error.contains("record 7") && error.contains("format 9"), "{error}");
 }
 
+/// The error of a server that is to go on, or to begin, with further settings.
+fn refused(runtime: &Runtime, scene: &Scene, settings: &str) -> String {
+    loop {
+        let run = scene_of(scene, settings);
+        match runtime.block_on(async { Server::start(run, None).map(drop) }) {
+            // The system may take a moment to free the port of the one before.
+            Err(ServerError::Endpoint(_)) => std::thread::sleep(Duration::from_millis(20)),
+            outcome => break outcome.unwrap_err().to_string(),
+        }
+    }
+}
+
+/// The names in a folder.
+fn names(folder: &std::path::Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    let mut names: Vec<_> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// What a run has left is not begun anew in silence because a part of it is missing, or not looked at.
+#[test]
+fn a_folder_with_a_part_of_a_run_is_refused_as_it_is() {
+    let scene = scene(5, "group");
+    let runtime = Runtime::new().unwrap();
+    let server = Doomed::start(&scene);
+    let join = server.join.clone();
+    with_workers(&join, 1, || server.outcome());
+    let state = scene.path("state");
+    let error = refused(&runtime, &scene, "[server]\ndurability = 'none'");
+    assert!(error.contains("durability = none") && error.contains("state"), "{error}");
+
+    let identity = std::fs::read(state.join("identity.json")).unwrap();
+    std::fs::remove_file(state.join("identity.json")).unwrap();
+    let before = names(&state);
+    let error = refused(&runtime, &scene, "");
+    assert!(error.contains("identity.json"), "{error}");
+    assert_eq!(names(&state), before, "nothing is written");
+    std::fs::write(state.join("identity.json"), identity).unwrap();
+
+    for name in names(&state).iter().filter(|name| name.starts_with("journal-")) {
+        std::fs::remove_file(state.join(name)).unwrap();
+    }
+    let error = refused(&runtime, &scene, "");
+    assert!(error.contains("checkpoint of record") && error.contains("no journal"), "{error}");
+}
+
+/// Checkpoints elsewhere hold no secrets, so that a run cannot be gone on with from them alone, and is not begun beside them.
+#[test]
+fn a_run_is_not_begun_where_the_checkpoints_of_another_are() {
+    let scene = scene(5, "group");
+    let store = scene.path("store");
+    let scene = scene.with(&format!("[server]\ncheckpoint_url = 'file://{}'", store.display()));
+    let runtime = Runtime::new().unwrap();
+    let server = Doomed::start(&scene);
+    let join = server.join.clone();
+    with_workers(&join, 1, || server.outcome());
+    let [of_the_run] = &names(&store)[..] else { panic!("a run has a folder") };
+    let kept = names(&store.join(of_the_run));
+    assert!(kept.contains(&"run.toml".to_owned()) && kept.iter().any(|name| name.starts_with("state-")));
+    let file = std::fs::read_to_string(store.join(of_the_run).join("run.toml")).unwrap();
+    assert_eq!(sanderling_common::config::parse(&file).unwrap().resolve().unwrap().training.steps, 5);
+
+    let error =
+        refused(&runtime, &scene, &format!("[server]\nstate_dir = '{}'", scene.path("new").display()));
+    assert!(error.contains("checkpoints of another run") && error.contains("state folder"), "{error}");
+    assert_eq!(names(&scene.path("new")), ["lock"], "nothing is begun");
+    // With its state folder the run goes on.
+    assert_eq!(Doomed::start(&scene).outcome().summary.steps, 5);
+}
+
+/// A token that was given once is the run's until another is.
+#[test]
+fn a_token_that_is_changed_stays_changed() {
+    let scene = scene(5, "group");
+    let runtime = Runtime::new().unwrap();
+    let start = |token: Option<&str>| loop {
+        let token = token.map(|token| token.parse().unwrap());
+        match runtime.block_on(async { Server::start(scene.resolved(), token) }) {
+            // The system may take a moment to free the port of the one before.
+            Err(ServerError::Endpoint(_)) => std::thread::sleep(Duration::from_millis(20)),
+            server => break server.unwrap().join().token.as_ref().unwrap().reveal().to_owned(),
+        }
+    };
+    let told = [Some("the-first-token-of-all"), None, Some("the-second-token-of-all"), None].map(start);
+    assert_eq!(
+        told,
+        [
+            "the-first-token-of-all",
+            "the-first-token-of-all",
+            "the-second-token-of-all",
+            "the-second-token-of-all"
+        ]
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_kept_is_its_owners() {
+    use std::os::unix::fs::PermissionsExt;
+    let scene = scene(5, "group");
+    let server = Doomed::start(&scene);
+    let (join, place) = (server.join.clone(), scene.path("worker"));
+    let worker = DoomedWorker::start(&join, &place);
+    server.outcome();
+    worker.report().unwrap();
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let state = scene.path("state");
+    assert_eq!([&state, &state.join("checkpoints"), &place].map(|path| mode(path)), [0o700; 3]);
+    for name in names(&state).iter().filter(|name| name.starts_with("journal-") || name.ends_with(".json")) {
+        assert_eq!(mode(&state.join(name)), 0o600, "{name}");
+    }
+}
+
 fn scene_of(scene: &Scene, settings: &str) -> sanderling_common::config::RunConfig {
     let stated = sanderling_common::config::parse(settings).unwrap();
     let file = sanderling_common::config::parse(&scene.resolved().to_toml()).unwrap();

@@ -85,7 +85,10 @@ pub(crate) struct Serving {
 
 impl Serving {
     pub(crate) fn start(scene: &Scene) -> Self {
-        let server = scene.server();
+        Self::of(scene.server())
+    }
+
+    pub(crate) fn of(server: Server) -> Self {
         let join = server.join().clone();
         let (stop, stopped) = watch::channel(false);
         let (done, progress) = watch::channel(0);

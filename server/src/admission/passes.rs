@@ -11,7 +11,7 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -38,6 +38,22 @@ pub enum PassesError {
         /// The file.
         path: PathBuf,
         /// What it said.
+        source: io::Error,
+    },
+    /// There is none.
+    #[error(
+        "there is no tokens file {0}; `sanderling-server token add --file {0} --name NAME` makes one, with a token in it"
+    )]
+    Missing(PathBuf),
+    /// It cannot stay its owner's.
+    #[error(
+        "the tokens file {path} cannot be changed and stay its owner's, whose server would not read it any more ({source}); \
+         do it as the user that it belongs to"
+    )]
+    Owner {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
         source: io::Error,
     },
     /// More than any tokens file has.
@@ -154,7 +170,7 @@ impl Passes {
     }
 
     /// Changes the file, which need not be there, alone: another program that changes it waits. Whoever reads it sees it
-    /// as it was or as it becomes. Comments in it are not kept.
+    /// as it was or as it becomes, which is durable when this returns. Owner and mode stay; comments do not.
     ///
     /// # Errors
     /// A [`PassesError`]; the file is as it was then.
@@ -164,19 +180,36 @@ impl Passes {
     ) -> Result<T, PassesError> {
         let failed = |source| PassesError::Io { path: path.to_owned(), source };
         // A file of its own, because the other is replaced.
-        let lock = named_after(path, ".lock");
-        let lock = OpenOptions::new().create(true).truncate(false).write(true).open(lock).map_err(failed)?;
+        let lock = lock_file(&named_after(path, ".lock")).map_err(failed)?;
         lock.lock().map_err(failed)?;
         let mut passes = match Self::read(path) {
-            Err(PassesError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Self::default()
-            }
+            Err(PassesError::Missing(_)) => Self::default(),
             read => read?,
         };
         let changed = change(&mut passes)?;
-        let text = format!("{HEADER}{}", toml::to_string(&passes).expect("passes have a TOML form"));
-        write(path, text.as_bytes()).map_err(failed)?;
+        write(path, passes.to_toml().as_bytes())?;
         Ok(changed)
+    }
+
+    /// [`edit`](Self::edit) of a file that must be there.
+    ///
+    /// # Errors
+    /// A [`PassesError`]; the file is as it was then, and where there is none nothing else is left either.
+    pub fn edit_existing<T>(
+        path: &Path,
+        change: impl FnOnce(&mut Self) -> Result<T, PassesError>,
+    ) -> Result<T, PassesError> {
+        match fs::metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(PassesError::Missing(path.to_owned()))
+            }
+            _ => Self::edit(path, change),
+        }
+    }
+
+    /// The text of a file that says so.
+    pub fn to_toml(&self) -> String {
+        format!("{HEADER}{}", toml::to_string(self).expect("passes have a TOML form"))
     }
 
     /// Lets whoever has this token take part.
@@ -238,7 +271,10 @@ impl Passes {
 pub(crate) fn read_text(path: &Path) -> Result<String, PassesError> {
     let failed = |source| PassesError::Io { path: path.to_owned(), source };
     let mut text = String::new();
-    let file = File::open(path).map_err(failed)?;
+    let file = File::open(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => PassesError::Missing(path.to_owned()),
+        _ => failed(source),
+    })?;
     file.take(PASSES_BYTES_MAX + 1).read_to_string(&mut text).map_err(failed)?;
     if text.len() as u64 > PASSES_BYTES_MAX { Err(PassesError::TooLarge(path.to_owned())) } else { Ok(text) }
 }
@@ -249,17 +285,76 @@ fn named_after(path: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
+/// A file that is there only to be locked, which whoever may read it can.
+fn lock_file(path: &Path) -> io::Result<File> {
+    match OpenOptions::new().create(true).truncate(false).write(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => File::open(path),
+        opened => opened,
+    }
+}
+
 /// Under another name first, and renamed, so that nobody reads half of it.
-fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+fn write(path: &Path, bytes: &[u8]) -> Result<(), PassesError> {
+    let failed = |source| PassesError::Io { path: path.to_owned(), source };
     let temporary = named_after(path, ".new");
+    let written = write_beside(path, &temporary, bytes).and_then(|()| {
+        fs::rename(&temporary, path).map_err(failed)?;
+        // What was revoked stays so when the power goes.
+        sync_folder(path).map_err(failed)
+    });
+    written.inspect_err(|_| {
+        // It may be gone already, or never have been there.
+        let _ = fs::remove_file(&temporary);
+    })
+}
+
+fn write_beside(path: &Path, temporary: &Path, bytes: &[u8]) -> Result<(), PassesError> {
+    let failed = |source| PassesError::Io { path: path.to_owned(), source };
+    let replaced = match fs::metadata(path) {
+        Ok(replaced) => Some(replaced),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(source) => return Err(failed(source)),
+    };
+    // One that a crash has left would keep its owner and mode.
+    match fs::remove_file(temporary) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(failed(source)),
+        _ => {}
+    }
     let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true);
+    options.write(true).create_new(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let mut file = options.open(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)
+    let mut file = options.open(temporary).map_err(failed)?;
+    if let Some(replaced) = &replaced {
+        let kept = keep_owner_and_mode(&file, replaced);
+        kept.map_err(|source| PassesError::Owner { path: path.to_owned(), source })?;
+    }
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)
+}
+
+/// Whoever could read the file that is replaced can read the one in its place: a server seldom runs as the user that
+/// revokes.
+#[cfg(unix)]
+fn keep_owner_and_mode(file: &File, replaced: &Metadata) -> io::Result<()> {
+    use std::os::unix::fs::{MetadataExt, fchown};
+    let ours = file.metadata()?;
+    let changed = |theirs: u32, ours: u32| (theirs != ours).then_some(theirs);
+    let (owner, group) = (changed(replaced.uid(), ours.uid()), changed(replaced.gid(), ours.gid()));
+    if owner.is_some() || group.is_some() {
+        fchown(file, owner, group)?;
+    }
+    file.set_permissions(replaced.permissions())
+}
+
+#[cfg(not(unix))]
+fn keep_owner_and_mode(_file: &File, _replaced: &Metadata) -> io::Result<()> {
+    Ok(())
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // Elsewhere directories cannot be opened, and names need no syncing.
+    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -302,6 +397,27 @@ mod tests {
             use std::os::unix::fs::PermissionsExt;
             assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         }
+    }
+
+    /// A server that could read the file still can, whoever has changed it.
+    #[cfg(unix)]
+    #[test]
+    fn owner_and_mode_stay() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens.toml");
+        Passes::edit(&path, |passes| passes.add(&name("node-1"), &token("the-first-token"))).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        // Only root can give files away.
+        let _ = chown(&path, Some(4321), Some(4322));
+        let before = fs::metadata(&path).unwrap();
+        // What a crash has left is in nobody's way.
+        fs::write(named_after(&path, ".new"), "half").unwrap();
+        Passes::edit_existing(&path, |passes| passes.revoke(&name("node-1"), &path)).unwrap();
+        let after = fs::metadata(&path).unwrap();
+        assert_ne!(before.ino(), after.ino(), "it is another file");
+        assert_eq!((before.mode(), before.uid(), before.gid()), (after.mode(), after.uid(), after.gid()));
+        assert!(!named_after(&path, ".new").exists());
     }
 
     /// Two that change the file at a time both do.

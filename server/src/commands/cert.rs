@@ -50,7 +50,7 @@ Examples:
         /// Folder of the authority, as `cert ca` made it
         #[arg(long, value_name = "DIR")]
         ca: PathBuf,
-        /// Name of the worker: a to z, 0 to 9, - and .
+        /// Name of the worker, of letters a to z, digits, dots and hyphens
         #[arg(long)]
         name: Name,
         /// Folder for the two files; made if it is not there

@@ -24,7 +24,7 @@ Examples:
         /// The tokens file; made if it is not there
         #[arg(long, value_name = "FILE")]
         file: PathBuf,
-        /// Name of the worker, for the server's log and for revoking: a to z, 0 to 9, - and .
+        /// Name of the worker, for the server's log and for revoking: of letters a to z, digits, dots and hyphens
         #[arg(long)]
         name: Name,
         /// The join string that the server prints; the whole of the worker's is printed then
@@ -66,7 +66,7 @@ impl Command {
                 })
             }
             Self::Revoke { file, name } => {
-                Passes::edit(&file, |passes| passes.revoke(&name, &file))?;
+                Passes::edit_existing(&file, |passes| passes.revoke(&name, &file))?;
                 say(&format!("{name} is revoked"))
             }
             Self::List { file } => {

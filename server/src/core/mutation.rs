@@ -6,7 +6,7 @@
 pub enum Mutation {
     /// A push that comes again is taken for a new one.
     NoDeduplication,
-    /// A reply leaves before what it tells is in the journal.
+    /// What a decision brings leaves before it is in the journal: the server's gate, and the simulator's, are open.
     AnswerBeforeJournal,
     /// What a worker is sent is not added to its replica.
     StaleReplica,
@@ -46,7 +46,7 @@ impl Mutation {
     }
 
     /// Whether the defect is on.
-    pub(super) fn is_on(self) -> bool {
+    pub(crate) fn is_on(self) -> bool {
         #[cfg(feature = "mutations")]
         return CURRENT.get() == Some(self);
         #[cfg(not(feature = "mutations"))]

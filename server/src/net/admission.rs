@@ -270,7 +270,7 @@ mod tests {
             assert!(matches!(look(path.clone(), String::new()).await, Err(PassesError::Malformed { .. })));
         }
         std::fs::remove_file(&path).unwrap();
-        assert!(matches!(look(path.clone(), String::new()).await, Err(PassesError::Io { .. })));
+        assert!(matches!(look(path.clone(), String::new()).await, Err(PassesError::Missing(_))));
 
         let pass = Pass::Certificate { names: vec!["node-1".to_owned(), "node-2".to_owned()] };
         let watched = async {

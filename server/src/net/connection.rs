@@ -112,7 +112,7 @@ pub(super) async fn serve(
         }
     };
     drop(stranger);
-    let mut seat = match place(&hub, &connection, &hello, &mut control.0).await {
+    let mut seat = match place(&hub, &connection, (&hello, &pass), &mut control.0).await {
         Ok(seat) => seat,
         Err(error) => {
             turn_away(&connection, &error).await;
@@ -228,10 +228,12 @@ impl Drop for Seat<'_> {
 async fn place<'a>(
     hub: &'a Arc<Hub>,
     connection: &'a Connection,
-    hello: &Hello,
+    (hello, pass): (&Hello, &Pass),
     down: &mut SendStream,
 ) -> Result<Seat<'a>, PeerError> {
     if hub.is_finished() {
+        // The end is a decision like any other.
+        hub.kept().await;
         send(down, &Greeting::Finished).await?;
         hello.resume.into_iter().for_each(|session| hub.came_back(session));
         return Err(PeerError::NotAdmitted("the run is over"));
@@ -240,6 +242,9 @@ async fn place<'a>(
     if let Some(session) = hello.resume
         && let Some(worker) = hub.resume(session, connection)
     {
+        if let Some(name) = pass.name() {
+            hub.note_holder(session, name);
+        }
         // The start of an earlier connection may have been lost on the way.
         let base_step = hub.base_step(session);
         let (resumed, for_good) = (true, false);
@@ -249,6 +254,13 @@ async fn place<'a>(
     // It is there before the session, which opening takes a while for.
     let (worker, resumed, base_step, for_good) = (WorkerId(0), false, None, true);
     let mut seat = Seat { hub, connection, session, worker, resumed, base_step, exchanges, for_good };
+    if let Some(name) = pass.name()
+        && !hub.claim(session, name)
+    {
+        let sessions_max = hub.run().sessions_per_name();
+        send(down, &Greeting::NameFull { sessions_max }).await?;
+        return Err(PeerError::NotAdmitted("no room for its name"));
+    }
     match hub.open(session, connection).await {
         Ok(Opened { worker, step }) => {
             (seat.worker, seat.base_step) = (worker, Some(step));

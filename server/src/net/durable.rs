@@ -6,18 +6,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use sanderling_common::config::{Durability, RunConfig};
+use sanderling_common::config::{Durability, RunConfig, ServerSettings as Serving};
 use sanderling_common::ids::{SessionId, Step};
 use sanderling_common::layout::Layout;
 use sanderling_common::report::one_sentence;
 use tracing::{debug, info, warn};
 
 use super::ServerError;
-use crate::core::{Effect, Image, Log, Note, Record, Replay, ServerCore, ServerSettings, Shard};
+use crate::core::{Effect, Image, Log, Mutation, Note, Record, Replay, ServerCore, ServerSettings, Shard};
 use crate::recorder::{Books, PushRecord, Recorder};
 use crate::storage::{
-    CheckpointFileError, CheckpointStore, Commit, Directory, Journal, JournalFailed, Position, ReadJournal,
-    RestoredState, RunId, SEGMENT_BYTES, Stamp, StateCheckpoint, StoreError,
+    CheckpointFileError, CheckpointStore, Commit, Disk, Journal, JournalError, JournalFailed, Position,
+    ReadJournal, RestoredState, RunId, SEGMENT_BYTES, Stamp, StateCheckpoint, StateError, StoreError,
 };
 
 /// Records between two lines about a recovery that takes long.
@@ -126,9 +126,24 @@ pub(super) struct Keeper {
 #[derive(Debug)]
 struct Kept {
     commit: Arc<Commit>,
-    journal: Journal<Directory>,
+    journal: Box<dyn Segments>,
     store: CheckpointStore,
+    /// For a store that is elsewhere than the state folder.
+    run_file: Option<String>,
     keep_journal: bool,
+    /// A defect that tests switch on: nobody waits for anything to be kept.
+    hasty: bool,
+}
+
+/// What is asked of a journal while another thread writes it, on whatever disk.
+trait Segments: std::fmt::Debug + Send + Sync {
+    fn remove_before(&self, position: Position) -> Result<(), JournalError>;
+}
+
+impl<D: Disk> Segments for Journal<D> {
+    fn remove_before(&self, position: Position) -> Result<(), JournalError> {
+        self.remove_before(position)
+    }
 }
 
 /// What was known beside the core when its image was taken.
@@ -157,6 +172,7 @@ impl Keeper {
     /// nobody may learn of it. The server is about to end.
     pub(super) async fn kept(&self) {
         if let Some(kept) = &self.kept
+            && !kept.hasty
             && kept.commit.kept().await.is_err()
         {
             std::future::pending().await
@@ -207,6 +223,9 @@ impl Keeper {
             return Ok(());
         }
         let checkpoint = StateCheckpoint { position, stamp, books, image };
+        if let Some(run_file) = &kept.run_file {
+            kept.store.write_run(run_file.clone()).await?;
+        }
         kept.store.write(Arc::new(checkpoint)).await?;
         let needed_from = kept.store.remove_old().await?;
         if let Some(needed_from) = needed_from.filter(|_| !kept.keep_journal)
@@ -265,23 +284,39 @@ impl Beginnings {
         }
     }
 
-    /// The run in a state folder, from its last checkpoint to its last record, and the journal of what comes next.
-    pub(super) fn recover(folder: &Path, id: RunId, subject: Subject<'_>) -> Result<Self, ServerError> {
+    /// The run in a state folder, whose journal is on `disk`, from its last checkpoint to its last record, and the journal
+    /// of what comes next.
+    pub(super) fn recover<D: Disk + 'static>(
+        folder: &Path,
+        disk: D,
+        id: RunId,
+        subject: Subject<'_>,
+    ) -> Result<Self, ServerError> {
         let server = &subject.run.server;
         if server.durability == Durability::None {
             return Ok(Self::fresh(subject));
         }
         let started = Instant::now();
-        let journal = Journal::new(Arc::new(Directory::new(folder)), id, SEGMENT_BYTES);
+        let journal = Journal::new(Arc::new(disk), id, SEGMENT_BYTES);
         let store = CheckpointStore::open(folder, &server.checkpoint_url, id)?;
-        let mut past = match last_checkpoint(folder, &server.checkpoint_url, id)? {
+        let (last, state) = last_checkpoint(folder, &server.checkpoint_url, id)?;
+        if let Some(position) = last
+            && journal.is_empty()?
+        {
+            return Err(StateError::NoJournal { path: folder.to_owned(), position }.into());
+        }
+        let mut past = match state {
             None => Past::none(subject),
             Some(state) => Past::restore(subject, state)?,
         };
         let from = past.position;
         let read = past.read(&journal)?;
         if read.torn_bytes > 0 {
-            warn!("the last {} bytes of the journal were not whole, and never acknowledged", read.torn_bytes);
+            warn!(
+                "the last {} bytes of the journal were no whole record and are left out; a crash in the middle of a write \
+                 leaves such an end",
+                read.torn_bytes
+            );
         }
         let Past { replay, books, stamp, position } = past;
         if position > 0 {
@@ -296,7 +331,13 @@ impl Beginnings {
         let ledger =
             Ledger { clock: clock.clone(), recorder: recorder.clone(), commit: Some(commit.clone()) };
         let recovered = replay.finish(Box::new(ledger));
-        let kept = Kept { commit, journal, store, keep_journal: server.keep_journal };
+        let (journal, hasty) = (Box::new(journal), Mutation::AnswerBeforeJournal.is_on());
+        let run_file = (!server.checkpoint_url.is_empty()).then(|| {
+            let mut run = subject.run.clone();
+            run.make_paths_absolute();
+            run.to_toml()
+        });
+        let kept = Kept { commit, journal, store, run_file, keep_journal: server.keep_journal, hasty };
         Ok(Self {
             core: recovered.core,
             shards: recovered.shards,
@@ -308,27 +349,48 @@ impl Beginnings {
     }
 }
 
-/// The last checkpoint that can be read; none if there is none. One that is damaged is passed over, since its predecessor
-/// and the journal are there; a newer release's is an error, since what follows it may be newer too.
-fn last_checkpoint(folder: &Path, url: &str, id: RunId) -> Result<Option<RestoredState>, ServerError> {
-    let find = async {
+/// Checks that a run that begins does so beside nobody's checkpoints.
+///
+/// # Errors
+/// A [`StoreError`].
+pub(super) fn check_beginning(server: &Serving) -> Result<(), StoreError> {
+    match server.checkpoint_url.as_str() {
+        "" => Ok(()),
+        url => on_another_thread(CheckpointStore::check_empty(url)),
+    }
+}
+
+/// The position of the last checkpoint, and the last that can be read; none if there is none. One that is damaged is passed
+/// over, since its predecessor and the journal are there; a newer release's is an error, since what follows it may be newer
+/// too.
+fn last_checkpoint(
+    folder: &Path,
+    url: &str,
+    id: RunId,
+) -> Result<(Option<Position>, Option<RestoredState>), ServerError> {
+    on_another_thread(async {
         let store = CheckpointStore::open(folder, url, id)?;
-        for position in store.positions().await?.into_iter().rev() {
+        let positions = store.positions().await?;
+        let last = positions.last().copied();
+        for position in positions.into_iter().rev() {
             match store.read(position).await {
-                Ok(state) => return Ok(Some(state)),
+                Ok(state) => return Ok((last, Some(state))),
                 Err(error @ StoreError::File { source: CheckpointFileError::Newer(_), .. }) => {
                     return Err(error.into());
                 }
                 Err(error) => warn!("{}; going back to the one before", one_sentence(&error)),
             }
         }
-        Ok(None)
-    };
-    // The caller's runtime has this thread; it may have no other.
+        Ok((last, None))
+    })
+}
+
+/// Waits for a future although the caller's runtime has this thread, and may have no other.
+fn on_another_thread<T: Send>(future: impl Future<Output = T> + Send) -> T {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.expect("the system has what a runtime needs").block_on(find)
+            runtime.expect("the system has what a runtime needs").block_on(future)
         });
         thread.join().expect("reading checkpoints does not panic")
     })
@@ -360,7 +422,7 @@ impl Past {
     }
 
     /// Takes the records that follow.
-    fn read(&mut self, journal: &Journal<Directory>) -> Result<ReadJournal, ServerError> {
+    fn read<D: Disk>(&mut self, journal: &Journal<D>) -> Result<ReadJournal, ServerError> {
         journal.read(self.position, |position, body| {
             let damaged = |what: String| ServerError::Record { position, what };
             let (stamp, record) = Stamp::split(body).ok_or_else(|| damaged("it is too short".to_owned()))?;

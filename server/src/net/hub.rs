@@ -3,10 +3,10 @@
 //! | what | guarded by | why |
 //! | --- | --- | --- |
 //! | the core and the order of shard jobs | [`Pipeline`] | a step must reach every shard in order |
-//! | the books, the best model, the folder | one mutex each, held briefly and never across an await | touched once per push or evaluation |
+//! | the books, the best model, the folder, the holders of sessions | one mutex each, held briefly and never across an await | touched once per push or evaluation |
 //! | connections, bases | `DashMap` by session | many tasks look up different sessions at once; no guard lives across an await |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -87,6 +87,8 @@ pub(crate) struct Hub {
     attached: DashMap<SessionId, Attached>,
     bases: DashMap<SessionId, (Step, Blob)>,
     asides: DashMap<SessionId, Arc<tokio::sync::Mutex<()>>>,
+    /// Whose sessions are, where workers have tokens or certificates of their own.
+    holders: Mutex<HashMap<SessionId, String>>,
     /// Sessions of an earlier server whose workers have not come back yet.
     awaited: DashMap<SessionId, ()>,
     text: Blob,
@@ -133,6 +135,7 @@ impl Hub {
             attached: DashMap::new(),
             bases: DashMap::new(),
             asides: DashMap::new(),
+            holders: Mutex::new(HashMap::new()),
             awaited: DashMap::new(),
             text: Blob::of_corpus(&corpus),
             snapshots: Mutex::new(snapshots),
@@ -246,6 +249,26 @@ impl Hub {
         Some(worker)
     }
 
+    /// Notes whose a session is to be; returns whether that name may have another one. It is let go with the session.
+    pub(super) fn claim(&self, session: SessionId, name: &str) -> bool {
+        let mut holders = self.holders();
+        let held = holders.iter().filter(|(of, holder)| **of != session && *holder == name).count();
+        let is_room = held < self.run.sessions_per_name() as usize;
+        if is_room {
+            holders.insert(session, name.to_owned());
+        }
+        is_room
+    }
+
+    /// Notes whose a session is that an earlier server opened.
+    pub(super) fn note_holder(&self, session: SessionId, name: &str) {
+        self.holders().insert(session, name.to_owned());
+    }
+
+    fn holders(&self) -> MutexGuard<'_, HashMap<SessionId, String>> {
+        self.holders.lock().expect("nothing panics while it holds the holders")
+    }
+
     fn attach(&self, session: SessionId, worker: WorkerId, connection: &Connection) {
         let attached = Attached { connection: connection.clone(), worker };
         if let Some(old) = self.attached.insert(session, attached) {
@@ -286,6 +309,7 @@ impl Hub {
     fn close(&self, session: SessionId) {
         self.bases.remove(&session);
         self.asides.remove(&session);
+        self.holders().remove(&session);
         self.came_back(session);
         self.pipeline.close(session);
         self.changed.notify_waiters();
@@ -331,6 +355,10 @@ impl Hub {
         })?;
         if !pushed.is_new {
             return pushed.reply;
+        }
+        if pushed.reply == Err(Refusal::ReplicaMismatch) {
+            // The session is closed, and its place another's.
+            self.holders().remove(&push.session);
         }
         self.bases.remove(&push.session);
         if let Some(snapshot) = pushed.snapshot {
@@ -440,6 +468,11 @@ impl Hub {
     /// Waits until decisions cannot be kept any more, if that ever happens.
     pub(crate) async fn failed(&self) -> JournalFailed {
         self.pipeline.keeper().failed().await
+    }
+
+    /// Waits until everything that was decided by now is kept.
+    pub(crate) async fn kept(&self) {
+        self.pipeline.kept().await;
     }
 
     /// Keeps what was decided by now, and nothing that is decided from now on.

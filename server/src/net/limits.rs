@@ -190,6 +190,7 @@ mod tests {
         let kib = |bytes: u64| format!("{} KiB", bytes >> 10);
         let rows = [
             ("sessions_max", server.sessions_max.to_string()),
+            ("sessions_per_name_max", format!("{}: a quarter of", server.sessions_per_name_max)),
             ("CONNECTIONS_PER_SESSION", format!("{CONNECTIONS_PER_SESSION} for each")),
             ("STRANGERS_MAX", STRANGERS_MAX.to_string()),
             ("HANDSHAKES_BURST_MIN", format!("{HANDSHAKES_BURST_MIN}, or")),

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quinn::{Endpoint, VarInt};
-use sanderling_common::config::RunConfig;
+use sanderling_common::config::{ConfigError, Durability, RunConfig};
 use sanderling_common::corpus::Corpus;
 use sanderling_common::ids::Step;
 use sanderling_common::init::parameters_hash;
@@ -33,7 +33,9 @@ use tracing::{info, warn};
 use crate::core::ImageError;
 use crate::progress::Progress;
 use crate::results::{Evaluation, ResultsError, RunFolder, Summary};
-use crate::storage::{Identity, JournalError, JournalFailed, RunId, StateError, StateFolder, StoreError};
+use crate::storage::{
+    Directory, Disk, Identity, JournalError, JournalFailed, RunId, StateError, StateFolder, StoreError,
+};
 use admission::Admission;
 pub use admission::AdmissionError;
 use durable::{Beginnings, Subject};
@@ -78,6 +80,9 @@ pub enum ServerError {
     /// What the run starts from, or trains on, cannot be used.
     #[error(transparent)]
     Origin(#[from] OriginError),
+    /// Settings that do not go together.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The state folder cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
@@ -177,16 +182,32 @@ impl Server {
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn start(mut run: RunConfig, token: Option<Token>) -> Result<Self, ServerError> {
+    pub fn start(run: RunConfig, token: Option<Token>) -> Result<Self, ServerError> {
+        Self::start_on(run, token, |folder| folder)
+    }
+
+    /// [`start`](Self::start) with the journal on the disk that `disk` makes of the state folder.
+    ///
+    /// # Errors
+    /// A [`ServerError`].
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn start_on<D: Disk + 'static>(
+        mut run: RunConfig,
+        token: Option<Token>,
+        disk: impl FnOnce(Directory) -> D,
+    ) -> Result<Self, ServerError> {
         admission::check_token(&run.server, token.as_ref())?;
+        run.check_kept()?;
         let clients = admission::client_authority(&run.server)?;
         let state = match std::mem::take(&mut run.server.state_dir).as_str() {
             "" => None,
             path => Some(StateFolder::open(path.as_ref())?),
         };
         let known = state.as_ref().map(StateFolder::identity).transpose()?.flatten();
-        if let (Some(state), Some(_)) = (&state, &known) {
-            state.check_run(&run)?;
+        if let Some(state) = &state {
+            check_state(state, known.is_some(), &run)?;
         }
         let origin = Origin::open(&run)?;
         let corpus = origin.corpus(&run)?;
@@ -210,6 +231,7 @@ impl Server {
         pinned.check(run.server.memory_max_mb)?;
         let endpoint = server_endpoint(address, &certificate, clients.as_ref(), idle(&run))?;
         let bound = endpoint.local_addr()?;
+        let given = token.is_some();
         let token = match token {
             Some(token) => token,
             None if known.is_some() => {
@@ -241,7 +263,15 @@ impl Server {
             Some(state) => {
                 let initial_sha256 = parameters_hash(&layout, initial);
                 let id = match &known {
-                    Some(known) if known.initial_sha256 == initial_sha256 => known.run,
+                    Some(known) if known.initial_sha256 == initial_sha256 => {
+                        if given && known.token != token.reveal() {
+                            // It is the run's from now on.
+                            let mut identity = known.clone();
+                            token.reveal().clone_into(&mut identity.token);
+                            state.keep(&identity)?;
+                        }
+                        known.run
+                    }
                     Some(_) => return Err(StateError::OtherInitial(state.path().to_owned()).into()),
                     None => {
                         let id = RunId(secure_random());
@@ -253,7 +283,7 @@ impl Server {
                         id
                     }
                 };
-                Beginnings::recover(state.path(), id, subject)?
+                Beginnings::recover(state.path(), disk(Directory::new(state.path())), id, subject)?
             }
         };
         let sessions = beginnings.sessions.clone();
@@ -355,6 +385,11 @@ impl Server {
             }
         }
         drop(stopping);
+        // Results and goodbyes tell of the last decisions too.
+        tokio::select! {
+            () = hub.kept() => {}
+            failure = hub.failed() => return Err(failure.into()),
+        }
         if hub.run().server.checkpoint_every_ms > 0 {
             // So that the next server need not replay anything.
             hub.write_checkpoint().await;
@@ -533,6 +568,19 @@ async fn stop_early(hub: Arc<Hub>) {
         tokio::time::sleep(FINAL_EVALUATION_WAIT).await;
     }
     hub.abandon();
+}
+
+/// Checks that a run is begun in a folder without one, or is the one to be gone on with, before anything is written.
+fn check_state(state: &StateFolder, is_known: bool, run: &RunConfig) -> Result<(), ServerError> {
+    if is_known {
+        state.check_run(run)?;
+    } else {
+        durable::check_beginning(&run.server)?;
+    }
+    if run.server.durability == Durability::None && state.holds_decisions()? {
+        return Err(StateError::Kept(state.path().to_owned()).into());
+    }
+    Ok(())
 }
 
 fn listen_address(text: &str) -> Result<SocketAddr, ServerError> {

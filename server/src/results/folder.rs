@@ -53,7 +53,8 @@ impl RunFolder {
         if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
             name.clone_into(&mut run.run.name);
         }
-        let mut resolved = run.clone();
+        // Another run that is made of the file has a state folder of its own, or none.
+        let mut resolved = run.without_state();
         resolved.make_paths_absolute();
         write(&path.join("run.toml"), resolved.to_toml().as_bytes())?;
         let metrics = path.join("metrics.jsonl");

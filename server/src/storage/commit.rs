@@ -188,8 +188,8 @@ fn write<D: Disk>(
             while queue.count == 0 && !queue.closed {
                 queue = match unsynced_since {
                     None => shared.filled.wait(queue).expect("nothing panics while it holds the queue"),
-                    Some(_) => {
-                        let waited = shared.filled.wait_timeout(queue, ASYNC_SYNC_EVERY);
+                    Some(since) => {
+                        let waited = shared.filled.wait_timeout(queue, until_sync(since, Instant::now()));
                         let (queue, waited) = waited.expect("nothing panics while it holds the queue");
                         if waited.timed_out() {
                             drop(queue);
@@ -211,13 +211,18 @@ fn write<D: Disk>(
         writer.append_encoded(&bytes, count)?;
         bytes.clear();
         let since = *unsynced_since.get_or_insert_with(Instant::now);
-        if syncs_each || since.elapsed() >= ASYNC_SYNC_EVERY {
+        if syncs_each || until_sync(since, Instant::now()).is_zero() {
             sync(&mut writer, told)?;
             unsynced_since = None;
         }
         let kept = writer.next();
         told.send_modify(|progress| progress.kept = kept);
     }
+}
+
+/// How much longer the oldest record that is not synced may wait.
+fn until_sync(since: Instant, now: Instant) -> Duration {
+    ASYNC_SYNC_EVERY.saturating_sub(now.saturating_duration_since(since))
 }
 
 fn sync<D: Disk>(writer: &mut Writer<D>, told: &watch::Sender<Progress>) -> Result<(), JournalError> {
@@ -261,6 +266,11 @@ mod tests {
         fn create(&self, name: &str) -> io::Result<SlowFile> {
             let (syncs, full) = (self.syncs.clone(), self.full.clone());
             Ok(SlowFile { file: self.directory.create(name)?, syncs, full })
+        }
+
+        fn replace(&self, name: &str) -> io::Result<SlowFile> {
+            let (syncs, full) = (self.syncs.clone(), self.full.clone());
+            Ok(SlowFile { file: self.directory.replace(name)?, syncs, full })
         }
 
         fn read(&self, name: &str) -> io::Result<Vec<u8>> {
@@ -339,6 +349,14 @@ mod tests {
         assert_eq!(commit.failed().await, failure);
         commit.append(b"lost too");
         assert_eq!(commit.kept().await.unwrap_err(), failure);
+    }
+
+    #[test]
+    fn a_record_waits_for_the_rest_of_its_time_only() {
+        let since = Instant::now();
+        let after = |ms| until_sync(since, since + Duration::from_millis(ms));
+        assert_eq!((after(0), after(150)), (ASYNC_SYNC_EVERY, ASYNC_SYNC_EVERY - Duration::from_millis(150)));
+        assert!(after(200).is_zero() && after(1000).is_zero());
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -22,6 +22,12 @@ pub trait Disk: Debug + Send + Sync {
     /// What the system says; [`AlreadyExists`](io::ErrorKind::AlreadyExists) if there is one of that name.
     fn create(&self, name: &str) -> io::Result<Self::File>;
 
+    /// A new, empty file in the place of one, whose content is of no use. It is never without a file of that name.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn replace(&self, name: &str) -> io::Result<Self::File>;
+
     /// The whole of a file.
     ///
     /// # Errors
@@ -84,7 +90,18 @@ impl Disk for Directory {
     }
 
     fn create(&self, name: &str) -> io::Result<File> {
-        File::options().append(true).create_new(true).open(self.path.join(name))
+        let mut options = File::options();
+        options.append(true).create_new(true);
+        // What workers send is the run's own business.
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        options.open(self.path.join(name))
+    }
+
+    fn replace(&self, name: &str) -> io::Result<File> {
+        let file = File::options().append(true).open(self.path.join(name))?;
+        file.set_len(0)?;
+        Ok(file)
     }
 
     fn read(&self, name: &str) -> io::Result<Vec<u8>> {

@@ -22,11 +22,13 @@
 //! The position in the checksum keeps a record that a file system shows in the wrong place from being taken for another.
 //! A crash may leave anything after the last record that was synced: reading ends at the first record that is not whole,
 //! and what follows is cut off, which only the last segment may need, because a segment is synced before the next one
-//! begins. Writing goes on in a new segment, so a file that was read is never appended to.
+//! begins. Where whole records follow, it may be damage to what was synced, and is left to people. Writing goes on in a new
+//! segment, so a file that was read is never appended to, and there is always one.
 
 use std::io;
 use std::sync::Arc;
 
+use super::beyond;
 use super::disk::{Disk, DiskFile};
 
 const MAGIC: &[u8; 8] = b"sndrjrnl";
@@ -35,7 +37,7 @@ const MAGIC: &[u8; 8] = b"sndrjrnl";
 pub const VERSION: u32 = 1;
 
 const HEADER_BYTES: usize = 8 + 4 + 16 + 8 + 4;
-const RECORD_HEADER_BYTES: usize = 4 + 4;
+pub(super) const RECORD_HEADER_BYTES: usize = 4 + 4;
 const PREFIX: &str = "journal-";
 
 /// A segment that has reached this size is followed by another.
@@ -91,6 +93,22 @@ pub enum JournalError {
         /// The segment of the latter.
         name: String,
     },
+    /// The last segment is damaged before its end.
+    #[error(
+        "{name} is damaged at byte {offset}, and the whole record {position} follows at byte {beyond}, which may have been \
+         acknowledged; restore the file from a copy or, to go on with the run as it was before the damage, move the file's \
+         bytes from {offset} on to another place"
+    )]
+    Midway {
+        /// The segment.
+        name: String,
+        /// Where reading ended.
+        offset: u64,
+        /// A record that follows,
+        position: Position,
+        /// and where.
+        beyond: u64,
+    },
     /// A segment that was synced as a whole is damaged.
     #[error("{name} is damaged at byte {offset}, and records follow in later segments")]
     Damaged {
@@ -112,6 +130,11 @@ fn segment_name(first: Position) -> String {
 fn first_of(name: &str) -> Option<Position> {
     let digits = name.strip_prefix(PREFIX)?;
     (digits.len() == 20).then(|| digits.parse().ok()).flatten()
+}
+
+/// Whether a file of this name is a segment.
+pub(super) fn is_segment(name: &str) -> bool {
+    first_of(name).is_some()
 }
 
 fn header(run: RunId, first: Position) -> Vec<u8> {
@@ -200,6 +223,14 @@ impl<D: Disk> Journal<D> {
         Ok(firsts)
     }
 
+    /// Whether there is no segment, which a server leaves from its start on.
+    ///
+    /// # Errors
+    /// [`JournalError::Io`].
+    pub fn is_empty(&self) -> Result<bool, JournalError> {
+        Ok(self.segments()?.is_empty())
+    }
+
     /// Hands the records from `start` on to `take`, in order, and cuts off what a crash left behind the last one.
     ///
     /// # Errors
@@ -221,9 +252,9 @@ impl<D: Disk> Journal<D> {
             let bytes = at(&name, self.disk.read(&name))?;
             let is_last = place + 1 == segments.len();
             if is_last && bytes.len() < HEADER_BYTES {
-                // A crash came before the header was synced; nothing can have been acknowledged of it.
+                // A crash came before the header was synced; nothing can have been acknowledged of it. Writing replaces it.
                 state.torn_bytes = bytes.len() as u64;
-                at(&name, self.disk.remove(&name).and_then(|()| self.disk.sync_names()))?;
+                at(&name, self.disk.truncate(&name, 0))?;
                 break;
             }
             self.check_header(&name, first, &bytes)?;
@@ -246,6 +277,10 @@ impl<D: Disk> Journal<D> {
             }
             if !is_last {
                 state.torn_bytes = 0;
+            }
+            if is_last && let Some(found) = beyond::find(&bytes[records.offset..], records.position) {
+                let (position, beyond) = (found.position, offset + found.offset as u64);
+                return Err(JournalError::Midway { name, offset, position, beyond }.into());
             }
             if is_last {
                 // Also where nothing is torn: what a killed process had written and not synced was read all the same,
@@ -283,12 +318,11 @@ impl<D: Disk> Journal<D> {
     pub fn write_from(&self, next: Position) -> Result<Writer<D>, JournalError> {
         let disk = self.disk.clone();
         let name = segment_name(next);
-        // An empty segment of that name is what a server that did nothing left behind.
-        if self.segments()?.last() == Some(&next) {
-            at(&name, disk.remove(&name))?;
-        }
         let (run, segment_bytes) = (self.run, self.segment_bytes);
-        let (file, written_bytes) = begin_segment(&*disk, run, next)?;
+        // One of that name has no record: a server that did nothing left it, or a crash before its header was synced.
+        let is_there = self.segments()?.last() == Some(&next);
+        let file = at(&name, if is_there { disk.replace(&name) } else { disk.create(&name) })?;
+        let (file, written_bytes) = begin_segment(&*disk, file, run, next)?;
         Ok(Writer { disk, run, segment_bytes, file, name, next, written_bytes })
     }
 
@@ -309,9 +343,13 @@ impl<D: Disk> Journal<D> {
     }
 }
 
-fn begin_segment<D: Disk>(disk: &D, run: RunId, first: Position) -> Result<(D::File, u64), JournalError> {
+fn begin_segment<D: Disk>(
+    disk: &D,
+    mut file: D::File,
+    run: RunId,
+    first: Position,
+) -> Result<(D::File, u64), JournalError> {
     let name = segment_name(first);
-    let mut file = at(&name, disk.create(&name))?;
     let header = header(run, first);
     at(&name, file.append(&header).and_then(|()| file.sync()).and_then(|()| disk.sync_names()))?;
     Ok((file, header.len() as u64))
@@ -343,8 +381,9 @@ impl<D: Disk> Writer<D> {
     pub(super) fn append_encoded(&mut self, bytes: &[u8], count: u64) -> Result<(), JournalError> {
         if self.written_bytes >= self.segment_bytes {
             self.sync()?;
-            (self.file, self.written_bytes) = begin_segment(&*self.disk, self.run, self.next)?;
             self.name = segment_name(self.next);
+            let file = at(&self.name, self.disk.create(&self.name))?;
+            (self.file, self.written_bytes) = begin_segment(&*self.disk, file, self.run, self.next)?;
         }
         at(&self.name, self.file.append(bytes))?;
         self.written_bytes += bytes.len() as u64;
@@ -469,6 +508,35 @@ mod tests {
         fs::write(&path, bytes).unwrap();
         let error = journal.read::<JournalError>(0, |_, _| Ok(())).unwrap_err();
         assert!(matches!(error, JournalError::Damaged { .. }), "{error}");
+    }
+
+    /// Nothing is cut off then, whatever the damage hides.
+    #[test]
+    fn damage_with_whole_records_behind_it_is_an_error_and_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = journal(&folder, SEGMENT_BYTES);
+        write(&journal, 1..9);
+        let path = folder.path().join(segment_name(1));
+        let whole = fs::read(&path).unwrap();
+        let begins = |record: u64| {
+            HEADER_BYTES + (1..record).map(|n| RECORD_HEADER_BYTES + body(n).len()).sum::<usize>()
+        };
+        // A record's body, its checksum, its length, and all of two.
+        let damages =
+            [(begins(4) + 20, 1), (begins(4) + 5, 1), (begins(4) + 1, 1), (begins(4), begins(6) - begins(4))];
+        for (from, count) in damages {
+            let mut bytes = whole.clone();
+            bytes[from..from + count].iter_mut().for_each(|byte| *byte ^= 0x55);
+            fs::write(&path, &bytes).unwrap();
+            let error = journal.read::<JournalError>(1, |_, _| Ok(())).unwrap_err();
+            let JournalError::Midway { offset, position, beyond, .. } = error else { panic!("{error}") };
+            let next = if count == 1 { 5 } else { 6 };
+            assert_eq!((offset as usize, position, beyond as usize), (begins(4), next, begins(next)));
+            assert_eq!(fs::read(&path).unwrap(), bytes);
+        }
+        // What the sentence advises works.
+        fs::write(&path, &whole[..begins(4)]).unwrap();
+        assert_eq!(read(&journal, 1).1, ReadJournal { next: 4, torn_bytes: 0 });
     }
 
     #[test]

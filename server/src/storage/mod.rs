@@ -1,5 +1,6 @@
 //! What a server keeps on disk so that a crash loses nothing that was acknowledged.
 
+mod beyond;
 mod checkpoint;
 mod commit;
 mod disk;

@@ -21,7 +21,8 @@ use std::path::{Path, PathBuf};
 use sanderling_common::config::{RunConfig, STATE_RUN_FILE};
 use sanderling_common::folder_lock::{FolderLock, FolderLockError};
 
-use super::journal::RunId;
+use super::journal::{self, Position, RunId};
+use super::store;
 
 /// The version of the folder's format.
 const FORMAT: u32 = 1;
@@ -58,6 +59,29 @@ pub enum StateError {
         /// Its format.
         found: u32,
     },
+    /// What tells whose the decisions in it are is gone.
+    #[error(
+        "the state folder {0} has a journal or checkpoints and no identity.json, without which nobody can go on with the run; \
+         restore that file, or name another folder"
+    )]
+    NoIdentity(PathBuf),
+    /// The journal is gone.
+    #[error(
+        "the state folder {path} has a checkpoint of record {position} and no journal, which every server leaves; restore the \
+         missing files, or name another folder"
+    )]
+    NoJournal {
+        /// The folder.
+        path: PathBuf,
+        /// Decisions that the last checkpoint covers.
+        position: Position,
+    },
+    /// Decisions that were kept would be forgotten.
+    #[error(
+        "the state folder {0} keeps a run, and with durability = none that would begin anew; leave the setting out to go on \
+         with the run, or name another folder"
+    )]
+    Kept(PathBuf),
     /// The folder's run is another.
     #[error(
         "the state folder {path} belongs to a run with {key} = {found}, not {wanted}; name another folder, or leave the \
@@ -144,10 +168,24 @@ impl StateFolder {
         &self.path
     }
 
+    /// Whether it holds any decision: a segment of a journal, or a checkpoint.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn holds_decisions(&self) -> Result<bool, StateError> {
+        let any = |folder: &Path, is_one: fn(&str) -> bool| match fs::read_dir(folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(StateError::Io { path: folder.to_owned(), source }),
+            Ok(entries) => Ok(entries.flatten().any(|entry| is_one(&entry.file_name().to_string_lossy()))),
+        };
+        let checkpoints = self.path.join(store::CHECKPOINTS_FOLDER);
+        Ok(any(&self.path, journal::is_segment)? || any(&checkpoints, store::is_checkpoint)?)
+    }
+
     /// The identity of the run in it; `None` if there is no run yet.
     ///
     /// # Errors
-    /// [`StateError::Io`], [`StateError::Identity`] or [`StateError::Newer`].
+    /// [`StateError::Io`], [`StateError::Identity`], [`StateError::Newer`] or [`StateError::NoIdentity`].
     pub fn identity(&self) -> Result<Option<Identity>, StateError> {
         #[derive(serde::Deserialize)]
         struct Format {
@@ -156,7 +194,12 @@ impl StateFolder {
         let path = self.path.join(IDENTITY_FILE);
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return match self.holds_decisions()? {
+                    true => Err(StateError::NoIdentity(self.path.clone())),
+                    false => Ok(None),
+                };
+            }
             Err(source) => return Err(StateError::Io { path, source }),
         };
         let malformed = |source| StateError::Identity { path: path.clone(), source };
@@ -194,6 +237,14 @@ impl StateFolder {
         let mut resolved = run.clone();
         resolved.make_paths_absolute();
         self.write(STATE_RUN_FILE, resolved.to_toml().as_bytes())?;
+        self.keep(identity)
+    }
+
+    /// Writes the identity, durably, in the place of the one that is there.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn keep(&self, identity: &Identity) -> Result<(), StateError> {
         let json = serde_json::to_vec_pretty(identity).expect("an identity has a JSON form");
         self.write(IDENTITY_FILE, &json)
     }

@@ -9,6 +9,8 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path as ObjectPath;
 use object_store::prefix::PrefixStore;
 use object_store::{ObjectStore, ObjectStoreExt};
+use sanderling_common::config::STATE_RUN_FILE;
+use sanderling_common::folder_lock::make_private;
 use sanderling_common::join::hex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::Handle;
@@ -52,6 +54,12 @@ pub enum StoreError {
     /// The URL is none.
     #[error("cannot keep checkpoints in {0:?}: give a URL such as s3://bucket/folder or file:///folder")]
     NoUrl(String),
+    /// Another run's checkpoints are there.
+    #[error(
+        "there are checkpoints of another run in {0:?}; restore that run's state folder to go on with it, or keep those of \
+         this one elsewhere"
+    )]
+    Others(String),
     /// The store refused.
     #[error("the store of checkpoints refuses: {0}")]
     Store(#[from] object_store::Error),
@@ -84,6 +92,11 @@ fn position_of(path: &ObjectPath) -> Option<Position> {
     (digits.len() == 20).then(|| digits.parse().ok()).flatten()
 }
 
+/// Whether a file of this name is a checkpoint.
+pub(super) fn is_checkpoint(name: &str) -> bool {
+    position_of(&ObjectPath::from(name)).is_some()
+}
+
 impl CheckpointStore {
     /// The store at `url`, where the checkpoints of each run have a folder by its id; without a URL a folder in the state
     /// folder.
@@ -93,25 +106,35 @@ impl CheckpointStore {
     pub fn open(state_folder: &Path, url: &str, run: RunId) -> Result<Self, StoreError> {
         if url.is_empty() {
             let folder = state_folder.join(CHECKPOINTS_FOLDER);
-            std::fs::create_dir_all(&folder)?;
+            make_private(&folder)?;
             return Ok(Self { store: Arc::new(local(&folder)?), run });
         }
-        let parsed = url::Url::parse(url).map_err(|_| StoreError::NoUrl(url.to_owned()))?;
-        let at = |source| StoreError::Url { url: url.to_owned(), source };
-        let store: Arc<dyn ObjectStore> = if parsed.scheme() == "file" {
-            let folder = parsed.to_file_path().map_err(|()| StoreError::NoUrl(url.to_owned()))?;
-            let folder = folder.join(hex(&run.0));
-            std::fs::create_dir_all(&folder)?;
-            Arc::new(local(&folder).map_err(at)?)
-        } else if cfg!(not(feature = "cloud")) {
-            return Err(StoreError::NoCloud(url.to_owned()));
-        } else {
-            use_the_one_provider();
-            // Credentials and endpoints are in the environment, as the stores' own tools have them.
-            let (store, path) = object_store::parse_url_opts(&parsed, std::env::vars()).map_err(at)?;
-            Arc::new(PrefixStore::new(store, path.join(hex(&run.0).as_str())))
-        };
-        Ok(Self { store, run })
+        let store = PrefixStore::new(at_url(url)?, hex(&run.0).as_str());
+        Ok(Self { store: Arc::new(store), run })
+    }
+
+    /// Checks that no run's checkpoints are at `url`: whoever begins a run there may have meant to go on with that one,
+    /// which takes its state folder, because certificate and keys are in no store.
+    ///
+    /// # Errors
+    /// [`StoreError::Others`], or another [`StoreError`] if the store cannot be looked into.
+    pub async fn check_empty(url: &str) -> Result<(), StoreError> {
+        let store = at_url(url)?;
+        for of_a_run in store.list_with_delimiter(None).await?.common_prefixes {
+            let objects = store.list_with_delimiter(Some(&of_a_run)).await?.objects;
+            if objects.iter().any(|object| position_of(&object.location).is_some()) {
+                return Err(StoreError::Others(url.to_owned()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the run file beside the checkpoints, for people and for whoever restores the state folder.
+    ///
+    /// # Errors
+    /// [`StoreError::Store`].
+    pub async fn write_run(&self, toml: String) -> Result<(), StoreError> {
+        Ok(self.store.put(&ObjectPath::from(STATE_RUN_FILE), toml.into()).await.map(drop)?)
     }
 
     /// A store of any kind.
@@ -187,6 +210,24 @@ impl CheckpointStore {
     }
 }
 
+/// The store at a URL, without regard to runs.
+fn at_url(url: &str) -> Result<Arc<dyn ObjectStore>, StoreError> {
+    let parsed = url::Url::parse(url).map_err(|_| StoreError::NoUrl(url.to_owned()))?;
+    let at = |source| StoreError::Url { url: url.to_owned(), source };
+    if parsed.scheme() == "file" {
+        let folder = parsed.to_file_path().map_err(|()| StoreError::NoUrl(url.to_owned()))?;
+        std::fs::create_dir_all(&folder)?;
+        Ok(Arc::new(local(&folder).map_err(at)?))
+    } else if cfg!(not(feature = "cloud")) {
+        Err(StoreError::NoCloud(url.to_owned()))
+    } else {
+        use_the_one_provider();
+        // Credentials and endpoints are in the environment, as the stores' own tools have them.
+        let (store, path) = object_store::parse_url_opts(&parsed, std::env::vars()).map_err(at)?;
+        Ok(Arc::new(PrefixStore::new(store, path)))
+    }
+}
+
 /// HTTPS takes the provider of cryptography that the process has, and QUIC has no need to install one.
 fn use_the_one_provider() {
     #[cfg(feature = "cloud")]
@@ -248,6 +289,7 @@ mod tests {
         let url = url::Url::from_directory_path(folder.path()).unwrap();
         let store = open(url.as_str()).unwrap();
         let of_the_run = folder.path().join(hex(&[1; 16]));
+        std::fs::create_dir_all(&of_the_run).unwrap();
         for name in ["state-00000000000000000007", "state-00000000000000000900", "state-9", "notes.txt"] {
             std::fs::write(of_the_run.join(name), b"?").unwrap();
         }

@@ -85,6 +85,10 @@ impl Link {
             Greeting::Full { sessions_max } => Err(Lost::ForNow(format!(
                 "the server has no room: all of its {sessions_max} places are taken"
             ))),
+            Greeting::NameFull { sessions_max } => Err(Lost::ForNow(format!(
+                "the server has no room: all of the {sessions_max} places that workers with this token or certificate may \
+                 have are taken"
+            ))),
             Greeting::Finished => {
                 CloseCode::Goodbye.close(&connection, "goodbye");
                 endpoint.wait_idle().await;
