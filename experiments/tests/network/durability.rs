@@ -31,6 +31,8 @@ struct GateState {
     appended: bool,
     /// and asked to sync one.
     entered: bool,
+    /// A sync is held up, or has not noticed yet that it no longer is.
+    is_held: bool,
 }
 
 /// The gate is shut until this is dropped.
@@ -48,8 +50,20 @@ impl Gate {
         self.state.lock().unwrap()
     }
 
-    fn shut(&self) -> Shut<'_> {
-        *self.state() = GateState { is_shut: true, ..GateState::default() };
+    /// Waits until the sync that was held up before is through: it would be taken for one that comes now.
+    async fn shut(&self) -> Shut<'_> {
+        let through = async {
+            loop {
+                let mut state = self.state();
+                if !state.is_held {
+                    *state = GateState { is_shut: true, ..GateState::default() };
+                    return;
+                }
+                drop(state);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, through).await.expect("syncs end when they may");
         Shut(self)
     }
 
@@ -114,9 +128,11 @@ impl DiskFile for HeldFile {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.1.state().entered = true;
-        let waited = self.1.changed.wait_while(self.1.state(), |state| state.is_shut);
-        drop(waited.unwrap());
+        let mut state = self.1.state();
+        (state.entered, state.is_held) = (true, true);
+        let mut state = self.1.changed.wait_while(state, |state| state.is_shut).unwrap();
+        state.is_held = false;
+        drop(state);
         self.0.sync()
     }
 }
@@ -131,10 +147,11 @@ struct Early {
 impl Early {
     /// Does something while no sync gets through, and lets it through when the answer has had its time to come early.
     async fn ask<T>(&mut self, what: &'static str, act: impl Future<Output = T>) -> T {
-        let shut = self.gate.shut();
+        let gate = self.gate.clone();
+        let shut = gate.shut().await;
         tokio::pin!(act);
         let late = async {
-            self.gate.reached().await;
+            gate.reached().await;
             tokio::time::sleep(self.waits).await;
         };
         let early = tokio::select! {
