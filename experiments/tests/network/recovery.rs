@@ -1,12 +1,21 @@
 //! Servers that are killed and started again on their state folder.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sanderling_common::folder_lock::FolderLockError;
+use sanderling_common::ids::BatchId;
 use sanderling_common::join::JoinString;
+use sanderling_common::layout::Layout;
+use sanderling_common::wire::EvaluationJob;
+use sanderling_common::wire::control::EvaluationReport;
 use sanderling_server::net::{Outcome, Server, ServerError};
 use sanderling_server::storage::StateError;
-use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport};
+use sanderling_worker::data::Batch;
+use sanderling_worker::engine::{Compute, Engine};
+use sanderling_worker::model::{ModelError, StepLoss};
+use sanderling_worker::net::{StandIn, WorkerError, WorkerOptions, WorkerReport};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -354,21 +363,75 @@ fn scene_of(scene: &Scene, settings: &str) -> sanderling_common::config::RunConf
 /// A worker in a runtime of its own, which can be ended in the middle of anything.
 struct DoomedWorker {
     runtime: Runtime,
+    killed: Arc<AtomicBool>,
     task: JoinHandle<Result<WorkerReport, WorkerError>>,
+}
+
+/// Computes, but for batches from a certain one on waits until its worker is killed: a runtime that is shut down goes on for
+/// a while, and would come to the end of a short run.
+struct Waiting {
+    engine: Engine,
+    from: u64,
+    killed: Arc<AtomicBool>,
+    is_to_wait: AtomicBool,
+}
+
+impl Compute for Waiting {
+    fn layout(&self) -> &Arc<Layout> {
+        self.engine.layout()
+    }
+
+    fn batch(&self, id: BatchId) -> Batch {
+        self.is_to_wait.store(id.0 >= self.from, Ordering::Relaxed);
+        self.engine.batch(id)
+    }
+
+    fn take_gradient(&mut self, parameters: &[f32], batch: &Batch) -> Result<StepLoss, ModelError> {
+        while self.is_to_wait.load(Ordering::Relaxed) && !self.killed.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.engine.take_gradient(parameters, batch)
+    }
+
+    fn gradient(&self) -> &[f32] {
+        self.engine.gradient()
+    }
+
+    fn evaluate_while(
+        &mut self,
+        parameters: &[f32],
+        job: EvaluationJob,
+        keep_going: &dyn Fn() -> bool,
+    ) -> Result<Option<EvaluationReport>, ModelError> {
+        self.engine.evaluate_while(parameters, job, keep_going)
+    }
 }
 
 impl DoomedWorker {
     fn start(join: &JoinString, state: &std::path::Path) -> Self {
+        Self::start_until(join, state, u64::MAX)
+    }
+
+    /// One that does no batch from `from` on.
+    fn start_until(join: &JoinString, state: &std::path::Path, from: u64) -> Self {
         let runtime = Runtime::new().unwrap();
-        let options = WorkerOptions { state_dir: Some(state.to_owned()), ..options() };
+        let killed = Arc::new(AtomicBool::new(false));
+        let shared = killed.clone();
+        let stand_in = StandIn(Arc::new(move |engine| {
+            let is_to_wait = AtomicBool::new(false);
+            Box::new(Waiting { engine, from, killed: shared.clone(), is_to_wait })
+        }));
+        let options =
+            WorkerOptions { state_dir: Some(state.to_owned()), stand_in: Some(stand_in), ..options() };
         let entered = runtime.enter();
         let task = worker_with(join, options);
         drop(entered);
-        Self { runtime, task }
+        Self { runtime, killed, task }
     }
 
     fn kill(self) {
         self.runtime.shutdown_background();
+        self.killed.store(true, Ordering::Relaxed);
     }
 
     fn report(self) -> Result<WorkerReport, WorkerError> {
@@ -382,17 +445,21 @@ fn a_worker_that_is_killed_goes_on_in_its_session() {
     for method in ["dgs-adam", "dgc-async", "dgs"] {
         let settings =
             format!("[run]\nworkers = 1\n[training]\nmethod = '{method}'\n[server]\nlease_ms = 20000");
-        // None so near the end that the run may be over before its worker is back.
         let models = [vec![], vec![20, 60, 61, 90]].map(|kills| {
             let scene = Scene::new(200).with(&settings);
             let state = scene.path("worker");
             let runtime = Runtime::new().unwrap();
-            let mut serving = runtime.block_on(async { Serving::start(&scene) });
-            let mut worker = DoomedWorker::start(&serving.join, &state);
-            for &done in &kills {
-                runtime.block_on(serving.reach(done));
+            let serving = runtime.block_on(async { Serving::start(&scene) });
+            // Those that are to be killed cannot come to the end of the run before.
+            let start = |killed: usize| match kills.get(killed) {
+                Some(_) => DoomedWorker::start_until(&serving.join, &state, 150),
+                None => DoomedWorker::start(&serving.join, &state),
+            };
+            let mut worker = start(0);
+            for (number, &done) in kills.iter().enumerate() {
+                runtime.block_on(serving.progress.clone().wait_for(|&now| now >= done)).unwrap();
                 worker.kill();
-                worker = DoomedWorker::start(&serving.join, &state);
+                worker = start(number + 1);
             }
             let outcome = runtime.block_on(serving.outcome());
             assert_eq!((outcome.summary.steps, outcome.summary.sessions), (200, 1), "{method}, {kills:?}");

@@ -181,8 +181,13 @@ async fn listen_for_steps(connection: Connection, newest: Arc<AtomicU64>) {
 async fn resolve(join: &JoinString, attempt: u64) -> Result<SocketAddr, Lost> {
     let (host, port) = (join.host.clone(), join.port);
     let found = tokio::task::spawn_blocking(move || (host.as_str(), port).to_socket_addrs()).await;
-    let addresses: Vec<SocketAddr> =
-        found.expect("the look-up does not panic").map_or(Vec::new(), Iterator::collect);
+    let found = match found {
+        Ok(found) => found,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        // The runtime is being shut down, and this task with it.
+        Err(_) => return Err(Lost::ForNow("the look-up of the host was cut off".to_owned())),
+    };
+    let addresses: Vec<SocketAddr> = found.map_or(Vec::new(), Iterator::collect);
     // A host may have addresses that the server does not listen on, or this machine cannot reach.
     let place = attempt.checked_rem(addresses.len() as u64).unwrap_or(0);
     let address = addresses.get(place as usize).copied();
