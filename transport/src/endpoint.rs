@@ -40,8 +40,12 @@ const INCOMING_BYTES: u64 = 16 << 10;
 /// Bytes that all of them may send meanwhile.
 pub const INCOMING_BYTES_TOTAL: u64 = INCOMING_BYTES * INCOMING_MAX as u64;
 
-/// A worker sends something at least this often, whatever it computes; the server's lease is at least twice that.
+/// Nothing is sent more often than this to keep a connection alive; the server's lease is at least twice that.
 const KEEP_ALIVE: Duration = Duration::from_millis(400);
+
+/// However long a connection may be silent, something is sent this often: it is how a worker whose server was started again
+/// learns that its connection is gone.
+const KEEP_ALIVE_MAX: Duration = Duration::from_secs(2);
 
 /// A silent connection is lost after this long at the latest, however long the server's lease is.
 pub const IDLE_MAX: Duration = Duration::from_secs(60);
@@ -128,7 +132,7 @@ fn transport(idle: Duration) -> TransportConfig {
     let mut transport = TransportConfig::default();
     let idle_ms = u32::try_from(idle.as_millis()).unwrap_or(u32::MAX);
     transport.max_idle_timeout(Some(VarInt::from_u32(idle_ms).into()));
-    transport.keep_alive_interval(Some(KEEP_ALIVE.max(idle / 8).min(idle / 2)));
+    transport.keep_alive_interval(Some(KEEP_ALIVE.max(idle / 8).min(KEEP_ALIVE_MAX).min(idle / 2)));
     transport.max_concurrent_bidi_streams(STREAMS_MAX.into());
     transport.max_concurrent_uni_streams(0u32.into());
     transport.stream_receive_window(STREAM_WINDOW_BYTES.into());

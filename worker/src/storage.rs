@@ -130,6 +130,7 @@ impl StateFolder {
     /// [`StateError::Io`].
     pub fn keep(&mut self, worker: &WorkerImage<'_>) -> Result<(), StateError> {
         let path = self.file(worker.push.seq);
+        let is_new = !path.exists();
         let write = || {
             let mut options = OpenOptions::new();
             options.create(true).truncate(false).write(true);
@@ -145,8 +146,8 @@ impl StateFolder {
             drop(out);
             file.set_len(bytes)?;
             file.sync_all()?;
-            // The first time, the name is new too.
-            if self.kept.is_none() && cfg!(unix) { File::open(&self.path)?.sync_all() } else { Ok(()) }
+            // A name that is new is to last as well, of either file.
+            if is_new && cfg!(unix) { File::open(&self.path)?.sync_all() } else { Ok(()) }
         };
         write().map_err(|source| StateError::Io { path: path.clone(), source })?;
         self.kept = Some(worker.push.seq);

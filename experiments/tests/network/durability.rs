@@ -50,16 +50,19 @@ impl Gate {
         self.state.lock().unwrap()
     }
 
+    fn try_shut(&self) -> bool {
+        let mut state = self.state();
+        let is_free = !state.is_held;
+        if is_free {
+            *state = GateState { is_shut: true, ..GateState::default() };
+        }
+        is_free
+    }
+
     /// Waits until the sync that was held up before is through: it would be taken for one that comes now.
     async fn shut(&self) -> Shut<'_> {
         let through = async {
-            loop {
-                let mut state = self.state();
-                if !state.is_held {
-                    *state = GateState { is_shut: true, ..GateState::default() };
-                    return;
-                }
-                drop(state);
+            while !self.try_shut() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };

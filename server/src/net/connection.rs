@@ -186,10 +186,15 @@ async fn introduce(
     let pass = match hub.admission().admit(&hello.token, connection) {
         Ok(pass) => pass,
         Err(denied) => {
-            if denied == Denied::WrongToken {
+            let told = denied == Denied::WrongToken;
+            let error = PeerError::from(denied);
+            if told {
                 send(&mut down, &Greeting::WrongToken).await?;
+            } else {
+                // Before the stream ends, which would be all that the worker hears.
+                error.close_code().close(connection, &error.to_string());
             }
-            return Err(denied.into());
+            return Err(error);
         }
     };
     let Ok(member) = members.try_acquire_owned() else {

@@ -109,6 +109,20 @@ pub enum JournalError {
         /// and where.
         beyond: u64,
     },
+    /// The journal ends before a checkpoint, which is only written of what the journal has synced.
+    #[error(
+        "the journal ends at record {ends}, before the checkpoint of record {checkpoint}, so that a part of it was lost; restore \
+         it from a copy or, to go on from the checkpoint without what was acknowledged after it, move the files journal-* to \
+         another place and make an empty one named {empty}"
+    )]
+    Short {
+        /// The record that would be next.
+        ends: Position,
+        /// The checkpoint's.
+        checkpoint: Position,
+        /// The name of a segment that begins at the checkpoint.
+        empty: String,
+    },
     /// A segment that was synced as a whole is damaged.
     #[error("{name} is damaged at byte {offset}, and records follow in later segments")]
     Damaged {
@@ -244,6 +258,7 @@ impl<D: Disk> Journal<D> {
         // What a checkpoint covers need not be there any more, nor be read.
         let covered = segments.iter().take_while(|&&first| first <= start).count().saturating_sub(1);
         let mut state = ReadJournal { next: start, torn_bytes: 0 };
+        let short = |ends| JournalError::Short { ends, checkpoint: start, empty: segment_name(start) };
         for (place, &first) in segments.iter().enumerate().skip(covered) {
             let name = segment_name(first);
             if first > state.next {
@@ -254,6 +269,9 @@ impl<D: Disk> Journal<D> {
             if is_last && bytes.len() < HEADER_BYTES {
                 // A crash came before the header was synced; nothing can have been acknowledged of it. Writing replaces it.
                 state.torn_bytes = bytes.len() as u64;
+                if first < start {
+                    return Err(short(first).into());
+                }
                 at(&name, self.disk.truncate(&name, 0))?;
                 break;
             }
@@ -281,6 +299,9 @@ impl<D: Disk> Journal<D> {
             if is_last && let Some(found) = beyond::find(&bytes[records.offset..], records.position) {
                 let (position, beyond) = (found.position, offset + found.offset as u64);
                 return Err(JournalError::Midway { name, offset, position, beyond }.into());
+            }
+            if is_last && records.position < start {
+                return Err(short(records.position).into());
             }
             if is_last {
                 // Also where nothing is torn: what a killed process had written and not synced was read all the same,
@@ -537,6 +558,31 @@ mod tests {
         // What the sentence advises works.
         fs::write(&path, &whole[..begins(4)]).unwrap();
         assert_eq!(read(&journal, 1).1, ReadJournal { next: 4, torn_bytes: 0 });
+    }
+
+    /// A checkpoint is written of what is synced, so what is missing before it was lost since.
+    #[test]
+    fn a_journal_that_ends_before_the_checkpoint_is_an_error_and_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = journal(&folder, SEGMENT_BYTES);
+        write(&journal, 0..6);
+        assert_eq!(read(&journal, 6).1, ReadJournal { next: 6, torn_bytes: 0 });
+        let path = folder.path().join(segment_name(0));
+        let whole = fs::read(&path).unwrap();
+        for length in [whole.len() - 3, HEADER_BYTES, HEADER_BYTES - 1, 0] {
+            fs::write(&path, &whole[..length]).unwrap();
+            let error = journal.read::<JournalError>(6, |_, _| Ok(())).unwrap_err();
+            let JournalError::Short { ends, checkpoint: 6, empty } = &error else { panic!("{error}") };
+            assert_eq!(
+                (*ends, empty.as_str()),
+                (if length > HEADER_BYTES { 5 } else { 0 }, &*segment_name(6))
+            );
+            assert_eq!(fs::read(&path).unwrap().len(), length);
+        }
+        // What the sentence advises works.
+        fs::remove_file(&path).unwrap();
+        fs::write(folder.path().join(segment_name(6)), b"").unwrap();
+        assert_eq!(read(&journal, 6).1, ReadJournal { next: 6, torn_bytes: 0 });
     }
 
     #[test]
