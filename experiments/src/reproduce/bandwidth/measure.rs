@@ -56,7 +56,8 @@ const MODEL: &str =
 /// The run file's part of a method, as published but for the encoding: 1 % up and 1 % down.
 fn settings(method: Method) -> String {
     let secondary = if method.is_dense() { "" } else { "[exchange]\nkeep = 0.01\nsecondary = 0.01\n" };
-    format!("[training]\nmethod = \"{method}\"\nlearning_rate = 1e-6\nlearning_rate_max = 1e-6\n{secondary}")
+    // Large enough for every entry of the model to change, so that a dense method has everything to send down, too.
+    format!("[training]\nmethod = \"{method}\"\nlearning_rate = 1e-2\nlearning_rate_max = 1e-2\n{secondary}")
 }
 
 /// All workers have come by then, or something is wrong.
