@@ -6,6 +6,7 @@ pub mod adamw;
 pub mod card;
 pub mod chaos;
 pub mod commands;
+mod due;
 pub mod evaluation;
 pub mod faults;
 pub mod generate;

@@ -20,6 +20,7 @@ use super::oracle::Oracle;
 use super::server::{ConnectionId, ServerProcess, StartError, Stream, Subject};
 use super::worker::{Next, WorkerProcess};
 use super::{Mutation, Tally, Violation};
+use crate::due::Due;
 
 /// Sizes of the tensors: small enough for thousands of trials, and of every kind of encoding.
 const SIZES: [usize; 4] = [40, 1, 23, 9];
@@ -90,32 +91,6 @@ fn beginning(value: &impl std::fmt::Debug) -> String {
     text.chars().take(60).collect()
 }
 
-struct Due {
-    time: f64,
-    order: u64,
-    event: Event,
-}
-
-impl PartialEq for Due {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Due {}
-
-impl PartialOrd for Due {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Due {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.time.total_cmp(&other.time).then(self.order.cmp(&other.order))
-    }
-}
-
 /// Probabilities per event, each zero in some trials.
 #[derive(Clone, Copy, Debug, Default)]
 struct Rates {
@@ -151,7 +126,7 @@ pub(super) struct World<'a> {
     oracle: Oracle,
     time: f64,
     scheduled: u64,
-    schedule: BinaryHeap<Reverse<Due>>,
+    schedule: BinaryHeap<Reverse<Due<Event>>>,
     tally: Tally,
     trace: &'a mut dyn FnMut(&str),
 }
@@ -228,8 +203,8 @@ impl<'a> World<'a> {
             if self.tally.events > EVENTS_MAX {
                 return Err(format!("the run is not over after {EVENTS_MAX} events"));
             }
-            (self.trace)(&format!("{:9.1} {}", self.time, due.event.name()));
-            self.happen(due.event)?;
+            (self.trace)(&format!("{:9.1} {}", self.time, due.what.name()));
+            self.happen(due.what)?;
             if self.tally.events < self.faults_until {
                 self.break_something()?;
             }
@@ -272,7 +247,7 @@ impl<'a> World<'a> {
 
     fn after(&mut self, delay: f64, event: Event) {
         self.scheduled += 1;
-        self.schedule.push(Reverse(Due { time: self.time + delay, order: self.scheduled, event }));
+        self.schedule.push(Reverse(Due { time: self.time + delay, order: self.scheduled, what: event }));
     }
 
     fn happens(&mut self, probability: f64) -> bool {
@@ -531,7 +506,7 @@ impl<'a> World<'a> {
         let connection = self.workers[worker].connection;
         let events = std::mem::take(&mut self.schedule).into_sorted_vec();
         for Reverse(due) in events.into_iter().rev() {
-            let is_lost = match &due.event {
+            let is_lost = match &due.what {
                 Event::ToServer(over, _) => Some(over.connection) == connection && self.happens(0.5),
                 _ => false,
             };
@@ -563,7 +538,7 @@ impl<'a> World<'a> {
             )
         };
         for Reverse(due) in events.into_iter().rev() {
-            if !of_the_process(&due.event) {
+            if !of_the_process(&due.what) {
                 self.schedule.push(Reverse(due));
             }
         }

@@ -26,6 +26,7 @@ pub use conditions::Conditions;
 use conditions::{Direction, happens};
 pub use script::follow;
 
+use crate::due::Due;
 use crate::task::{Score, Task};
 
 /// How long a worker waits for a lost answer, and for work when there is none.
@@ -148,33 +149,6 @@ struct SimulatedWorker {
     stage: Stage,
 }
 
-/// A point in virtual time; ties are broken by the order of scheduling.
-struct Due {
-    time: f64,
-    order: u64,
-    worker: usize,
-}
-
-impl PartialEq for Due {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Due {}
-
-impl PartialOrd for Due {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Due {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.time.total_cmp(&other.time).then(self.order.cmp(&other.order))
-    }
-}
-
 /// Simulates a run for as long as `keep_going` says so, which is told before every event how many batches are done.
 ///
 /// # Errors
@@ -194,7 +168,7 @@ pub fn simulate(
             return Err(SimulationError::Stopped);
         }
         simulation.report.time = due.time;
-        simulation.advance(due.worker)?;
+        simulation.advance(due.what)?;
     }
     simulation.finish()
 }
@@ -209,7 +183,7 @@ struct Simulation<'a> {
     server: SerialServer,
     workers: Vec<SimulatedWorker>,
     snapshots: BTreeMap<Step, Arc<[f32]>>,
-    schedule: BinaryHeap<Reverse<Due>>,
+    schedule: BinaryHeap<Reverse<Due<usize>>>,
     scheduled: u64,
     sessions: u64,
     up: Direction,
@@ -305,7 +279,7 @@ impl<'a> Simulation<'a> {
         self.workers[worker].stage = stage;
         self.scheduled += 1;
         let time = self.report.time + duration;
-        self.schedule.push(Reverse(Due { time, order: self.scheduled, worker }));
+        self.schedule.push(Reverse(Due { time, order: self.scheduled, what: worker }));
     }
 
     fn happens(&mut self, worker: usize, probability: f64) -> bool {

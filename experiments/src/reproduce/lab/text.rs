@@ -63,10 +63,11 @@ pub(in crate::reproduce) fn mean_and_spread(values: &[f64]) -> (f64, f64) {
 pub(in crate::reproduce) fn show(scores: &[Score]) -> String {
     let of = |value: fn(&Score) -> f64, decimals: usize| {
         let (mean, spread) = mean_and_spread(&scores.iter().map(value).collect::<Vec<_>>());
-        if mean.is_finite() {
-            format!("{mean:.decimals$} ± {spread:.decimals$}")
-        } else {
-            "diverged".to_owned()
+        match scores.len() {
+            _ if !mean.is_finite() => "diverged".to_owned(),
+            // One seed has no spread.
+            1 => format!("{mean:.decimals$}"),
+            _ => format!("{mean:.decimals$} ± {spread:.decimals$}"),
         }
     };
     if scores.iter().all(|score| score.accuracy.is_some()) {
