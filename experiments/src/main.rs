@@ -57,6 +57,7 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum Reproduction {
+    Recipe(reproduce::RecipeArguments),
     Methods(reproduce::MethodsArguments),
     Bandwidth(reproduce::BandwidthArguments),
     Secondary(reproduce::SecondaryArguments),
@@ -96,6 +97,7 @@ fn main() -> ExitCode {
         Command::BandwidthServer(arguments) => reproduce::bandwidth_server(&arguments),
         Command::BandwidthWorkers(arguments) => reproduce::bandwidth_workers(&arguments),
         Command::Reproduce(what) => match what {
+            Reproduction::Recipe(arguments) => reproduce::recipe(&arguments),
             Reproduction::Methods(arguments) => reproduce::methods(&arguments),
             Reproduction::Bandwidth(arguments) => reproduce::bandwidth(&arguments),
             Reproduction::Secondary(arguments) => reproduce::secondary(&arguments),

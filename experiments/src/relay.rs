@@ -1,15 +1,15 @@
 //! A bad network for UDP, in this process: what passes between workers and a server is lost, delayed, doubled, reordered,
 //! squeezed and cut off, by a seed; and the workers' ports change as those behind a router do.
 //!
-//! Each client is shown to the server as a socket of its own, and has a link of its own in each direction. All settings
-//! can be changed while it runs.
+//! Each client is shown to the server as a socket of its own, and has a link of its own in each direction; besides, all can
+//! share the server's. All settings can be changed while it runs.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rand_chacha::ChaCha12Rng;
@@ -49,7 +49,9 @@ pub struct Conditions {
     pub jitter: Duration,
     /// Bytes per second; `None`: as many as there are.
     pub bytes_per_second: Option<f64>,
-    /// Bytes that wait for their turn on a link that is full; what comes beyond is lost.
+    /// Bytes per second of all clients together, on the server's own link.
+    pub shared_bytes_per_second: Option<f64>,
+    /// Bytes that wait for their turn on a link that is full, a client's or the shared one; what comes beyond is lost.
     pub queue_bytes: usize,
     /// Nothing passes.
     pub is_cut: bool,
@@ -66,6 +68,7 @@ impl Default for Conditions {
             delay: Duration::ZERO,
             jitter: Duration::ZERO,
             bytes_per_second: None,
+            shared_bytes_per_second: None,
             queue_bytes: 256 << 10,
             is_cut: false,
         }
@@ -137,7 +140,8 @@ impl Relay {
         let (conditions, seen) = watch::channel(conditions);
         let (rebinds, rebind) = watch::channel(0);
         let counters = Arc::new(Counters::default());
-        let link = Link { server, front, conditions: seen, rebind, counters: counters.clone(), seed };
+        let shared = [(); 2].map(|()| Arc::new(Mutex::new(Line::new())));
+        let link = Link { server, front, conditions: seen, rebind, counters: counters.clone(), seed, shared };
         let mut tasks = JoinSet::new();
         tasks.spawn(relay(link));
         Ok(Self { address, conditions, rebinds, counters, _tasks: tasks })
@@ -187,6 +191,8 @@ struct Link {
     rebind: watch::Receiver<u64>,
     counters: Arc<Counters>,
     seed: u64,
+    /// The server's own link, up and down.
+    shared: [Arc<Mutex<Line>>; 2],
 }
 
 async fn relay(link: Link) {
@@ -245,19 +251,54 @@ impl Ord for Held {
     }
 }
 
+/// What passes bytes on at a rate, one after another.
+#[derive(Debug)]
+struct Line {
+    /// When it is done with what it has.
+    free_at: Instant,
+}
+
+impl Line {
+    fn new() -> Self {
+        Self { free_at: Instant::now() }
+    }
+
+    /// Puts bytes that come at `at` behind what it has; returns when they are through, or `None` if too much waits there.
+    fn take(&mut self, bytes: usize, at: Instant, rate: Option<f64>, queue_bytes: usize) -> Option<Instant> {
+        let Some(rate) = rate else {
+            self.free_at = at;
+            return Some(at);
+        };
+        let waiting = self.free_at.saturating_duration_since(at).as_secs_f64() * rate;
+        if waiting > queue_bytes as f64 {
+            return None;
+        }
+        self.free_at = self.free_at.max(at) + Duration::from_secs_f64(bytes as f64 / rate);
+        Some(self.free_at)
+    }
+}
+
 /// One direction of a client's link.
 struct Direction {
     rng: ChaCha12Rng,
     counters: Arc<Counters>,
     held: BinaryHeap<Reverse<Held>>,
-    /// When the link is done with what it has.
-    free_at: Instant,
+    own: Line,
+    shared: Arc<Mutex<Line>>,
     order: u64,
 }
 
 impl Direction {
-    fn new(rng: ChaCha12Rng, counters: Arc<Counters>) -> Self {
-        Self { rng, counters, held: BinaryHeap::new(), free_at: Instant::now(), order: 0 }
+    fn new(rng: ChaCha12Rng, counters: Arc<Counters>, shared: Arc<Mutex<Line>>) -> Self {
+        Self { rng, counters, held: BinaryHeap::new(), own: Line::new(), shared, order: 0 }
+    }
+
+    /// When bytes that come now are through both links.
+    fn pass(&mut self, bytes: usize, conditions: &Conditions) -> Option<Instant> {
+        let &Conditions { bytes_per_second, shared_bytes_per_second, queue_bytes, .. } = conditions;
+        let at = self.own.take(bytes, Instant::now(), bytes_per_second, queue_bytes)?;
+        let mut shared = self.shared.lock().expect("nobody panics with it");
+        shared.take(bytes, at, shared_bytes_per_second, queue_bytes)
     }
 
     fn happens(&mut self, probability: f64) -> bool {
@@ -272,16 +313,9 @@ impl Direction {
         if self.happens(conditions.loss) {
             return count(&self.counters.lost);
         }
-        let now = Instant::now();
-        if let Some(rate) = conditions.bytes_per_second {
-            let waiting = self.free_at.saturating_duration_since(now).as_secs_f64() * rate;
-            if waiting > conditions.queue_bytes as f64 {
-                return count(&self.counters.overflowed);
-            }
-            self.free_at = self.free_at.max(now) + Duration::from_secs_f64(bytes.len() as f64 / rate);
-        } else {
-            self.free_at = now;
-        }
+        let Some(through) = self.pass(bytes.len(), conditions) else {
+            return count(&self.counters.overflowed);
+        };
         let again = self.happens(conditions.duplicates);
         if again {
             count(&self.counters.duplicated);
@@ -296,8 +330,7 @@ impl Direction {
                 return count(&self.counters.overflowed);
             }
             self.order += 1;
-            let due = self.free_at.max(now) + delay;
-            self.held.push(Reverse(Held { due, order: self.order, bytes: bytes.to_vec() }));
+            self.held.push(Reverse(Held { due: through + delay, order: self.order, bytes: bytes.to_vec() }));
         }
     }
 
@@ -314,9 +347,9 @@ impl Direction {
 
 /// Relays what one client says and is told, until it has been silent for [`CLIENT_IDLE`].
 async fn serve(mut link: Link, client: SocketAddr, number: u64, mut said: mpsc::Receiver<Vec<u8>>) {
-    let direction = |place| {
-        let rng = stream(link.seed, Purpose::Simulation, 2 * number + place);
-        Direction::new(rng, link.counters.clone())
+    let direction = |place: usize| {
+        let rng = stream(link.seed, Purpose::Simulation, 2 * number + place as u64);
+        Direction::new(rng, link.counters.clone(), link.shared[place].clone())
     };
     let (mut up, mut down) = (direction(0), direction(1));
     let Ok(mut back) = UdpSocket::bind((link.server.ip(), 0)).await else { return };
@@ -359,6 +392,36 @@ async fn serve(mut link: Link, client: SocketAddr, number: u64, mut said: mpsc::
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_passes_one_thing_after_another_and_holds_so_much() {
+        let now = Instant::now();
+        let mut line = Line { free_at: now };
+        let (rate, queue) = (Some(1000.0), 1500);
+        let after = |ms| Some(now + Duration::from_millis(ms));
+        assert_eq!(line.take(1000, now, rate, queue), after(1000));
+        assert_eq!(line.take(1000, now, rate, queue), after(2000));
+        assert_eq!(line.take(1000, now, rate, queue), None, "2000 bytes wait");
+        assert_eq!(line.take(1000, now + Duration::from_secs(1), rate, queue), after(3000));
+        assert_eq!(line.take(1000, now, None, queue), after(0));
+    }
+
+    /// What two clients send at once arrives at the rate of the link that they share.
+    #[tokio::test]
+    async fn clients_share_the_servers_link() {
+        let conditions = Conditions { shared_bytes_per_second: Some(1e4), ..Conditions::default() };
+        let shared = Arc::new(Mutex::new(Line::new()));
+        let clients = [0, 1].map(|number| {
+            let rng = stream(1, Purpose::Simulation, number);
+            Direction::new(rng, Arc::new(Counters::default()), shared.clone())
+        });
+        let begun = Instant::now();
+        for mut client in clients {
+            client.take(&[0; 500], &conditions);
+            client.due().await;
+        }
+        assert!(begun.elapsed() >= Duration::from_millis(100), "{:?}", begun.elapsed());
+    }
 
     /// A client that is heard of no more has no port to change.
     #[tokio::test]

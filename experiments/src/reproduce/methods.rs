@@ -9,8 +9,8 @@ use sanderling_common::config::{RunConfig, parse};
 use sanderling_common::method::Method;
 
 use super::lab::{
-    Book, Grid, Jobs, Options, Run, Search, Spec, Subject, Trainer, Tried, make, mean_and_spread, mean_curve,
-    plot_both, show, small_model, write_configuration, write_report,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, make,
+    mean_and_spread, mean_curve, plot_both, show, small_model, write_configuration, write_report,
 };
 use crate::report::Curve;
 use crate::simulation::Conditions;
@@ -113,12 +113,7 @@ impl Contestant {
     }
 }
 
-/// The search and the choice of one contestant.
-struct Choice {
-    contestant: Contestant,
-    search: Search,
-    best: Tried,
-}
+type Choice = Chosen<Contestant>;
 
 struct Experiment {
     settings: Settings,
@@ -146,41 +141,28 @@ pub fn methods(arguments: &Arguments) -> anyhow::Result<()> {
 impl Experiment {
     fn run_all(&self, what: &'static str, specs: Vec<Spec>) -> anyhow::Result<()> {
         let wanted: Vec<_> = specs.into_iter().map(|spec| (spec.clone(), spec.training.steps)).collect();
-        self.jobs.make_missing(what, &self.book, &wanted, make)
+        self.jobs.make_missing((what, EVALUATIONS), &self.book, &wanted, make)
+    }
+
+    /// The run that tries a point.
+    fn trial(&self, contestant: Contestant, tried: Tried) -> anyhow::Result<Spec> {
+        contestant.spec(tried, self.settings.choosing, self.settings.seeds[0])
     }
 
     fn score(&self, contestant: Contestant, tried: Tried) -> anyhow::Result<Score> {
-        let spec = contestant.spec(tried, self.settings.choosing, self.settings.seeds[0])?;
-        Ok(self.book.find(&spec).expect("the sweep was run").outcome.validation())
+        let run = self.book.find(&self.trial(contestant, tried)?);
+        Ok(run.expect("the sweep was run").outcome.validation())
     }
 
     /// The best rate and momentum of every contestant.
     fn choose(&self) -> anyhow::Result<Vec<Choice>> {
-        let settings = &self.settings;
-        let contestants = settings.contestants();
-        let mut searches: Vec<_> =
-            contestants.iter().map(|contestant| Search::new(&settings.grid(contestant.method))).collect();
-        loop {
-            let mut specs = Vec::new();
-            for (contestant, search) in contestants.iter().zip(&searches) {
-                for tried in search.points() {
-                    specs.push(contestant.spec(tried, settings.choosing, settings.seeds[0])?);
-                }
-            }
-            self.run_all("choosing rates and momenta", specs)?;
-            let mut is_widened = false;
-            for (&contestant, search) in contestants.iter().zip(&mut searches) {
-                is_widened |= search.try_widen(|tried| self.score(contestant, tried))?;
-            }
-            if !is_widened {
-                break;
-            }
-        }
-        let choose = |(contestant, search): (Contestant, Search)| {
-            let best = search.try_best(|tried| self.score(contestant, tried))?;
-            Ok(Choice { contestant, search, best })
+        let choosing = Choosing {
+            what: "choosing rates and momenta",
+            book: &self.book,
+            jobs: self.jobs,
+            spec: &|&contestant: &Contestant, tried| self.trial(contestant, tried),
         };
-        contestants.into_iter().zip(searches).map(choose).collect()
+        choosing.choose(self.settings.contestants(), |contestant| self.settings.grid(contestant.method))
     }
 
     fn specs(&self, choice: &Choice) -> anyhow::Result<Vec<Spec>> {

@@ -4,6 +4,7 @@ mod bandwidth;
 mod lab;
 mod methods;
 mod quantisation;
+mod recipe;
 mod secondary;
 mod staleness;
 mod upcycling;
@@ -15,6 +16,7 @@ pub use bandwidth::{
 };
 pub use methods::{Arguments as MethodsArguments, methods};
 pub use quantisation::{Arguments as QuantisationArguments, quantisation};
+pub use recipe::{Arguments as RecipeArguments, recipe};
 pub use secondary::{Arguments as SecondaryArguments, secondary};
 pub use staleness::{Arguments as StalenessArguments, staleness};
 pub use upcycling::{Arguments as UpcyclingArguments, upcycling};

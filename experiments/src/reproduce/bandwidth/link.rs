@@ -1,8 +1,100 @@
 //! A link of a given rate between two sets of processes.
 
+use std::net::SocketAddr;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use sanderling_common::join::JoinString;
+use tokio::runtime::Runtime;
+
+use crate::relay::{Conditions, Relay};
+
+/// What limits a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Kind {
+    /// The system, between two network namespaces.
+    Namespaces,
+    /// A relay in this process.
+    Relay,
+}
+
+impl Kind {
+    /// The best that this process may make.
+    pub(super) fn best() -> Self {
+        if Namespaces::are_possible() { Self::Namespaces } else { Self::Relay }
+    }
+}
+
+/// A link of so many bits per second in each direction, for all workers together.
+pub(super) enum Link {
+    Namespaces(Namespaces),
+    Relay {
+        bits_per_second: f64,
+        /// Since the server listens.
+        relay: Option<Relay>,
+        runtime: Runtime,
+    },
+}
+
+impl Link {
+    /// # Errors
+    /// A sentence, with what the system said.
+    pub(super) fn new(kind: Kind, bits_per_second: f64) -> anyhow::Result<Self> {
+        Ok(match kind {
+            Kind::Namespaces => Self::Namespaces(Namespaces::new(bits_per_second)?),
+            Kind::Relay => {
+                let runtime = Runtime::new().context("cannot start the runtime")?;
+                Self::Relay { bits_per_second, relay: None, runtime }
+            }
+        })
+    }
+
+    /// The address that the server listens at.
+    pub(super) fn listen(&self) -> &'static str {
+        match self {
+            Self::Namespaces(_) => Namespaces::SERVER,
+            Self::Relay { .. } => "127.0.0.1",
+        }
+    }
+
+    /// This program on the server's side.
+    pub(super) fn server(&self) -> anyhow::Result<Command> {
+        match self {
+            Self::Namespaces(namespaces) => inside(&namespaces.server),
+            Self::Relay { .. } => Ok(Command::new(this_program()?)),
+        }
+    }
+
+    /// And on the workers'.
+    pub(super) fn workers(&self) -> anyhow::Result<Command> {
+        match self {
+            Self::Namespaces(namespaces) => inside(&namespaces.workers),
+            Self::Relay { .. } => Ok(Command::new(this_program()?)),
+        }
+    }
+
+    /// How workers join over the link a server that is joined like this.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub(super) fn join(&mut self, join: &str) -> anyhow::Result<String> {
+        let Self::Relay { bits_per_second, relay, runtime } = self else { return Ok(join.to_owned()) };
+        let join: JoinString = join.parse()?;
+        let server: SocketAddr = format!("{}:{}", join.host, join.port).parse()?;
+        let rate = *bits_per_second / 8.0;
+        let queue_bytes =
+            BURST_BYTES as usize + (rate * Duration::from_millis(QUEUE_MS.into()).as_secs_f64()) as usize;
+        let conditions =
+            Conditions { shared_bytes_per_second: Some(rate), queue_bytes, ..Conditions::default() };
+        let started =
+            runtime.block_on(Relay::start(server, conditions, 1)).context("cannot start the relay")?;
+        let join = JoinString { port: started.address().port(), ..join };
+        *relay = Some(started);
+        Ok(join.reveal().to_string())
+    }
+}
 
 /// Bytes that a link lets pass at once: two of the largest bundles that the system makes of datagrams.
 const BURST_BYTES: u32 = 128 << 10;
@@ -65,18 +157,8 @@ impl Namespaces {
     }
 
     /// Where the server listens.
-    pub(super) const SERVER: &str = "10.213.17.1";
+    const SERVER: &str = "10.213.17.1";
     const WORKERS: &str = "10.213.17.2";
-
-    /// This program on the server's side.
-    pub(super) fn server(&self) -> anyhow::Result<Command> {
-        inside(&self.server)
-    }
-
-    /// And on the workers'.
-    pub(super) fn workers(&self) -> anyhow::Result<Command> {
-        inside(&self.workers)
-    }
 }
 
 impl Drop for Namespaces {

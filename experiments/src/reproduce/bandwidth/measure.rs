@@ -10,7 +10,7 @@ use sanderling_common::method::Method;
 
 use super::super::lab::{Finished, Progress};
 use super::children::{JOIN, Line};
-use super::link::{Namespaces, this_program};
+use super::link::{Kind, Link, this_program};
 
 /// What is measured.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -18,6 +18,7 @@ pub(super) struct Setup {
     pub(super) method: Method,
     pub(super) workers: u32,
     pub(super) bits_per_second: f64,
+    pub(super) link: Kind,
     pub(super) compute_ms: u64,
     /// The measurement takes at least so long, and then until so many updates have come, but at most so long.
     pub(super) seconds_min: f64,
@@ -80,7 +81,7 @@ impl Drop for Spawned {
 /// A sentence.
 pub(super) fn measure(setup: &Setup, progress: &Progress<'_>) -> anyhow::Result<Measured> {
     let folder = tempfile_folder()?;
-    let link = Namespaces::new(setup.bits_per_second)?;
+    let mut link = Link::new(setup.link, setup.bits_per_second)?;
     let path = folder.0.join("run.toml");
     let file = format!(
         "{MODEL}{}steps = 1000000000\neval_every = 1000000000\n[data]\nbatch_size = 1\n[run]\nname = \"bandwidth\"\n\
@@ -88,7 +89,7 @@ pub(super) fn measure(setup: &Setup, progress: &Progress<'_>) -> anyhow::Result<
         training_first(&settings(setup.method)),
         folder.0.display(),
         setup.workers,
-        Namespaces::SERVER,
+        link.listen(),
     );
     std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;
     let mut command = link.server()?;
@@ -98,6 +99,7 @@ pub(super) fn measure(setup: &Setup, progress: &Progress<'_>) -> anyhow::Result<
     let Line::Join(join) = next(&lines, ARRIVAL_MAX)? else {
         bail!("the server did not begin with its join string")
     };
+    let join = link.join(&join)?;
     let mut command = link.workers()?;
     command.arg("bandwidth-workers").env(JOIN, join);
     command.args(["--workers", &setup.workers.to_string(), "--compute-ms", &setup.compute_ms.to_string()]);

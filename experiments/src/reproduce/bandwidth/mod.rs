@@ -17,21 +17,24 @@ use sanderling_server::progress::bytes;
 
 pub use children::{ServerArguments, WorkersArguments, join, serve};
 
-use self::link::Namespaces;
+use self::link::Kind;
 use self::measure::{Measured, Setup, measure};
 use super::lab::{
-    Book, Jobs, Options, Run, Spec, Subject, Trainer, make, plot_both, small_model, write_report,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, make,
+    plot_both, small_model, write_report,
 };
 use crate::report::Curve;
 use crate::simulation::Conditions;
+use crate::work::Unit;
 
 /// Updates per second and time to a loss over thin links, for ASGD and DGS (Figures 5 and 6)
 ///
 /// Updates per second are measured: one server and up to 16 workers over real QUIC, on the two ends of a link that is limited
 /// to 1 Gbit/s, 100 and 10 Mbit/s in each direction, with a model of ResNet-18's size. Gradients are made up and a step takes a
-/// fixed time, so that this machine can stand for seventeen. Needs Linux, root, `ip` and `tc` (iproute2); without them this part
-/// is left out, and said so. The time to a loss is simulated: a small model in virtual time, over a link that is as thin for it
-/// as the stated one is for ResNet-18, also of 10 Gbit/s.
+/// fixed time, so that this machine can stand for seventeen. Where this process may, the link lies between two network namespaces
+/// of Linux (root, `ip` and `tc` of iproute2); otherwise a relay in this process limits it, which costs processor time of its
+/// own. The time to a loss is simulated: a small model in virtual time, over a link that is as thin for it as the stated one is
+/// for ResNet-18, also of 10 Gbit/s; rates and momenta are chosen as in `methods`, over an unlimited link.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -63,7 +66,7 @@ pub fn bandwidth(arguments: &Arguments) -> anyhow::Result<()> {
     let folder = options.folder("bandwidth");
     let started = Instant::now();
     let workers: &[u32] = if options.quick { &[1, 8] } else { &[1, 2, 4, 8, 16] };
-    let experiment = Experiment { arguments, folder: &folder, workers };
+    let experiment = Experiment { arguments, folder: &folder, workers, link: Kind::best() };
     let mut text = format!(
         "# Thin links\n\nASGD sends everything both ways; DGS 1 % up and 1 % down (m = 0.7), as published but for the encoding. A \
          step takes {} ms.\n",
@@ -79,10 +82,18 @@ pub fn bandwidth(arguments: &Arguments) -> anyhow::Result<()> {
     write_report(&folder, &text)
 }
 
+/// Who is simulated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Contestant {
+    method: Method,
+    workers: u32,
+}
+
 struct Experiment<'a> {
     arguments: &'a Arguments,
     folder: &'a Path,
     workers: &'a [u32],
+    link: Kind,
 }
 
 fn rate_name(bits_per_second: f64) -> String {
@@ -101,6 +112,7 @@ impl Experiment<'_> {
             workers,
             bits_per_second,
             compute_ms: self.arguments.compute_ms,
+            link: self.link,
             seconds_min: if quick { 8.0 } else { 20.0 },
             updates_min: if quick { 6 } else { 20 },
             seconds_max: if quick { 60.0 } else { 300.0 },
@@ -109,13 +121,14 @@ impl Experiment<'_> {
 
     /// Updates per second over a real link.
     fn measured(&self) -> anyhow::Result<String> {
-        let mut text = String::from("\n## Updates per second, measured over QUIC\n\n");
-        if !Namespaces::are_possible() {
-            text.push_str(
-                "Left out: this process may not make network namespaces (Linux, root, `ip` and `tc` are needed).\n",
-            );
-            return Ok(text);
-        }
+        let link = match self.link {
+            Kind::Namespaces => "Between two network namespaces of Linux, limited by `tc tbf`.",
+            Kind::Relay => {
+                "Over a relay in one process, which shares the processor with server and workers and is itself a limit at high \
+                 rates: this process may not make network namespaces (Linux, root, `ip` and `tc`)."
+            }
+        };
+        let mut text = format!("\n## Updates per second, measured over QUIC\n\n{link}\n\n");
         let rates: &[f64] = if self.arguments.options.quick { &[1e9, 1e8] } else { &[1e9, 1e8, 1e7] };
         let book = Book::<Measured>::open(&self.folder.join("measured"))?;
         let all = METHODS.iter().flat_map(|&method| {
@@ -125,7 +138,7 @@ impl Experiment<'_> {
         });
         let wanted: Vec<_> = all.map(|setup| (setup, 1)).collect();
         // One at a time: they share the machine.
-        Jobs(1).make_missing("measuring", &book, &wanted, measure)?;
+        Jobs(1).make_missing(("measuring", Unit::Count("measurements")), &book, &wanted, measure)?;
         let find =
             |method, workers, rate| book.find(&self.setup(method, workers, rate)).expect("it was measured");
         for &rate in rates {
@@ -185,45 +198,73 @@ impl Experiment<'_> {
     }
 
     /// A simulated run, over a link that takes as long for a dense exchange of its model as the real one for ResNet-18's.
-    fn spec(&self, method: Method, workers: u32, bits_per_second: f64) -> anyhow::Result<Spec> {
+    fn spec(&self, of: Contestant, tried: Tried, link: Option<f64>, steps: u64) -> anyhow::Result<Spec> {
+        let Contestant { method, workers } = of;
         let compression = if method.is_dense() {
             ""
         } else {
             "[exchange]\nkeep = 0.01\nsecondary = 0.01\nvalues_down = \"f32\"\n"
         };
-        // What the comparison of methods found to be about right for each, falling with the workers.
-        let rate = if workers <= 2 { 0.4 } else { 0.8 / f64::from(workers) };
-        let (rate, momentum) = if method.is_dense() { (rate, 0.0) } else { (rate * 0.5, 0.3) };
+        let Tried { rate, momentum } = tried;
         let file = format!(
-            "{}{compression}[run]\nworkers = {workers}\n[training]\nmethod = \"{method}\"\nsteps = {}\neval_every = {}\n\
-             learning_rate = {rate:?}\nmomentum = {momentum:?}\n",
+            "{}{compression}[run]\nworkers = {workers}\n[training]\nmethod = \"{method}\"\nsteps = {steps}\neval_every = {}\n\
+             learning_rate = {rate:?}\nlearning_rate_max = {rate:?}\nmomentum = {momentum:?}\n",
             small_model(Subject::Text),
-            self.steps(),
-            self.steps() / LOOKS,
+            (steps / LOOKS).max(1),
         );
         let run: RunConfig = parse(&file)?.resolve()?;
         let parameters = run.model_config(Corpus::bundled().vocabulary().len()).layout()?.len() as f64;
-        let bytes_per_step = bits_per_second / 8.0 * self.arguments.compute_ms as f64 / 1e3;
-        let link_bytes = bytes_per_step * 4.0 * parameters / RESNET_BYTES;
+        let link_bytes = link.map_or(0.0, |bits_per_second| {
+            let bytes_per_step = bits_per_second / 8.0 * self.arguments.compute_ms as f64 / 1e3;
+            bytes_per_step * 4.0 * parameters / RESNET_BYTES
+        });
         let conditions = Conditions { link_bytes, ..Conditions::default() };
         Ok(Spec::of(Subject::Text, &run, Trainer::Workers(conditions)))
+    }
+
+    /// The rate and momentum of every method and number of workers, over an unlimited link.
+    fn choose(&self, book: &Book<Run>) -> anyhow::Result<Vec<Chosen<Contestant>>> {
+        let quick = self.arguments.options.quick;
+        let grid = |&Contestant { method, .. }: &Contestant| Grid {
+            rates: if quick { vec![0.2] } else { vec![0.05, 0.1, 0.2, 0.4] },
+            momenta: match method {
+                Method::Dgs if quick => vec![0.3],
+                Method::Dgs => vec![0.3, 0.7],
+                _ => vec![0.0],
+            },
+        };
+        let choosing = Choosing {
+            what: "choosing rates and momenta",
+            book,
+            jobs: self.arguments.options.jobs(),
+            spec: &|&of: &Contestant, tried| self.spec(of, tried, None, self.steps() / 4),
+        };
+        let of = |&method| self.workers.iter().map(move |&workers| Contestant { method, workers });
+        choosing.choose(METHODS.iter().flat_map(of).collect(), grid)
     }
 
     /// Time to a loss, in virtual time.
     fn simulated(&self) -> anyhow::Result<String> {
         let rates = [1e10, 1e9, 1e8, 1e7];
         let book = Book::<Run>::open(&self.folder.join("simulated"))?;
+        let choices = self.choose(&book)?;
+        let spec = |method, workers, rate| {
+            let is_it = |chosen: &&Chosen<Contestant>| chosen.contestant == Contestant { method, workers };
+            let chosen = choices.iter().find(is_it).expect("all have chosen");
+            self.spec(chosen.contestant, chosen.best, Some(rate), self.steps())
+        };
         let mut wanted = Vec::new();
         for method in METHODS {
             for rate in rates {
                 for &workers in self.workers {
-                    wanted.push((self.spec(method, workers, rate)?, self.steps()));
+                    wanted.push((spec(method, workers, rate)?, self.steps()));
                 }
             }
         }
-        self.arguments.options.jobs().make_missing("simulating", &book, &wanted, make)?;
+        let jobs = self.arguments.options.jobs();
+        jobs.make_missing(("simulating", EVALUATIONS), &book, &wanted, make)?;
         let run = |method, workers, rate| -> anyhow::Result<Run> {
-            Ok(book.find(&self.spec(method, workers, rate)?).expect("it was simulated"))
+            Ok(book.find(&spec(method, workers, rate)?).expect("it was simulated"))
         };
         // A loss that all of them reach: the worst of their best, a little above it.
         let mut target = f64::NEG_INFINITY;
@@ -240,9 +281,20 @@ impl Experiment<'_> {
         };
         let mut text = format!(
             "\n## Time to a validation loss of {target}, simulated\n\nSeconds of virtual time, {} gradient evaluations at most; a link \
-             that carries the small model's dense exchange as fast as the stated one carries ResNet-18's.\n",
+             that carries the small model's dense exchange as fast as the stated one carries ResNet-18's. Rate and momentum are \
+             each one's best by validation over an unlimited link, in runs of a quarter of the length.\n\n\
+             | workers | ASGD | DGS |\n| --- | --- | --- |\n",
             self.steps()
         );
+        for &workers in self.workers {
+            let of = |method| {
+                let chosen =
+                    choices.iter().find(|chosen| chosen.contestant == Contestant { method, workers });
+                chosen.expect("all have chosen").best
+            };
+            let (asgd, dgs) = (of(Method::Asgd), of(Method::Dgs));
+            let _ = writeln!(text, "| {workers} | {} | {}, m {} |", asgd.rate, dgs.rate, dgs.momentum);
+        }
         for rate in rates {
             let _ = write!(
                 text,
@@ -275,8 +327,10 @@ mod tests {
     fn the_link_is_as_thin_for_the_small_model_as_for_the_large_one() {
         let options = Options { quick: true, seeds: None, out: None, jobs: None };
         let arguments = Arguments { compute_ms: 500, options };
-        let experiment = Experiment { arguments: &arguments, folder: Path::new(""), workers: &[1] };
-        let spec = experiment.spec(Method::Asgd, 8, 1e9).unwrap();
+        let experiment =
+            Experiment { arguments: &arguments, folder: Path::new(""), workers: &[1], link: Kind::Relay };
+        let of = Contestant { method: Method::Asgd, workers: 8 };
+        let spec = experiment.spec(of, Tried { rate: 0.1, momentum: 0.0 }, Some(1e9), 800).unwrap();
         let Trainer::Workers(conditions) = spec.trainer else { panic!("workers train") };
         // At 1 Gbit/s a dense exchange of ResNet-18 takes 0.374 s, three quarters of a step of half a second.
         let parameters = spec.run().model_config(65).layout().unwrap().len() as f64;

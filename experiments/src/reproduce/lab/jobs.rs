@@ -24,10 +24,10 @@ pub(in crate::reproduce) struct Progress<'a> {
 }
 
 impl Progress<'_> {
-    /// The run has made so many gradient evaluations; returns whether it is to go on.
-    pub(in crate::reproduce) fn at(&self, evaluations: u64) -> bool {
-        let told = self.told.swap(evaluations, Ordering::Relaxed);
-        self.done.fetch_add(evaluations.saturating_sub(told), Ordering::Relaxed);
+    /// The run has done so much of its work; returns whether it is to go on.
+    pub(in crate::reproduce) fn at(&self, work: u64) -> bool {
+        let told = self.told.swap(work, Ordering::Relaxed);
+        self.done.fetch_add(work.saturating_sub(told), Ordering::Relaxed);
         !self.failed.load(Ordering::Relaxed) && !*self.stop.borrow()
     }
 }
@@ -36,8 +36,11 @@ impl Progress<'_> {
 #[derive(Clone, Copy, Debug)]
 pub(in crate::reproduce) struct Jobs(pub(in crate::reproduce) usize);
 
-/// A run to be made: its key, and how many gradient evaluations it takes.
+/// A run to be made: its key, and how much work it is, in units of the bar.
 pub(in crate::reproduce) type Wanted<K> = (K, u64);
+
+/// What most runs are measured in.
+pub(in crate::reproduce) const EVALUATIONS: Unit = Unit::Count("gradient evaluations");
 
 impl Jobs {
     /// Makes those of the wanted runs that are not in the book, each once, and returns when all are there; runs that
@@ -47,7 +50,7 @@ impl Jobs {
     /// The first failure of a run, or a sentence if the user wanted it to stop.
     pub(in crate::reproduce) fn make_missing<R>(
         self,
-        what: &'static str,
+        (what, unit): (&'static str, Unit),
         book: &Book<R>,
         wanted: &[Wanted<R::Key>],
         make: impl Fn(&R::Key, &Progress<'_>) -> anyhow::Result<R> + Sync,
@@ -60,8 +63,8 @@ impl Jobs {
         if missing.is_empty() {
             return Ok(());
         }
-        let total = missing.iter().map(|(_, evaluations)| evaluations).sum();
-        let mut work = Work::begin(what, total, Unit::Count("gradient evaluations"))?;
+        let total = missing.iter().map(|(_, work)| work).sum();
+        let mut work = Work::begin(what, total, unit)?;
         let (done, failed) = (AtomicU64::new(0), AtomicBool::new(false));
         let stop = work.stop();
         let running = AtomicU64::new(self.0.min(missing.len()) as u64);
@@ -106,7 +109,7 @@ fn make_some<'a, R: Finished>(
 ) -> anyhow::Result<()> {
     loop {
         let (mut is_complete, mut has_made) = (true, false);
-        for (key, evaluations) in missing {
+        for (key, work) in missing {
             if book.find(key).is_some() {
                 continue;
             }
@@ -120,7 +123,7 @@ fn make_some<'a, R: Finished>(
             // A run that is stopped fails with a reason of its own, which nobody wants to read.
             ensure!(made.is_ok() || progress.at(0), "stopped; the runs that are finished are kept");
             book.add(&made.context("a run failed")?)?;
-            progress.at(*evaluations);
+            progress.at(*work);
             drop(claim);
             has_made = true;
         }

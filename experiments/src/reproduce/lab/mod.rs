@@ -1,6 +1,7 @@
 //! What the reproductions share: runs as data, the book of those that are finished, and the tables and plots made of it.
 
 mod book;
+mod choosing;
 mod jobs;
 mod reference;
 mod search;
@@ -9,7 +10,8 @@ mod sweep;
 mod text;
 
 pub(super) use book::{Book, Finished};
-pub(super) use jobs::{Jobs, Progress};
+pub(super) use choosing::{Choosing, Chosen};
+pub(super) use jobs::{EVALUATIONS, Jobs, Progress};
 pub(super) use reference::{Batches, Stretch, train};
 pub(super) use search::{Grid, Search, Tried};
 pub(super) use spec::{Run, Spec, Subject, Trainer, make, small_model};

@@ -8,7 +8,7 @@ use sanderling_common::config::parse;
 use sanderling_server::progress::bytes;
 
 use super::book::Book;
-use super::jobs::Jobs;
+use super::jobs::{EVALUATIONS, Jobs};
 use super::spec::{Run, Spec, Subject, Trainer, make, small_model};
 use super::text::{Options, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report};
 use crate::report::Curve;
@@ -141,7 +141,7 @@ impl Sweep {
             specs.push(of_variant);
         }
         let wanted: Vec<_> = specs.iter().flatten().map(|spec| (spec.clone(), self.steps)).collect();
-        jobs.make_missing("running", &book, &wanted, make)?;
+        jobs.make_missing(("running", EVALUATIONS), &book, &wanted, make)?;
         let find = |spec: &Spec| book.find(spec).expect("every run was made");
         let rows: Vec<Varied<'_>> = (self.variants.iter().zip(&specs))
             .map(|(variant, specs)| Varied { variant, runs: specs.iter().map(find).collect() })

@@ -23,7 +23,8 @@ use sanderling_worker::model::forward_flops_per_token;
 use self::arms::{ARMS, Arm, Budget};
 use self::report::report;
 use super::lab::{
-    Batches, Book, Finished, Grid, Jobs, Options, Progress, Search, Stretch, Tried, train, write_report,
+    Batches, Book, EVALUATIONS, Finished, Grid, Jobs, Options, Progress, Search, Stretch, Tried, train,
+    write_report,
 };
 use crate::adamw::AdamWSettings;
 use crate::simulation::{Conditions, Evaluations, Point, simulate};
@@ -69,7 +70,7 @@ struct Settings {
 /// The rate of the dense pre-training.
 const PRETRAINING_RATE: f64 = 4e-3;
 /// Evaluations in a run.
-const EVALUATIONS: u64 = 10;
+const LOOKS: u64 = 10;
 /// Added to the seed of what comes after pre-training, which thus sees other windows of the text.
 const SECOND_PHASE: u64 = 1 << 32;
 
@@ -107,7 +108,7 @@ impl Settings {
             rate,
             warmup: warmup(evaluations),
             final_fraction: 0.1,
-            eval_every: (evaluations / EVALUATIONS).max(1),
+            eval_every: (evaluations / LOOKS).max(1),
             clip_norm: self.run.training.clip_norm,
             adamw: AdamWSettings::default(),
         }
@@ -242,7 +243,7 @@ impl Experiment {
         let evaluations = self.settings.pretraining_steps;
         let wanted: Vec<_> =
             self.settings.seeds.iter().map(|&seed| ((seed, evaluations), evaluations)).collect();
-        self.jobs.make_missing("pre-training", &book, &wanted, |&(seed, _), progress| {
+        self.jobs.make_missing(("pre-training", EVALUATIONS), &book, &wanted, |&(seed, _), progress| {
             self.pretrain(seed, &self.directory(seed), progress)?;
             Ok(Pretrained { of: (seed, evaluations) })
         })?;
@@ -286,7 +287,7 @@ impl Experiment {
         let steps = |key: &RunKey| self.settings.steps_of(contestant(key));
         let wanted = keys.into_iter().map(|key| steps(&key).map(|steps| (key, steps)));
         let wanted: Vec<_> = wanted.collect::<Result<_, _>>()?;
-        self.jobs.make_missing(what, &self.book, &wanted, |key, progress| {
+        self.jobs.make_missing((what, EVALUATIONS), &self.book, &wanted, |key, progress| {
             let place = self.settings.seeds.iter().position(|&seed| seed == key.seed).expect("a known seed");
             self.run(&dense[place], key, progress)
         })
@@ -380,7 +381,7 @@ fn asynchronous(run: &mut RunConfig, (workers, steps, rate): (u32, u64, f64)) {
     run.run.workers = workers;
     let training = &mut run.training;
     (training.method, training.steps) = (defaults.method, steps);
-    (training.warmup_steps, training.eval_every) = (warmup(steps), (steps / EVALUATIONS).max(1));
+    (training.warmup_steps, training.eval_every) = (warmup(steps), (steps / LOOKS).max(1));
     (training.learning_rate, training.learning_rate_max) = (rate, defaults.learning_rate_max);
 }
 
