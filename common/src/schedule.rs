@@ -8,7 +8,8 @@ use crate::method::RateScaling;
 /// η = min(η_max, η0/(1+τ))·s(t, τ).
 ///
 /// With many workers the first gradients are many updates old whatever the rate, so the warm-up takes as many exchanges of
-/// each worker as it would take of one: (t + 1)/(1 + τ) is about what each has made by step t.
+/// each worker as it would take of one: (t + 1)/(1 + τ) is about what each has made by step t. In a short run of many workers
+/// that would be most of it, so it takes a quarter of the run at most.
 ///
 /// The server's steps rather than the worker's own count drive s, so that a worker that joins late neither warms up
 /// again nor lags behind the others' decay.
@@ -37,7 +38,8 @@ impl Schedule {
     pub fn factor(&self, step: Step, staleness: u32) -> f64 {
         let Step(step) = step;
         let age = 1.0 + f64::from(staleness);
-        let warmup = (self.warmup_steps as f64).max(self.warmup_exchanges as f64 * age);
+        let exchanges = (self.warmup_exchanges as f64 * age).min(self.total_steps as f64 / 4.0);
+        let warmup = (self.warmup_steps as f64).max(exchanges);
         let warmth = if warmup > 0.0 { ((step as f64 + 1.0) / warmup).min(1.0) } else { 1.0 };
         if step < self.warmup_steps {
             return warmth;
@@ -127,7 +129,7 @@ mod tests {
 
     #[test]
     fn warm_up_takes_as_many_exchanges_of_each_of_many_workers() {
-        let schedule = Schedule { warmup_exchanges: 16, ..schedule() };
+        let schedule = Schedule { warmup_exchanges: 16, total_steps: 8100, ..schedule() };
         let check = |step, staleness, expected: f64| {
             let factor = schedule.factor(Step(step), staleness);
             assert!(
@@ -138,9 +140,11 @@ mod tests {
         check(49, 0, 0.5);
         check(255, 31, 0.5);
         check(399, 99, 0.25);
+        // A quarter of the run is enough.
+        check(404, 999, 0.2);
         // The decay goes on meanwhile.
-        check(1099, 63, 0.1 + 0.9 * 0.5 * (1.0 + (std::f64::consts::PI * 0.999).cos()));
-        check(5000, 999, 0.1);
+        check(7300, 999, 0.1 + 0.9 * 0.5 * (1.0 + (std::f64::consts::PI * 0.9).cos()));
+        check(9000, 999, 0.1);
     }
 
     #[test]

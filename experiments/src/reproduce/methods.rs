@@ -9,8 +9,8 @@ use sanderling_common::config::{RunConfig, parse};
 use sanderling_common::method::Method;
 
 use super::lab::{
-    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, make,
-    mean_and_spread, mean_curve, plot_both, show, small_model, write_configuration, write_report,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, look_every,
+    make, mean_and_spread, mean_curve, plot_both, show, small_model, write_configuration, write_report,
 };
 use crate::report::Curve;
 use crate::simulation::Conditions;
@@ -30,6 +30,9 @@ Examples:
   sanderling reproduce methods                  # hours: the full form
   sanderling reproduce methods --out DIR        # the same folder from several shells: they share the work")]
 pub struct Arguments {
+    /// Only one task [default: both]
+    #[arg(long)]
+    subject: Option<Subject>,
     /// What all reproductions take.
     #[command(flatten)]
     options: Options,
@@ -54,13 +57,13 @@ struct Settings {
 }
 
 impl Settings {
-    fn new(options: &Options) -> Self {
-        let quick = options.quick;
+    fn new(options: &Options, subject: Option<Subject>) -> Self {
+        let (quick, counting) = (options.quick, options.steps(8000, 1200));
         Self {
-            subjects: vec![Subject::Text, Subject::Digits],
+            subjects: subject.map_or(vec![Subject::Text, Subject::Digits], |subject| vec![subject]),
             workers: if quick { vec![1, 4, 8] } else { vec![1, 4, 8, 16, 32] },
-            choosing: if quick { 300 } else { 2000 },
-            counting: if quick { 1200 } else { 8000 },
+            choosing: (counting / 4).max(1),
+            counting,
             momenta: if quick { vec![0.3, 0.7] } else { vec![0.3, 0.5, 0.7, 0.9] },
             rates: vec![0.05, 0.1, 0.2, 0.4],
             seeds: options.seeds(),
@@ -106,7 +109,7 @@ impl Contestant {
             tried.rate,
             tried.rate,
             tried.momentum,
-            (steps / LOOKS).max(1),
+            look_every(steps, LOOKS),
         );
         let run: RunConfig = parse(&file)?.resolve()?;
         Ok(Spec::of(subject, &run, Trainer::Workers(Conditions::default())))
@@ -130,7 +133,12 @@ pub fn methods(arguments: &Arguments) -> anyhow::Result<()> {
     let options = &arguments.options;
     let folder = options.folder("methods");
     let book = Book::open(&folder)?;
-    let experiment = Experiment { settings: Settings::new(options), folder, jobs: options.jobs(), book };
+    let experiment = Experiment {
+        settings: Settings::new(options, arguments.subject),
+        folder,
+        jobs: options.jobs(),
+        book,
+    };
     let started = Instant::now();
     let choices = experiment.choose()?;
     experiment.count(&choices)?;
@@ -431,8 +439,8 @@ mod tests {
 
     #[test]
     fn every_contestant_makes_a_run() {
-        let options = Options { quick: true, seeds: None, out: None, jobs: None };
-        let settings = Settings::new(&options);
+        let options = Options { quick: true, seeds: None, steps: None, out: None, jobs: None };
+        let settings = Settings::new(&options, None);
         let contestants = settings.contestants();
         assert_eq!(contestants.len(), 2 * (1 + 4 * 3));
         for contestant in contestants {

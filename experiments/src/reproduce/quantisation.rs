@@ -58,7 +58,7 @@ pub fn quantisation(arguments: &Arguments) -> anyhow::Result<()> {
         title: "Values of fewer bits",
         introduction: format!("The default method on {WORKERS} workers, 1 % kept up and 5 % down."),
         columns: &["up", "down"],
-        steps: if arguments.options.quick { 1000 } else { 8000 },
+        steps: arguments.options.steps(8000, 1000),
         variants: FORMATS.map(variant).to_vec(),
     };
     sweep.report(&arguments.options, |rows, _| {

@@ -7,7 +7,7 @@ use std::time::Instant;
 use sanderling_common::config::{RunConfig, parse};
 
 use super::lab::{
-    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, make,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, look_every, make,
     mean_and_spread, mean_curve, plot_both, show, small_model, write_configuration, write_report,
 };
 use crate::report::Curve;
@@ -55,7 +55,7 @@ impl Settings {
             Self {
                 model: small_model(Subject::Text),
                 workers: vec![4, 8],
-                lengths: vec![600],
+                lengths: vec![options.steps(0, 600)],
                 rates: vec![2e-3, 4e-3, 8e-3],
                 seeds: options.seeds(),
             }
@@ -63,7 +63,7 @@ impl Settings {
             Self {
                 model: "",
                 workers: vec![4, 8, 16, 32],
-                lengths: vec![8_000, 16_000],
+                lengths: options.steps.map_or(vec![8_000, 16_000], |steps| vec![steps]),
                 rates: vec![5e-4, 1e-3, 2e-3, 4e-3],
                 seeds: options.seeds(),
             }
@@ -76,7 +76,7 @@ impl Settings {
     }
 
     fn run(&self, workers: u32, steps: u64, seed: u64, training: &str) -> anyhow::Result<RunConfig> {
-        let eval_every = (steps / LOOKS).max(1);
+        let eval_every = look_every(steps, LOOKS);
         let file = format!(
             "{}[run]\nworkers = {workers}\nseed = {seed}\n[training]\nsteps = {steps}\neval_every = {eval_every}\n{training}",
             self.model

@@ -46,7 +46,7 @@ pub fn secondary(arguments: &Arguments) -> anyhow::Result<()> {
         introduction: "The default method, 1 % kept up, with all or a part of the difference sent down, values as float32."
             .to_owned(),
         columns: &["workers", "down"],
-        steps: if quick { 1000 } else { 8000 },
+        steps: arguments.options.steps(8000, 1000),
         variants: variants.collect(),
     };
     sweep.report(&arguments.options, |rows, _| {

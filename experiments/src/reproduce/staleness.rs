@@ -67,7 +67,7 @@ pub fn staleness(arguments: &Arguments) -> anyhow::Result<()> {
                        turns."
             .to_owned(),
         columns: &["workers", "workers are", "rate"],
-        steps: if quick { 1000 } else { 8000 },
+        steps: arguments.options.steps(8000, 1000),
         variants,
     };
     sweep.report(&arguments.options, |rows, folder| {

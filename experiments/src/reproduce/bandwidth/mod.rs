@@ -20,8 +20,8 @@ pub use children::{ServerArguments, WorkersArguments, join, serve};
 use self::link::Kind;
 use self::measure::{Measured, Setup, measure};
 use super::lab::{
-    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, make,
-    plot_both, small_model, write_report,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, look_every,
+    make, plot_both, small_model, write_report,
 };
 use crate::report::Curve;
 use crate::simulation::Conditions;
@@ -39,14 +39,27 @@ use crate::work::Unit;
 #[command(after_help = "\
 Examples:
   sudo sanderling reproduce bandwidth --quick
-  sudo sanderling reproduce bandwidth --compute-ms 250")]
+  sudo sanderling reproduce bandwidth --compute-ms 250
+  sanderling reproduce bandwidth --part simulated       # as anybody, with all cores")]
 pub struct Arguments {
     /// What a step of a worker takes
     #[arg(long, default_value_t = 500, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
     compute_ms: u64,
+    /// Only one part [default: both]
+    #[arg(long)]
+    part: Option<Part>,
     /// What all reproductions take; measurements are made one at a time.
     #[command(flatten)]
     options: Options,
+}
+
+/// A half of the report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Updates per second
+    Measured,
+    /// Time to a loss
+    Simulated,
 }
 
 const METHODS: [Method; 2] = [Method::Asgd, Method::Dgs];
@@ -72,8 +85,12 @@ pub fn bandwidth(arguments: &Arguments) -> anyhow::Result<()> {
          step takes {} ms.\n",
         arguments.compute_ms
     );
-    text.push_str(&experiment.measured()?);
-    text.push_str(&experiment.simulated()?);
+    if arguments.part != Some(Part::Simulated) {
+        text.push_str(&experiment.measured()?);
+    }
+    if arguments.part != Some(Part::Measured) {
+        text.push_str(&experiment.simulated()?);
+    }
     let _ = writeln!(
         text,
         "\nMade in {:.0} s, what was there already not counted.",
@@ -194,7 +211,7 @@ impl Experiment<'_> {
     }
 
     fn steps(&self) -> u64 {
-        if self.arguments.options.quick { 800 } else { 4000 }
+        self.arguments.options.steps(4000, 800)
     }
 
     /// A simulated run, over a link that takes as long for a dense exchange of its model as the real one for ResNet-18's.
@@ -210,7 +227,7 @@ impl Experiment<'_> {
             "{}{compression}[run]\nworkers = {workers}\n[training]\nmethod = \"{method}\"\nsteps = {steps}\neval_every = {}\n\
              learning_rate = {rate:?}\nlearning_rate_max = {rate:?}\nmomentum = {momentum:?}\n",
             small_model(Subject::Text),
-            (steps / LOOKS).max(1),
+            look_every(steps, LOOKS),
         );
         let run: RunConfig = parse(&file)?.resolve()?;
         let parameters = run.model_config(Corpus::bundled().vocabulary().len()).layout()?.len() as f64;
@@ -325,8 +342,8 @@ mod tests {
 
     #[test]
     fn the_link_is_as_thin_for_the_small_model_as_for_the_large_one() {
-        let options = Options { quick: true, seeds: None, out: None, jobs: None };
-        let arguments = Arguments { compute_ms: 500, options };
+        let options = Options { quick: true, seeds: None, steps: None, out: None, jobs: None };
+        let arguments = Arguments { compute_ms: 500, part: None, options };
         let experiment =
             Experiment { arguments: &arguments, folder: Path::new(""), workers: &[1], link: Kind::Relay };
         let of = Contestant { method: Method::Asgd, workers: 8 };

@@ -17,5 +17,5 @@ pub(super) use search::{Grid, Search, Tried};
 pub(super) use spec::{Run, Spec, Subject, Trainer, make, small_model};
 pub(super) use sweep::{Sweep, Variant, file_name};
 pub(super) use text::{
-    Options, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report,
+    Options, look_every, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report,
 };

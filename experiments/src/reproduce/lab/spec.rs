@@ -15,7 +15,19 @@ use crate::simulation::{Conditions, Evaluations, Point, SimulationError, Simulat
 use crate::task::{DigitsTask, LanguageTask, Score, Task};
 
 /// What is learned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub(in crate::reproduce) enum Subject {
     /// The bundled text, character by character.

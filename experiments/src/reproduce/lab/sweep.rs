@@ -10,7 +10,9 @@ use sanderling_server::progress::bytes;
 use super::book::Book;
 use super::jobs::{EVALUATIONS, Jobs};
 use super::spec::{Run, Spec, Subject, Trainer, make, small_model};
-use super::text::{Options, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report};
+use super::text::{
+    Options, look_every, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report,
+};
 use crate::report::Curve;
 use crate::task::Score;
 
@@ -119,7 +121,7 @@ impl Sweep {
         );
         let mut partial = parse(&file)?;
         partial.training.steps = Some(self.steps);
-        partial.training.eval_every = Some((self.steps / LOOKS).max(1));
+        partial.training.eval_every = Some(look_every(self.steps, LOOKS));
         Ok(Spec::of(Subject::Text, &partial.resolve()?, variant.trainer))
     }
 

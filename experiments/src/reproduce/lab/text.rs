@@ -24,6 +24,9 @@ pub(in crate::reproduce) struct Options {
     /// Seeds, from 1337 on [default: 3, with --quick 1]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100))]
     pub(in crate::reproduce) seeds: Option<u64>,
+    /// Gradient evaluations of a run that counts [default: each reproduction's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    pub(in crate::reproduce) steps: Option<u64>,
     /// Where results go, and are looked for; several processes may share it [default: runs/reproduce-NAME, with --quick
     /// …-quick]
     #[arg(long, value_name = "DIR")]
@@ -45,10 +48,23 @@ impl Options {
         (FIRST_SEED..FIRST_SEED + count).collect()
     }
 
+    /// Gradient evaluations of a run that counts, where `full` and `quick` are this reproduction's own numbers.
+    pub(in crate::reproduce) fn steps(&self, full: u64, quick: u64) -> u64 {
+        self.steps.unwrap_or(if self.quick { quick } else { full })
+    }
+
     pub(in crate::reproduce) fn jobs(&self) -> Jobs {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Jobs(self.jobs.map_or(cores, usize::from))
     }
+}
+
+/// A look at the validation split takes as long as many steps, so there are at least so many between two.
+const STEPS_BETWEEN_LOOKS_MIN: u64 = 8;
+
+/// Gradient evaluations between the looks of a run that is looked at about so many times.
+pub(in crate::reproduce) fn look_every(steps: u64, looks: u64) -> u64 {
+    (steps / looks).max(STEPS_BETWEEN_LOOKS_MIN.min(steps))
 }
 
 /// Mean and sample standard deviation; the latter zero for a single value.

@@ -23,8 +23,8 @@ use sanderling_worker::model::forward_flops_per_token;
 use self::arms::{ARMS, Arm, Budget};
 use self::report::report;
 use super::lab::{
-    Batches, Book, EVALUATIONS, Finished, Grid, Jobs, Options, Progress, Search, Stretch, Tried, train,
-    write_report,
+    Batches, Book, EVALUATIONS, Finished, Grid, Jobs, Options, Progress, Search, Stretch, Tried, look_every,
+    train, write_report,
 };
 use crate::adamw::AdamWSettings;
 use crate::simulation::{Conditions, Evaluations, Point, simulate};
@@ -84,7 +84,7 @@ impl Settings {
         run.validate()?;
         let dense = run.model_config(vocabulary);
         let workers = arguments.workers;
-        let (pretraining_steps, steps) = if arguments.options.quick { (400, 400) } else { (1000, 1000) };
+        let steps = arguments.options.steps(1000, 400);
         let rates = match (workers, arguments.options.quick) {
             (None, true) => vec![2e-3],
             (None, false) => vec![1e-3, 2e-3, 4e-3],
@@ -92,7 +92,15 @@ impl Settings {
             (Some(_), true) => vec![1e-2],
             (Some(_), false) => vec![5e-3, 1e-2, 2e-2],
         };
-        Ok(Self { run, dense, pretraining_steps, steps, workers, rates, seeds: arguments.options.seeds() })
+        Ok(Self {
+            run,
+            dense,
+            pretraining_steps: steps,
+            steps,
+            workers,
+            rates,
+            seeds: arguments.options.seeds(),
+        })
     }
 
     fn run(&self, seed: u64) -> RunConfig {
@@ -108,7 +116,7 @@ impl Settings {
             rate,
             warmup: warmup(evaluations),
             final_fraction: 0.1,
-            eval_every: (evaluations / LOOKS).max(1),
+            eval_every: look_every(evaluations, LOOKS),
             clip_norm: self.run.training.clip_norm,
             adamw: AdamWSettings::default(),
         }
@@ -381,7 +389,7 @@ fn asynchronous(run: &mut RunConfig, (workers, steps, rate): (u32, u64, f64)) {
     run.run.workers = workers;
     let training = &mut run.training;
     (training.method, training.steps) = (defaults.method, steps);
-    (training.warmup_steps, training.eval_every) = (warmup(steps), (steps / LOOKS).max(1));
+    (training.warmup_steps, training.eval_every) = (warmup(steps), look_every(steps, LOOKS));
     (training.learning_rate, training.learning_rate_max) = (rate, defaults.learning_rate_max);
 }
 
