@@ -51,7 +51,9 @@ impl Method {
     ///
     /// | | asgd | gd-async | dgc-async | dgs | msgd | dgs-adam |
     /// | --- | --- | --- | --- | --- | --- | --- |
-    /// | learning rate | 0.2 | 0.2 | 0.1 | 0.1 | 0.1 | 0.005 / (1 + τ), at most 0.00125 |
+    /// | learning rate | 0.2 | 0.2 | 0.1 | 0.1 | 0.1 | 0.002 / √(1 + τ), at most 0.001 |
+    /// | of a worker's own, at least | 0 | 0 | 0 | 0 | 0 | 0.001 |
+    /// | warm-up, exchanges of each worker | 0 | 0 | 0 | 0 | 0 | 64 |
     /// | momentum | – | – | 0.7 | 0.7 | 0.9 | 0 |
     /// | kept up | all | 1 % | 1 % | 1 % | all | 1 % |
     /// | kept down | all | all | all | all | all | 5 % |
@@ -74,6 +76,8 @@ impl Method {
             values_up: ValueFormat::F32,
             values_down: ValueFormat::F32,
             dense_below: 0,
+            local_rate: 0.0,
+            warmup_exchanges: 0,
         };
         let with_momentum =
             MethodDefaults { learning_rate: 0.1, learning_rate_max: 0.1, momentum: 0.7, ..published.clone() };
@@ -83,9 +87,11 @@ impl Method {
             Self::DgcAsync | Self::Dgs => with_momentum,
             Self::Msgd => MethodDefaults { keep: 1.0, momentum: 0.9, ..with_momentum },
             Self::DgsAdam => MethodDefaults {
-                learning_rate: 5e-3,
-                rate_scaling: RateScaling::Inverse,
-                learning_rate_max: 1.25e-3,
+                learning_rate: 2e-3,
+                rate_scaling: RateScaling::InverseSqrt,
+                learning_rate_max: 1e-3,
+                local_rate: 1e-3,
+                warmup_exchanges: 64,
                 secondary: 0.05,
                 values_up: ValueFormat::Int8,
                 values_down: ValueFormat::Int8,
@@ -133,6 +139,8 @@ pub struct MethodDefaults {
     pub values_up: ValueFormat,
     pub values_down: ValueFormat,
     pub dense_below: usize,
+    pub local_rate: f64,
+    pub warmup_exchanges: u64,
 }
 
 /// What a worker's compression method needs to know.

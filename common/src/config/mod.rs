@@ -128,11 +128,11 @@ settings! {
         /// Cap on the scaled rate (η_max)
         learning_rate_max: f64 = defaults.learning_rate_max;
         /// Least rate at which a worker's own progress counts in its view before it is sent (dgs-adam); 0: at the rate of all
-        local_rate: f64 = 0.0;
+        local_rate: f64 = defaults.local_rate;
         /// Server steps of linear warm-up
         warmup_steps: u64 = 100;
         /// Exchanges of each worker over which the rate warms up, where those of all take longer than warmup_steps
-        warmup_exchanges: u64 = 0;
+        warmup_exchanges: u64 = defaults.warmup_exchanges;
         /// The cosine decay ends at this fraction of the peak
         final_rate_fraction: f64 = 0.1;
         /// Momentum m of the method
@@ -316,6 +316,8 @@ impl RunPartial {
             training.learning_rate,
             training.rate_scaling,
             training.learning_rate_max,
+            training.local_rate,
+            training.warmup_exchanges,
             training.momentum,
             exchange.keep,
             exchange.secondary,
