@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::lab::{Options, Sweep, Trainer, Variant, file_name, plot_both};
+use super::lab::{Options, SMALL_MODEL_RATE, Sweep, Trainer, Variant, file_name, plot_both};
 use crate::report::Curve;
 use crate::simulation::Conditions;
 
@@ -44,10 +44,14 @@ pub fn staleness(arguments: &Arguments) -> anyhow::Result<()> {
     let mut variants = Vec::new();
     for &workers in workers {
         for kind in KINDS {
-            for scaling in ["inverse", "constant"] {
+            for scaling in ["inverse-sqrt", "constant"] {
                 // Of even workers, each of the others' updates comes once between two of one's own.
                 let rate = match scaling {
-                    "constant" => format!("learning_rate = {:?}\n", mean_rate(workers)),
+                    "constant" => {
+                        let rate = SMALL_MODEL_RATE / f64::from(workers).sqrt();
+                        let local = SMALL_MODEL_RATE / 2.0;
+                        format!("learning_rate = {rate:?}\nlocal_rate = {local:?}\n")
+                    }
                     _ => String::new(),
                 };
                 variants.push(Variant {
@@ -63,8 +67,8 @@ pub fn staleness(arguments: &Arguments) -> anyhow::Result<()> {
     let sweep = Sweep {
         name: "staleness",
         title: "Staleness",
-        introduction: "The default method, with its rate η0/(1+τ) and with the constant rate that this is for workers that take \
-                       turns."
+        introduction: "The default method, with its rate η0/√(1+τ) and with the constant rate that this is for workers that \
+                       take turns."
             .to_owned(),
         columns: &["workers", "workers are", "rate"],
         steps: arguments.options.steps(8000, 1000),
@@ -95,10 +99,4 @@ pub fn staleness(arguments: &Arguments) -> anyhow::Result<()> {
         }
         Ok(text)
     })
-}
-
-/// η0/(1+τ) of the default method for workers that take turns.
-fn mean_rate(workers: u32) -> f64 {
-    let defaults = sanderling_common::method::Method::DgsAdam.defaults();
-    (defaults.learning_rate / f64::from(workers)).min(defaults.learning_rate_max)
 }

@@ -14,7 +14,7 @@ pub(super) use choosing::{Choosing, Chosen};
 pub(super) use jobs::{EVALUATIONS, Jobs, Progress};
 pub(super) use reference::{Batches, Stretch, train};
 pub(super) use search::{Grid, Search, Tried};
-pub(super) use spec::{Run, Spec, Subject, Trainer, make, small_model};
+pub(super) use spec::{Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, make, scale_rates, small_model};
 pub(super) use sweep::{Sweep, Variant, file_name};
 pub(super) use text::{
     Options, look_every, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report,

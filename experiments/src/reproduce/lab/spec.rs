@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use sanderling_common::config::{DataSettings, ExchangeSettings, ModelSettings, RunConfig, TrainingSettings};
 use sanderling_common::corpus::Corpus;
+use sanderling_common::method::Method;
 use sanderling_common::wire::{Refusal, Split};
 
 use super::book::Finished;
@@ -70,6 +71,18 @@ pub(in crate::reproduce) fn small_model(subject: Subject) -> &'static str {
         // Its shape is fixed.
         Subject::Digits => "[data]\nbatch_size = 16\n",
     }
+}
+
+/// η0 of the default method for the small model, twice that of the default model.
+pub(in crate::reproduce) const SMALL_MODEL_RATE: f64 = 4e-3;
+
+/// Gives a run the default method's rates for another η0: the cap and the worker's own rate keep their share of it.
+pub(in crate::reproduce) fn scale_rates(training: &mut TrainingSettings, rate: f64) {
+    let defaults = Method::DgsAdam.defaults();
+    let scale = rate / defaults.learning_rate;
+    training.learning_rate = rate;
+    training.learning_rate_max = scale * defaults.learning_rate_max;
+    training.local_rate = scale * defaults.local_rate;
 }
 
 /// Who trains.

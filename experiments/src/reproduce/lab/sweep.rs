@@ -9,7 +9,7 @@ use sanderling_server::progress::bytes;
 
 use super::book::Book;
 use super::jobs::{EVALUATIONS, Jobs};
-use super::spec::{Run, Spec, Subject, Trainer, make, small_model};
+use super::spec::{Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, make, scale_rates, small_model};
 use super::text::{
     Options, look_every, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report,
 };
@@ -122,7 +122,12 @@ impl Sweep {
         let mut partial = parse(&file)?;
         partial.training.steps = Some(self.steps);
         partial.training.eval_every = Some(look_every(self.steps, LOOKS));
-        Ok(Spec::of(Subject::Text, &partial.resolve()?, variant.trainer))
+        let has_rate = partial.training.learning_rate.is_some();
+        let mut run = partial.resolve()?;
+        if !has_rate {
+            scale_rates(&mut run.training, SMALL_MODEL_RATE);
+        }
+        Ok(Spec::of(Subject::Text, &run, variant.trainer))
     }
 
     /// Makes the runs that are missing and writes the report; `verdict` adds to its text, and to the pictures in the folder.

@@ -24,7 +24,7 @@ use self::arms::{ARMS, Arm, Budget};
 use self::report::report;
 use super::lab::{
     Batches, Book, EVALUATIONS, Finished, Grid, Jobs, Options, Progress, Search, Stretch, Tried, look_every,
-    train, write_report,
+    scale_rates, train, write_report,
 };
 use crate::adamw::AdamWSettings;
 use crate::simulation::{Conditions, Evaluations, Point, simulate};
@@ -88,9 +88,9 @@ impl Settings {
         let rates = match (workers, arguments.options.quick) {
             (None, true) => vec![2e-3],
             (None, false) => vec![1e-3, 2e-3, 4e-3],
-            // η0 of η0/(1+τ).
-            (Some(_), true) => vec![1e-2],
-            (Some(_), false) => vec![5e-3, 1e-2, 2e-2],
+            // η0 of η0/√(1+τ).
+            (Some(_), true) => vec![4e-3],
+            (Some(_), false) => vec![2e-3, 4e-3, 8e-3],
         };
         Ok(Self {
             run,
@@ -385,12 +385,11 @@ fn contestant(key: &RunKey) -> Contestant {
 
 /// The settings of training on by asynchronous workers.
 fn asynchronous(run: &mut RunConfig, (workers, steps, rate): (u32, u64, f64)) {
-    let defaults = Method::DgsAdam.defaults();
     run.run.workers = workers;
     let training = &mut run.training;
-    (training.method, training.steps) = (defaults.method, steps);
+    (training.method, training.steps) = (Method::DgsAdam, steps);
     (training.warmup_steps, training.eval_every) = (warmup(steps), look_every(steps, LOOKS));
-    (training.learning_rate, training.learning_rate_max) = (rate, defaults.learning_rate_max);
+    scale_rates(training, rate);
 }
 
 /// That the dense model of a seed is there.
