@@ -1,0 +1,222 @@
+// Attention with bf16 activations: the backward pass, in two kernels, over tiles of attention_bf16.cu.
+
+#if ACT_BF16
+
+// Rows of keys of a block, queries that are loaded and that are computed with at a time in the pass for dk and dv.
+constexpr int KEY_TILES = DEPTH <= 64 ? 2 : 1;
+constexpr int KEY_ROWS = KEY_TILES * 16 * WARPS;
+constexpr int PASS_QUERIES = WIDE ? 64 : 32;
+constexpr int PASS_CHUNK = DEPTH <= 64 ? 32 : PASS_QUERIES;
+// Accumulators of dk and dv fit the registers for 128 columns: wider heads are divided among blocks.
+constexpr int PARTS = (DEPTH + 127) / 128;
+constexpr int PART_COLUMNS = (DEPTH / PARTS + 15) / 16 * 16;
+
+// dk and dv of a block of keys, summed over the query heads that the keys serve.
+//
+// launch: grid (ceil(time / KEY_ROWS)·ceil(D / 128), kv_heads, batch), block 128, shared
+// (2·KEY_ROWS + 4·PASS_QUERIES)·(D + 8)·2 + 16·PASS_QUERIES bytes, where KEY_ROWS = 128 if D ≤ 64, else 64, and
+// PASS_QUERIES = 64 where attention_forward's QUERY_ROWS is 128, else 32.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backward_keys(
+    const act* qkv, const act* dout, const float* softmax, act* dqkv, int time, int heads, int kv_heads) {
+    DYNAMIC_SHARED(act, shared);
+    constexpr int QUERIES = PASS_QUERIES, CHUNK = PASS_CHUNK, TILES = KEY_TILES, BUFFER = 2 * QUERIES * STRIDE;
+    const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, pair = threadIdx.x % 4;
+    const int first = blockIdx.x / PARTS * KEY_ROWS, kv_head = blockIdx.y, sequence = blockIdx.z;
+    // The last part's columns may overlap the one's before it: both compute the same.
+    const int column = blockIdx.x % PARTS == 0 ? 0 : DEPTH - PART_COLUMNS;
+    const int shared_by = heads / kv_heads;
+    const Head<const act> at(qkv, sequence, time, kv_head * shared_by, kv_head, heads, kv_heads);
+    act* const keys = shared;
+    act* const values = keys + KEY_ROWS * STRIDE;
+    act* const buffers = values + KEY_ROWS * STRIDE;
+    float* const saved = (float*)(buffers + 2 * BUFFER);
+    act* const own_keys = keys + warp * TILES * 16 * STRIDE;
+    act* const own_values = values + warp * TILES * 16 * STRIDE;
+    const int own_first = first + warp * TILES * 16;
+
+    // KEY_ROWS is a multiple of QUERIES: the first block of queries that sees the keys starts with them.
+    const int query_blocks = (time - first + QUERIES - 1) / QUERIES;
+    const int steps = query_blocks * shared_by;
+    const auto load_queries = [&](int step, int buffer) {
+        const int head = kv_head * shared_by + step / query_blocks, query = first + step % query_blocks * QUERIES;
+        act* const to = buffers + buffer * BUFFER;
+        load_tile<QUERIES>(to, Head<const act>(qkv, sequence, time, head, kv_head, heads, kv_heads).queries, query);
+        load_tile<QUERIES>(to + QUERIES * STRIDE, output_rows(dout, sequence, time, head, heads), query);
+        cp_async_commit();
+    };
+    // Queries past the end get an infinite sum, so that their probabilities are zero.
+    const auto load_saved = [&](int step) {
+        const int head = kv_head * shared_by + step / query_blocks;
+        const int query = first + step % query_blocks * QUERIES + threadIdx.x;
+        if (threadIdx.x >= QUERIES || query >= time) return make_float2(infinity(), 0.0f);
+        const long long row = ((long long)sequence * heads + head) * time + query;
+        return ((const float2*)softmax)[row];
+    };
+    const auto keep_saved = [&](float2 value, int buffer) {
+        if (threadIdx.x < QUERIES) ((float2*)saved)[buffer * QUERIES + threadIdx.x] = value;
+    };
+
+    load_tile<KEY_ROWS>(keys, at.keys, first);
+    load_tile<KEY_ROWS>(values, at.values, first);
+    load_queries(0, 0);
+    keep_saved(load_saved(0), 0);
+
+    float dk[TILES][PART_COLUMNS / 8][4] = {}, dv[TILES][PART_COLUMNS / 8][4] = {};
+    const float scale = score_scale2();
+    for (int step = 0; step < steps; ++step) {
+        const int buffer = step % 2, block_query = first + step % query_blocks * QUERIES;
+        cp_async_wait<0>();
+        __syncthreads();
+        float2 next = make_float2(0.0f, 0.0f);
+        if (step + 1 < steps) load_queries(step + 1, 1 - buffer), next = load_saved(step + 1);
+#pragma unroll 1
+        for (int chunk = 0; chunk < QUERIES; chunk += CHUNK) {
+            const act* const queries = buffers + buffer * BUFFER + chunk * STRIDE;
+            const act* const gradients = queries + QUERIES * STRIDE;
+            const float* const row_saved = saved + (buffer * QUERIES + chunk) * 2;
+            const int query = block_query + chunk;
+            if (query + CHUNK - 1 < own_first) continue;
+
+            // Everything is transposed: rows are keys, columns queries.
+            float p[TILES][CHUNK / 8][4];
+            scores(p, own_keys, queries);
+#pragma unroll
+            for (int n = 0; n < CHUNK / 8; ++n) {
+                const float4 pairs = *(const float4*)(row_saved + (n * 8 + pair * 2) * 2);
+#pragma unroll
+                for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        p[m][n][c] = fast_exp2(p[m][n][c] * scale - (c % 2 ? pairs.z : pairs.x));
+                    }
+                }
+            }
+            if (query < own_first + TILES * 16 - 1) {
+#pragma unroll
+                for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+                    for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+                        for (int c = 0; c < 4; ++c) {
+                            const int key = own_first + m * 16 + c / 2 * 8 + group;
+                            if (key > query + n * 8 + pair * 2 + c % 2) p[m][n][c] = 0.0f;
+                        }
+                    }
+                }
+            }
+            accumulate(dv, p, gradients + column);
+            float ds[TILES][CHUNK / 8][4];
+            scores(ds, own_values, gradients);
+#pragma unroll
+            for (int n = 0; n < CHUNK / 8; ++n) {
+                const float4 pairs = *(const float4*)(row_saved + (n * 8 + pair * 2) * 2);
+#pragma unroll
+                for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        ds[m][n][c] = p[m][n][c] * (ds[m][n][c] - (c % 2 ? pairs.w : pairs.y));
+                    }
+                }
+            }
+            accumulate(dk, ds, queries + column);
+        }
+        keep_saved(next, 1 - buffer);
+    }
+
+    float one[TILES][2], scaled[TILES][2];
+#pragma unroll
+    for (int i = 0; i < TILES * 2; ++i) one[i / 2][i % 2] = 1.0f, scaled[i / 2][i % 2] = score_scale();
+    const Head<act> to(dqkv, sequence, time, kv_head * shared_by, kv_head, heads, kv_heads);
+    stage(own_keys, column, dk, scaled);
+    stage(own_values, column, dv, one);
+    store_tile<TILES * 16, PART_COLUMNS>(own_keys, to.keys, own_first, column);
+    store_tile<TILES * 16, PART_COLUMNS>(own_values, to.values, own_first, column);
+}
+
+// Keys that are loaded and that are computed with at a time in the pass for dq.
+constexpr int PASS_KEYS = DEPTH <= 64 ? 64 : 32;
+constexpr int PASS_KEY_CHUNK = 32;
+
+// dq of a block of queries.
+//
+// launch: grid (ceil(time / QUERY_ROWS), heads, batch), block 128, shared (2·QUERY_ROWS + 4·PASS_KEYS)·(D + 8)·2 bytes,
+// where QUERY_ROWS is that of attention_forward and PASS_KEYS = 64 if D ≤ 64, else 32.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backward_queries(
+    const act* qkv, const act* dout, const float* softmax, act* dqkv, int time, int heads, int kv_heads) {
+    DYNAMIC_SHARED(act, shared);
+    constexpr int KEYS = PASS_KEYS, CHUNK = PASS_KEY_CHUNK, TILES = QUERY_TILES, BUFFER = 2 * KEYS * STRIDE;
+    const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, pair = threadIdx.x % 4;
+    const int first = (gridDim.x - 1 - blockIdx.x) * QUERY_ROWS;
+    const int head = blockIdx.y, kv_head = head / (heads / kv_heads), sequence = blockIdx.z;
+    const Head<const act> at(qkv, sequence, time, head, kv_head, heads, kv_heads);
+    const int end = first + QUERY_ROWS < time ? first + QUERY_ROWS : time;
+    const int key_blocks = (end + KEYS - 1) / KEYS;
+    act* const queries = shared;
+    act* const gradients = queries + QUERY_ROWS * STRIDE;
+    act* const buffers = gradients + QUERY_ROWS * STRIDE;
+    act* const own_queries = queries + warp * TILES * 16 * STRIDE;
+    act* const own_gradients = gradients + warp * TILES * 16 * STRIDE;
+    const int own_first = first + warp * TILES * 16;
+
+    load_tile<QUERY_ROWS>(queries, at.queries, first);
+    load_tile<QUERY_ROWS>(gradients, output_rows(dout, sequence, time, head, heads), first);
+    load_tile<KEYS>(buffers, at.keys, 0);
+    load_tile<KEYS>(buffers + KEYS * STRIDE, at.values, 0);
+    cp_async_commit();
+
+    float2 saved[TILES][2];
+#pragma unroll
+    for (int i = 0; i < TILES * 2; ++i) {
+        const int query = own_first + i * 8 + group;
+        const long long row = ((long long)sequence * heads + head) * time + query;
+        saved[i / 2][i % 2] = query < time ? ((const float2*)softmax)[row] : make_float2(infinity(), 0.0f);
+    }
+    float dq[TILES][DEPTH / 8][4] = {};
+    const float scale = score_scale2();
+    for (int block = 0; block < key_blocks; ++block) {
+        cp_async_wait<0>();
+        __syncthreads();
+        if (block + 1 < key_blocks) {
+            act* const next = buffers + (block + 1) % 2 * BUFFER;
+            load_tile<KEYS>(next, at.keys, (block + 1) * KEYS);
+            load_tile<KEYS>(next + KEYS * STRIDE, at.values, (block + 1) * KEYS);
+            cp_async_commit();
+        }
+#pragma unroll 1
+        for (int chunk = 0; chunk < KEYS; chunk += CHUNK) {
+            const act* const keys = buffers + block % 2 * BUFFER + chunk * STRIDE;
+            const act* const values = keys + KEYS * STRIDE;
+            const int key = block * KEYS + chunk;
+            if (key > own_first + TILES * 16 - 1) break;
+
+            float p[TILES][CHUNK / 8][4], ds[TILES][CHUNK / 8][4];
+            scores(p, own_queries, keys);
+            scores(ds, own_gradients, values);
+            const bool diagonal = key + CHUNK - 1 > own_first;
+#pragma unroll
+            for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+                for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        const float2 row = saved[m][c / 2];
+                        const float probability = fast_exp2(p[m][n][c] * scale - row.x);
+                        ds[m][n][c] = probability * (ds[m][n][c] - row.y);
+                        const int query = own_first + m * 16 + c / 2 * 8 + group;
+                        if (diagonal && key + n * 8 + pair * 2 + c % 2 > query) ds[m][n][c] = 0.0f;
+                    }
+                }
+            }
+            accumulate(dq, ds, keys);
+        }
+    }
+
+    float scaled[TILES][2];
+#pragma unroll
+    for (int i = 0; i < TILES * 2; ++i) scaled[i / 2][i % 2] = score_scale();
+    const Head<act> to(dqkv, sequence, time, head, kv_head, heads, kv_heads);
+    stage(own_queries, 0, dq, scaled);
+    store_tile<TILES * 16, DEPTH>(own_queries, to.queries, own_first, 0);
+}
+
+#endif
