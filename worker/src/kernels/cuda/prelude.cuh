@@ -26,7 +26,18 @@
 #include "emulate.hpp"
 #include "mma.hpp"
 #else
-#include <cuda_bf16.h>
+// As in cuda_bf16.h, which NVRTC comes without: all that is needed of it, so that machines need no headers.
+struct __align__(2) __nv_bfloat16 {
+    unsigned short bits;
+};
+__device__ __forceinline__ float __bfloat162float(__nv_bfloat16 value) {
+    return __uint_as_float((unsigned)value.bits << 16);
+}
+__device__ __forceinline__ __nv_bfloat16 __float2bfloat16_rn(float value) {
+    __nv_bfloat16 rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
+    return rounded;
+}
 #endif
 
 typedef __nv_bfloat16 bf16;
