@@ -25,12 +25,25 @@ __device__ __forceinline__ void load_tile(act* tile, const Rows<const act>& from
     const act* const start = from.row(first);
     const int stride = from.stride, rows = from.count - first;
     if constexpr (HEAD_DIM % 8 == 0) {
-        constexpr int CHUNKS = DEPTH / 8;
+        constexpr int CHUNKS = DEPTH / 8, ALL = ROWS * CHUNKS, STEPS = (ALL + THREADS - 1) / THREADS;
+        if constexpr (THREADS % CHUNKS == 0 && ALL % THREADS == 0) {
+            constexpr int APART = THREADS / CHUNKS;
+            const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * 8;
+            act* const to = tile + row * STRIDE + column;
+            const act* const at = start + row * stride + column;
 #pragma unroll
-        for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-            const int row = i / CHUNKS, column = i % CHUNKS * 8;
-            const bool valid = row < rows && column < HEAD_DIM;
-            cp_async_16(tile + row * STRIDE + column, start + (valid ? row * stride + column : 0), valid);
+            for (int step = 0; step < STEPS; ++step) {
+                const bool valid = row + step * APART < rows && column < HEAD_DIM;
+                cp_async_16(to + step * APART * STRIDE, at + step * APART * stride, valid);
+            }
+        } else {
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                const int i = threadIdx.x + step * THREADS, row = i / CHUNKS, column = i % CHUNKS * 8;
+                if (ALL % THREADS != 0 && i >= ALL) break;
+                const bool valid = row < rows && column < HEAD_DIM;
+                cp_async_16(tile + row * STRIDE + column, start + row * stride + column, valid);
+            }
         }
     } else {
         for (int i = threadIdx.x; i < ROWS * DEPTH; i += THREADS) {
@@ -158,7 +171,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
     const int head = blockIdx.y, sequence = blockIdx.z;
     const Head<const act> at(qkv, sequence, time, head, head / (heads / kv_heads), heads, kv_heads);
     const int end = first + QUERY_ROWS < time ? first + QUERY_ROWS : time;
-    const int key_blocks = (end + KEYS - 1) / KEYS;
     act* const queries = shared;
     act* const buffers = shared + QUERY_ROWS * STRIDE;
     act* const own = queries + warp * TILES * 16 * STRIDE;
@@ -174,14 +186,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
     for (int i = 0; i < TILES * 2; ++i) max[i / 2][i % 2] = -infinity(), total[i / 2][i % 2] = 0.0f;
     const float scale = score_scale2();
 
-    for (int block = 0; block < key_blocks; ++block) {
-        const act* const keys = buffers + block % 2 * BUFFER;
+    for (int key = 0; key < end; key += KEYS) {
+        const int buffer = key / KEYS % 2;
+        const act* const keys = buffers + buffer * BUFFER;
         const act* const values = keys + KEYS * STRIDE;
-        const int key = block * KEYS;
         cp_async_wait<0>();
         __syncthreads();
-        if (block + 1 < key_blocks) {
-            act* const next = buffers + (block + 1) % 2 * BUFFER;
+        if (key + KEYS < end) {
+            act* const next = buffers + (1 - buffer) * BUFFER;
             load_tile<KEYS>(next, at.keys, key + KEYS);
             load_tile<KEYS>(next + KEYS * STRIDE, at.values, key + KEYS);
             cp_async_commit();

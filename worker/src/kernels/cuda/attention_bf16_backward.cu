@@ -150,7 +150,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
     const int head = blockIdx.y, kv_head = head / (heads / kv_heads), sequence = blockIdx.z;
     const Head<const act> at(qkv, sequence, time, head, kv_head, heads, kv_heads);
     const int end = first + QUERY_ROWS < time ? first + QUERY_ROWS : time;
-    const int key_blocks = (end + KEYS - 1) / KEYS;
     act* const queries = shared;
     act* const gradients = queries + QUERY_ROWS * STRIDE;
     act* const buffers = gradients + QUERY_ROWS * STRIDE;
@@ -173,20 +172,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
     }
     float dq[TILES][DEPTH / 8][4] = {};
     const float scale = score_scale2();
-    for (int block = 0; block < key_blocks; ++block) {
+    for (int block = 0; block < end; block += KEYS) {
+        const int buffer = block / KEYS % 2;
         cp_async_wait<0>();
         __syncthreads();
-        if (block + 1 < key_blocks) {
-            act* const next = buffers + (block + 1) % 2 * BUFFER;
-            load_tile<KEYS>(next, at.keys, (block + 1) * KEYS);
-            load_tile<KEYS>(next + KEYS * STRIDE, at.values, (block + 1) * KEYS);
+        if (block + KEYS < end) {
+            act* const next = buffers + (1 - buffer) * BUFFER;
+            load_tile<KEYS>(next, at.keys, block + KEYS);
+            load_tile<KEYS>(next + KEYS * STRIDE, at.values, block + KEYS);
             cp_async_commit();
         }
 #pragma unroll 1
         for (int chunk = 0; chunk < KEYS; chunk += CHUNK) {
-            const act* const keys = buffers + block % 2 * BUFFER + chunk * STRIDE;
+            const act* const keys = buffers + buffer * BUFFER + chunk * STRIDE;
             const act* const values = keys + KEYS * STRIDE;
-            const int key = block * KEYS + chunk;
+            const int key = block + chunk;
             if (key > own_first + TILES * 16 - 1) break;
 
             float p[TILES][CHUNK / 8][4], ds[TILES][CHUNK / 8][4];
