@@ -49,8 +49,7 @@ struct Slice {
 };
 // The larger of the two layouts of float; those of bfloat16 are of one size.
 constexpr int SLICE_ELEMENTS = ACT_BF16 ? TILE * DEPTH : TILE * (DEPTH + 4);
-// Shared memory of a block, in bytes: 65536 for bfloat16, 61440 for float.
-constexpr int TILE_SHARED_BYTES = STAGES * 2 * SLICE_ELEMENTS * (int)sizeof(act);
+static_assert(STAGES * 2 * SLICE_ELEMENTS * sizeof(act) == (ACT_BF16 ? 65536 : 61440), "the launch below says so");
 
 // An operand in device memory, zero outside.
 struct Operand {
@@ -226,7 +225,7 @@ struct Sums {
     template <Layout left_layout, Layout right_layout>
     __device__ __forceinline__ void step(const act* left, const act* right) {
         const int row = threadIdx.x / 8, column = threadIdx.x % 8;
-#pragma unroll 4
+#pragma unroll 2
         for (int depth = 0; depth < DEPTH; depth++) {
             float a[8], b[16];
 #pragma unroll

@@ -50,6 +50,9 @@ enum HopperProduct { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
 
 // ---- Barriers in shared memory, the copy engine, wgmma ----
 
+// A test on the CPU brings its own of these.
+#ifndef HOPPER_INSTRUCTIONS
+
 __device__ __forceinline__ void barrier_init(unsigned barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -84,8 +87,16 @@ __device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
             : "memory");
     }
 }
+// Makes barriers just initialised known to the copy engine and the cluster.
+__device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Makes this thread's writes to shared memory known to wgmma and the copy engine.
+__device__ __forceinline__ void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// What the producer gives up, the consumers take.
+__device__ __forceinline__ void producer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
+__device__ __forceinline__ void consumer_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
 __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // A box of a matrix (y, x) or, with `z`, of one of many, to shared memory; `everywhere` to all blocks of the cluster.
@@ -120,30 +131,6 @@ __device__ __forceinline__ void load_box(unsigned to, const TensorMap& map, unsi
             : "memory");
 }
 
-// A matrix descriptor without its address: offsets in units of 16 bytes, swizzle of 128 bytes.
-//
-// With the depth contiguous, a row of a box has all 64 of the depth; 8 rows further is 1024 bytes (stride), and 16 along
-// the depth are 32 bytes inside the swizzled row. With the side contiguous, a row of a box has 64 of the side for one
-// place along the depth: 8 places further is 1024 bytes (stride), 64 further along the side is the next box (leading),
-// and 16 along the depth are 2048 bytes.
-__device__ __forceinline__ constexpr unsigned long long descriptor_of(unsigned leading_bytes, unsigned stride_bytes) {
-    return (unsigned long long)(leading_bytes / 16) << 16 | (unsigned long long)(stride_bytes / 16) << 32 | 1ull << 62;
-}
-template <bool side_contiguous>
-__device__ __forceinline__ unsigned long long descriptor(unsigned address) {
-#ifdef HOPPER_DESCRIPTORS
-    const unsigned long long form = HOPPER_DESCRIPTORS[side_contiguous];
-#else
-    const unsigned long long form = side_contiguous ? descriptor_of(BOX_BYTES, 1024) : descriptor_of(16, 1024);
-#endif
-    return form | (address & 0x3ffff) >> 4;
-}
-// Units of 16 bytes between places 16 apart along the depth.
-template <bool side_contiguous>
-__device__ __forceinline__ constexpr unsigned depth_step() {
-    return side_contiguous ? 2048 / 16 : 32 / 16;
-}
-
 // Everything before: writes to shared memory by the copy engine, and to registers of the sums.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -173,6 +160,32 @@ wgmma(float (&c)[128], unsigned long long left, unsigned long long right, int ac
         "%128, %129, p, 1, 1, %131, %132;\n}"
         : SUMS_16(0), SUMS_16(16), SUMS_16(32), SUMS_16(48), SUMS_16(64), SUMS_16(80), SUMS_16(96), SUMS_16(112)
         : "l"(left), "l"(right), "r"(accumulate), "n"((int)left_side_contiguous), "n"((int)right_side_contiguous));
+}
+
+#endif
+
+// A matrix descriptor without its address: offsets in units of 16 bytes, swizzle of 128 bytes.
+//
+// With the depth contiguous, a row of a box has all 64 of the depth; 8 rows further is 1024 bytes (stride), and 16 along
+// the depth are 32 bytes inside the swizzled row. With the side contiguous, a row of a box has 64 of the side for one
+// place along the depth: 8 places further is 1024 bytes (stride), 64 further along the side is the next box (leading),
+// and 16 along the depth are 2048 bytes.
+__device__ __forceinline__ constexpr unsigned long long descriptor_of(unsigned leading_bytes, unsigned stride_bytes) {
+    return (unsigned long long)(leading_bytes / 16) << 16 | (unsigned long long)(stride_bytes / 16) << 32 | 1ull << 62;
+}
+template <bool side_contiguous>
+__device__ __forceinline__ unsigned long long descriptor(unsigned address) {
+#ifdef HOPPER_DESCRIPTORS
+    const unsigned long long form = HOPPER_DESCRIPTORS[side_contiguous];
+#else
+    const unsigned long long form = side_contiguous ? descriptor_of(BOX_BYTES, 1024) : descriptor_of(16, 1024);
+#endif
+    return form | (address & 0x3ffff) >> 4;
+}
+// Units of 16 bytes between places 16 apart along the depth.
+template <bool side_contiguous>
+__device__ __forceinline__ constexpr unsigned depth_step() {
+    return side_contiguous ? 2048 / 16 : 32 / 16;
 }
 
 // ---- Which tiles a block computes ----
@@ -275,8 +288,9 @@ __device__ __forceinline__ void transpose_quad(unsigned (&words)[4]) {
 }
 
 // A warpgroup's sums to a matrix (rows, width) of act; `row` is this thread's first one.
+template <bool add>
 __device__ __forceinline__ void
-store_act(const float (&c)[128], act* output, int rows, int width, int row, int column, bool add) {
+store_act(const float (&c)[128], act* output, int rows, int width, int row, int column) {
     column += threadIdx.x % 4 * 8;
 #pragma unroll
     for (int j = 0; j < 32; j += 4) {
@@ -302,8 +316,9 @@ store_act(const float (&c)[128], act* output, int rows, int width, int row, int 
         }
     }
 }
+template <bool add>
 __device__ __forceinline__ void
-store_float(const float (&c)[128], float* output, int rows, int width, int row, int column, bool add) {
+store_float(const float (&c)[128], float* output, int rows, int width, int row, int column) {
     column += threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 32; j++) {
@@ -336,9 +351,9 @@ __device__ __forceinline__ void hopper_product(
     const TensorMap& left_map, const TensorMap& right_map, const int* starts, int experts, int rows, int columns,
     int depth, const HopperOutput& output) {
     constexpr bool left_side_contiguous = product == WEIGHT_GRADIENT, right_side_contiguous = product != FORWARD;
-    extern __shared__ __align__(1024) unsigned char hopper_dynamic[];
-    const unsigned ring = (shared_address(hopper_dynamic) + 1023) & ~1023u;
-    unsigned char* ring_bytes = hopper_dynamic + (ring - shared_address(hopper_dynamic));
+    DYNAMIC_SHARED(unsigned char, dynamic);
+    const unsigned ring = (shared_address(dynamic) + 1023) & ~1023u;
+    unsigned char* ring_bytes = dynamic + (ring - shared_address(dynamic));
     HopperShared& shared = *(HopperShared*)(ring_bytes + HOPPER_STAGES * RING_STAGE_BYTES);
     const unsigned full = shared_address(shared.full), empty = shared_address(shared.empty);
 
@@ -348,7 +363,7 @@ __device__ __forceinline__ void hopper_product(
             barrier_init(full + stage * 8, 1);
             barrier_init(empty + stage * 8, HOPPER_CONSUMER_WARPS * HOPPER_CLUSTER);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barrier_fence();
     }
     __syncthreads();
     if (HOPPER_CLUSTER > 1) cluster_sync();
@@ -357,7 +372,7 @@ __device__ __forceinline__ void hopper_product(
     HopperTile tile;
     int stage = 0, parity = 0;
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        producer_registers();
         if (threadIdx.x == 0) {
             while (tiles.next(tile)) {
                 const int length = product == WEIGHT_GRADIENT ? tile.slots : depth;
@@ -392,7 +407,7 @@ __device__ __forceinline__ void hopper_product(
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        consumer_registers();
         const int consumer = threadIdx.x / 128 - 1, lane = threadIdx.x % WARP;
         const unsigned long long lefts = descriptor<left_side_contiguous>(ring + consumer * BOX_BYTES);
         const unsigned long long rights = descriptor<right_side_contiguous>(ring + LEFT_BYTES);
@@ -412,8 +427,8 @@ __device__ __forceinline__ void hopper_product(
                     uint4* slice = (uint4*)(ring_bytes + stage * RING_STAGE_BYTES);
                     for (int i = threadIdx.x - 128; i < rest * (RING_STAGE_BYTES / BOX_BYTES); i += 256)
                         slice[(i / rest + 1) * (BOX_BYTES / 16) - 1 - i % rest] = make_uint4(0, 0, 0, 0);
-                    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                    asm volatile("bar.sync 1, 256;" ::: "memory");
+                    shared_fence();
+                    consumers_sync();
                 }
                 const unsigned long long left = lefts + stage * (RING_STAGE_BYTES / 16);
                 const unsigned long long right = rights + stage * (RING_STAGE_BYTES / 16);
@@ -446,16 +461,21 @@ __device__ __forceinline__ void hopper_product(
                 }
             }
             const int row = tile.row + consumer * 64 + threadIdx.x % 128 / WARP * 16 + lane / 4;
-            const bool add = output.flags & HOPPER_OUTPUT_ADD;
-            if (product == WEIGHT_GRADIENT) {
-                store_float(
-                    c, (float*)output.data + tile.expert * output.stride, rows, columns, row, tile.column, false);
-            } else {
-                const long long offset = (long long)tile.first_slot * columns;
-                if (output.flags & HOPPER_OUTPUT_FLOAT)
-                    store_float(c, (float*)output.data + offset, tile.slots, columns, row, tile.column, add);
-                else
-                    store_act(c, (act*)output.data + offset, tile.slots, columns, row, tile.column, add);
+            const int rows_here = product == WEIGHT_GRADIENT ? rows : tile.slots;
+            const long long offset = product == WEIGHT_GRADIENT ? tile.expert * output.stride
+                                                                : (long long)tile.first_slot * columns;
+            switch (product == WEIGHT_GRADIENT ? HOPPER_OUTPUT_FLOAT : output.flags) {
+            case 0:
+                store_act<false>(c, (act*)output.data + offset, rows_here, columns, row, tile.column);
+                break;
+            case HOPPER_OUTPUT_ADD:
+                store_act<true>(c, (act*)output.data + offset, rows_here, columns, row, tile.column);
+                break;
+            case HOPPER_OUTPUT_FLOAT:
+                store_float<false>(c, (float*)output.data + offset, rows_here, columns, row, tile.column);
+                break;
+            default:
+                store_float<true>(c, (float*)output.data + offset, rows_here, columns, row, tile.column);
             }
         }
     }
