@@ -110,12 +110,12 @@ impl<K: Kernels> Activations<K> {
             inputs: kernels.allocate_tokens(rows)?,
             targets: kernels.allocate_tokens(rows)?,
             residual: kernels.allocate(rows * d)?,
-            normed: kernels.allocate(rows * d)?,
+            normed: kernels.allocate_activations(rows * d)?,
             inverse_rms: kernels.allocate(rows)?,
-            logits: kernels.allocate(rows * config.vocab_size)?,
+            logits: kernels.allocate_activations(rows * config.vocab_size)?,
             losses: kernels.allocate(rows)?,
-            delta: kernels.allocate(rows * d)?,
-            expert_outputs: kernels.allocate(expert_slots(config, rows) * d)?,
+            delta: kernels.allocate_activations(rows * d)?,
+            expert_outputs: kernels.allocate_activations(expert_slots(config, rows) * d)?,
         })
     }
 }
@@ -135,15 +135,15 @@ impl<K: Kernels> LayerActivations<K> {
         Ok(Self {
             attention_input: kernels.allocate(rows * d)?,
             feed_forward_input: kernels.allocate(rows * d)?,
-            attention_normed: kernels.allocate(rows * d)?,
+            attention_normed: kernels.allocate_activations(rows * d)?,
             attention_inverse_rms: kernels.allocate(rows)?,
-            feed_forward_normed: kernels.allocate(rows * d)?,
+            feed_forward_normed: kernels.allocate_activations(rows * d)?,
             feed_forward_inverse_rms: kernels.allocate(rows)?,
-            qkv: kernels.allocate(rows * (out + 2 * config.kv_heads * config.head_dim))?,
-            attended: kernels.allocate(rows * out)?,
+            qkv: kernels.allocate_activations(rows * (out + 2 * config.kv_heads * config.head_dim))?,
+            attended: kernels.allocate_activations(rows * out)?,
             statistics: kernels.allocate(rows * config.heads * ATTENTION_STATISTICS)?,
-            gate_up: kernels.allocate(slots * 2 * f)?,
-            hidden: kernels.allocate(slots * f)?,
+            gate_up: kernels.allocate_activations(slots * 2 * f)?,
+            hidden: kernels.allocate_activations(slots * f)?,
             moe,
         })
     }
@@ -156,7 +156,7 @@ impl<K: Kernels> MoeActivations<K> {
         Ok(Self {
             logits: kernels.allocate(shape.rows * shape.experts)?,
             routing: kernels.allocate_routing(shape)?,
-            sorted: kernels.allocate(shape.rows * shape.top_k * config.hidden_size)?,
+            sorted: kernels.allocate_activations(shape.rows * shape.top_k * config.hidden_size)?,
             shared: shared.transpose()?,
         })
     }
@@ -166,8 +166,8 @@ impl<K: Kernels> SharedExpertActivations<K> {
     fn new(kernels: &mut K, rows: usize, width: usize) -> Result<Self, K::Error> {
         Ok(Self {
             gate: kernels.allocate(rows)?,
-            gate_up: kernels.allocate(rows * 2 * width)?,
-            hidden: kernels.allocate(rows * width)?,
+            gate_up: kernels.allocate_activations(rows * 2 * width)?,
+            hidden: kernels.allocate_activations(rows * width)?,
         })
     }
 }
@@ -181,15 +181,15 @@ impl<K: Kernels> Gradients<K> {
             FeedForward::Moe { experts, .. } => experts,
         };
         Ok(Self {
-            residual: kernels.allocate(rows * d)?,
-            normed: kernels.allocate(rows * d)?,
-            attended: kernels.allocate(rows * out)?,
-            qkv: kernels.allocate(rows * (out + 2 * config.kv_heads * config.head_dim))?,
-            hidden: kernels.allocate(feed_forward_rows(config, rows) * f)?,
-            sorted: kernels.allocate(expert_slots(config, rows) * d)?,
+            residual: kernels.allocate_factors(rows * d)?,
+            normed: kernels.allocate_activations(rows * d)?,
+            attended: kernels.allocate_activations(rows * out)?,
+            qkv: kernels.allocate_activations(rows * (out + 2 * config.kv_heads * config.head_dim))?,
+            hidden: kernels.allocate_activations(feed_forward_rows(config, rows) * f)?,
+            sorted: kernels.allocate_activations(expert_slots(config, rows) * d)?,
             router_logits: kernels.allocate(rows * experts)?,
             shared_gate: kernels.allocate(config.shared_expert.map_or(0, |_| rows))?,
-            shared_hidden: kernels.allocate(config.shared_expert.map_or(0, |width| rows * width))?,
+            shared_hidden: kernels.allocate_activations(config.shared_expert.map_or(0, |width| rows * width))?,
         })
     }
 }
