@@ -1,14 +1,10 @@
-// Attention with bf16 activations: the backward pass, in two kernels, over tiles of attention_bf16.cu.
+// Attention with bf16 activations: the backward pass, in two kernels, over the same tiles as the forward pass.
 
 #if ACT_BF16
 
-// Rows of keys of a block, queries that are loaded and that are computed with at a time in the pass for dk and dv.
-constexpr int KEY_TILES = DEPTH <= 64 ? 2 : 1;
-constexpr int KEY_ROWS = KEY_TILES * 16 * WARPS;
-constexpr int PASS_QUERIES = WIDE ? 64 : 32;
-constexpr int PASS_CHUNK = DEPTH <= 64 ? 32 : PASS_QUERIES;
-// Accumulators of dk and dv fit the registers for 128 columns: wider heads are divided among blocks.
-constexpr int PARTS = (DEPTH + 127) / 128;
+// Keys of a block in the pass for dk and dv, queries of one in the pass for dq.
+constexpr int KEY_ROWS = KEY_TILES * KEYS_THREADS / 2;
+constexpr int PASS_QUERY_ROWS = QUERY_TILES * QUERIES_THREADS / 2;
 constexpr int PART_COLUMNS = (DEPTH / PARTS + 15) / 16 * 16;
 
 // dk and dv of a block of keys, summed over the query heads that the keys serve.
@@ -16,22 +12,23 @@ constexpr int PART_COLUMNS = (DEPTH / PARTS + 15) / 16 * 16;
 // launch: grid (ceil(time / KEY_ROWS)·ceil(D / 128), kv_heads, batch), block 128, shared
 // (2·KEY_ROWS + 4·PASS_QUERIES)·(D + 8)·2 + 16·PASS_QUERIES bytes, where KEY_ROWS = 128 if D ≤ 64, else 64, and
 // PASS_QUERIES = 64 where attention_forward's QUERY_ROWS is 128, else 32.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backward_keys(
+extern "C" __global__ void __launch_bounds__(KEYS_THREADS, RESIDENT) attention_backward_keys(
     const act* qkv, const act* dout, const float* softmax, act* dqkv, int time, int heads, int kv_heads) {
     DYNAMIC_SHARED(act, shared);
-    constexpr int QUERIES = PASS_QUERIES, CHUNK = PASS_CHUNK, TILES = KEY_TILES, BUFFER = 2 * QUERIES * STRIDE;
+    constexpr int QUERIES = PASS_QUERIES, CHUNK = PASS_QUERIES_CHUNK, TILES = KEY_TILES;
+    constexpr int THREADS = KEYS_THREADS, TOGETHER = rows_together<TILES>(), BUFFER = 2 * QUERIES * STRIDE;
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, pair = threadIdx.x % 4;
     const int first = blockIdx.x / PARTS * KEY_ROWS, kv_head = blockIdx.y, sequence = blockIdx.z;
     // The last part's columns may overlap the one's before it: both compute the same.
     const int column = blockIdx.x % PARTS == 0 ? 0 : DEPTH - PART_COLUMNS;
     const int shared_by = heads / kv_heads;
     const Head<const act> at(qkv, sequence, time, kv_head * shared_by, kv_head, heads, kv_heads);
-    act* const keys = shared;
+    act* const keys = aligned_tiles(shared);
     act* const values = keys + KEY_ROWS * STRIDE;
     act* const buffers = values + KEY_ROWS * STRIDE;
     float* const saved = (float*)(buffers + 2 * BUFFER);
-    act* const own_keys = keys + warp * TILES * 16 * STRIDE;
-    act* const own_values = values + warp * TILES * 16 * STRIDE;
+    act* const own_keys = own_part<TILES>(keys);
+    act* const own_values = own_part<TILES>(values);
     const int own_first = first + warp * TILES * 16;
 
     // KEY_ROWS is a multiple of QUERIES: the first block of queries that sees the keys starts with them.
@@ -40,8 +37,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
     const auto load_queries = [&](int step, int buffer) {
         const int head = kv_head * shared_by + step / query_blocks, query = first + step % query_blocks * QUERIES;
         act* const to = buffers + buffer * BUFFER;
-        load_tile<QUERIES>(to, Head<const act>(qkv, sequence, time, head, kv_head, heads, kv_heads).queries, query);
-        load_tile<QUERIES>(to + QUERIES * STRIDE, output_rows(dout, sequence, time, head, heads), query);
+        load_tile<QUERIES, THREADS>(to, Head<const act>(qkv, sequence, time, head, kv_head, heads, kv_heads).queries, query);
+        load_tile<QUERIES, THREADS>(to + QUERIES * STRIDE, output_rows(dout, sequence, time, head, heads), query);
         cp_async_commit();
     };
     // Queries past the end get an infinite sum, so that their probabilities are zero.
@@ -56,8 +53,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
         if (threadIdx.x < QUERIES) ((float2*)saved)[buffer * QUERIES + threadIdx.x] = value;
     };
 
-    load_tile<KEY_ROWS>(keys, at.keys, first);
-    load_tile<KEY_ROWS>(values, at.values, first);
+    load_tile<KEY_ROWS, THREADS>(keys, at.keys, first);
+    load_tile<KEY_ROWS, THREADS>(values, at.values, first);
     load_queries(0, 0);
     keep_saved(load_saved(0), 0);
 
@@ -65,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
     const float scale = score_scale2();
     for (int step = 0; step < steps; ++step) {
         const int buffer = step % 2, block_query = first + step % query_blocks * QUERIES;
-        cp_async_wait<0>();
+        tiles_wait();
         __syncthreads();
         float2 next = make_float2(0.0f, 0.0f);
         if (step + 1 < steps) load_queries(step + 1, 1 - buffer), next = load_saved(step + 1);
@@ -75,11 +72,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
             const act* const gradients = queries + QUERIES * STRIDE;
             const float* const row_saved = saved + (buffer * QUERIES + chunk) * 2;
             const int query = block_query + chunk;
-            if (query + CHUNK - 1 < own_first) continue;
+            if (query + CHUNK - 1 < own_first / TOGETHER * TOGETHER) continue;
 
             // Everything is transposed: rows are keys, columns queries.
-            float p[TILES][CHUNK / 8][4];
+            float p[TILES][CHUNK / 8][4], ds[TILES][CHUNK / 8][4];
             scores(p, own_keys, queries);
+            // Early, where it goes on by itself; late, where it would take registers.
+            if (ASYNCHRONOUS) scores(ds, own_values, gradients);
+            products_wait<1>();
+            settle(p);
 #pragma unroll
             for (int n = 0; n < CHUNK / 8; ++n) {
                 const float4 pairs = *(const float4*)(row_saved + (n * 8 + pair * 2) * 2);
@@ -105,8 +106,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
                 }
             }
             accumulate(dv, p, gradients + column);
-            float ds[TILES][CHUNK / 8][4];
-            scores(ds, own_values, gradients);
+            if (!ASYNCHRONOUS) scores(ds, own_values, gradients);
+            products_wait<1>();
+            settle(ds);
 #pragma unroll
             for (int n = 0; n < CHUNK / 8; ++n) {
                 const float4 pairs = *(const float4*)(row_saved + (n * 8 + pair * 2) * 2);
@@ -119,6 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
                 }
             }
             accumulate(dk, ds, queries + column);
+            products_wait<0>();
+            settle(dv), settle(dk);
         }
         keep_saved(next, 1 - buffer);
     }
@@ -133,34 +137,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
     store_tile<TILES * 16, PART_COLUMNS>(own_values, to.values, own_first, column);
 }
 
-// Keys that are loaded and that are computed with at a time in the pass for dq.
-constexpr int PASS_KEYS = DEPTH <= 64 ? 64 : 32;
-constexpr int PASS_KEY_CHUNK = 32;
-
 // dq of a block of queries.
 //
 // launch: grid (ceil(time / QUERY_ROWS), heads, batch), block 128, shared (2·QUERY_ROWS + 4·PASS_KEYS)·(D + 8)·2 bytes,
 // where QUERY_ROWS is that of attention_forward and PASS_KEYS = 64 if D ≤ 64, else 32.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backward_queries(
+extern "C" __global__ void __launch_bounds__(QUERIES_THREADS, RESIDENT) attention_backward_queries(
     const act* qkv, const act* dout, const float* softmax, act* dqkv, int time, int heads, int kv_heads) {
     DYNAMIC_SHARED(act, shared);
-    constexpr int KEYS = PASS_KEYS, CHUNK = PASS_KEY_CHUNK, TILES = QUERY_TILES, BUFFER = 2 * KEYS * STRIDE;
+    constexpr int KEYS = PASS_KEYS, CHUNK = PASS_KEYS_CHUNK, TILES = QUERY_TILES, ROWS = PASS_QUERY_ROWS;
+    constexpr int THREADS = QUERIES_THREADS, TOGETHER = rows_together<TILES>(), BUFFER = 2 * KEYS * STRIDE;
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, pair = threadIdx.x % 4;
-    const int first = (gridDim.x - 1 - blockIdx.x) * QUERY_ROWS;
+    const int first = (gridDim.x - 1 - blockIdx.x) * ROWS;
     const int head = blockIdx.y, kv_head = head / (heads / kv_heads), sequence = blockIdx.z;
     const Head<const act> at(qkv, sequence, time, head, kv_head, heads, kv_heads);
-    const int end = first + QUERY_ROWS < time ? first + QUERY_ROWS : time;
-    act* const queries = shared;
-    act* const gradients = queries + QUERY_ROWS * STRIDE;
-    act* const buffers = gradients + QUERY_ROWS * STRIDE;
-    act* const own_queries = queries + warp * TILES * 16 * STRIDE;
-    act* const own_gradients = gradients + warp * TILES * 16 * STRIDE;
+    const int end = first + ROWS < time ? first + ROWS : time;
+    act* const queries = aligned_tiles(shared);
+    act* const gradients = queries + ROWS * STRIDE;
+    act* const buffers = gradients + ROWS * STRIDE;
+    act* const own_queries = own_part<TILES>(queries);
+    act* const own_gradients = own_part<TILES>(gradients);
     const int own_first = first + warp * TILES * 16;
 
-    load_tile<QUERY_ROWS>(queries, at.queries, first);
-    load_tile<QUERY_ROWS>(gradients, output_rows(dout, sequence, time, head, heads), first);
-    load_tile<KEYS>(buffers, at.keys, 0);
-    load_tile<KEYS>(buffers + KEYS * STRIDE, at.values, 0);
+    load_tile<ROWS, THREADS>(queries, at.queries, first);
+    load_tile<ROWS, THREADS>(gradients, output_rows(dout, sequence, time, head, heads), first);
+    load_tile<KEYS, THREADS>(buffers, at.keys, 0);
+    load_tile<KEYS, THREADS>(buffers + KEYS * STRIDE, at.values, 0);
     cp_async_commit();
 
     float2 saved[TILES][2];
@@ -174,12 +175,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
     const float scale = score_scale2();
     for (int block = 0; block < end; block += KEYS) {
         const int buffer = block / KEYS % 2;
-        cp_async_wait<0>();
+        tiles_wait();
         __syncthreads();
         if (block + KEYS < end) {
             act* const next = buffers + (1 - buffer) * BUFFER;
-            load_tile<KEYS>(next, at.keys, block + KEYS);
-            load_tile<KEYS>(next + KEYS * STRIDE, at.values, block + KEYS);
+            load_tile<KEYS, THREADS>(next, at.keys, block + KEYS);
+            load_tile<KEYS, THREADS>(next + KEYS * STRIDE, at.values, block + KEYS);
             cp_async_commit();
         }
 #pragma unroll 1
@@ -187,11 +188,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
             const act* const keys = buffers + buffer * BUFFER + chunk * STRIDE;
             const act* const values = keys + KEYS * STRIDE;
             const int key = block + chunk;
-            if (key > own_first + TILES * 16 - 1) break;
+            if (key > own_first / TOGETHER * TOGETHER + TOGETHER - 1) break;
 
             float p[TILES][CHUNK / 8][4], ds[TILES][CHUNK / 8][4];
             scores(p, own_queries, keys);
             scores(ds, own_gradients, values);
+            products_wait<0>();
+            settle(p), settle(ds);
             const bool diagonal = key + CHUNK - 1 > own_first;
 #pragma unroll
             for (int m = 0; m < TILES; ++m) {
@@ -208,6 +211,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_backwa
                 }
             }
             accumulate(dq, ds, keys);
+            products_wait<0>();
+            settle(dq);
         }
     }
 
