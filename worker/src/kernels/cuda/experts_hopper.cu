@@ -21,6 +21,10 @@
 #ifndef HOPPER_CLUSTER
 #define HOPPER_CLUSTER 1
 #endif
+// Slices that the second consumer stays behind the first, so that one multiplies while the other stores.
+#ifndef HOPPER_LAG
+#define HOPPER_LAG 0
+#endif
 
 // A CUtensorMap, which the host encodes: see the launch below.
 struct alignas(64) TensorMap {
@@ -92,6 +96,9 @@ __device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_i
 // Makes this thread's writes to shared memory known to wgmma and the copy engine.
 __device__ __forceinline__ void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// The second consumer waits for the first, which does not.
+__device__ __forceinline__ void lag_arrive() { asm volatile("bar.arrive 2, 256;" ::: "memory"); }
+__device__ __forceinline__ void lag_wait() { asm volatile("bar.sync 2, 256;" ::: "memory"); }
 // What the producer gives up, the consumers take.
 __device__ __forceinline__ void producer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
 __device__ __forceinline__ void consumer_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
@@ -287,8 +294,7 @@ __device__ __forceinline__ void transpose_quad(unsigned (&words)[4]) {
     }
 }
 
-// A warpgroup's sums to a matrix (rows, width) of act; `row` is this thread's first one.
-template <bool add>
+// A warpgroup's sums to a matrix (rows, width) of act, 16 bytes a thread; `row` is this thread's first one.
 __device__ __forceinline__ void
 store_act(const float (&c)[128], act* output, int rows, int width, int row, int column) {
     column += threadIdx.x % 4 * 8;
@@ -301,18 +307,24 @@ store_act(const float (&c)[128], act* output, int rows, int width, int row, int 
             for (int i = 0; i < 4; i++)
                 words[i] = pack_bf16(c[(j + i) * 4 + half * 2], c[(j + i) * 4 + half * 2 + 1]);
             transpose_quad(words);
-            const int at = column + j * 8;
-            if (row + half * 8 >= rows || at >= width) continue;
-            uint4* to = (uint4*)(output + (long long)(row + half * 8) * width + at);
-            if (add) {
-                const uint4 there = *to;
-                const unsigned old[4] = {there.x, there.y, there.z, there.w};
+            if (row + half * 8 < rows && column + j * 8 < width)
+                *(uint4*)(output + (long long)(row + half * 8) * width + column + j * 8) =
+                    make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
+}
+// Adds them to what is there.
+__device__ __forceinline__ void
+add_act(const float (&c)[128], act* output, int rows, int width, int row, int column) {
+    column += threadIdx.x % 4 * 2;
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    words[i] = pack_bf16(
-                        low_bf16(old[i]) + low_bf16(words[i]), high_bf16(old[i]) + high_bf16(words[i]));
-            }
-            *to = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int j = 0; j < 32; j++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (row + half * 8 >= rows || column + j * 8 >= width) continue;
+            unsigned* to = (unsigned*)(output + (long long)(row + half * 8) * width + column + j * 8);
+            *to = pack_bf16(
+                c[j * 4 + half * 2] + low_bf16(*to), c[j * 4 + half * 2 + 1] + high_bf16(*to));
         }
     }
 }
@@ -412,8 +424,13 @@ __device__ __forceinline__ void hopper_product(
         const unsigned long long lefts = descriptor<left_side_contiguous>(ring + consumer * BOX_BYTES);
         const unsigned long long rights = descriptor<right_side_contiguous>(ring + LEFT_BYTES);
         float c[128];
+        bool lags = HOPPER_LAG > 0;
         while (tiles.next(tile)) {
             const int length = product == WEIGHT_GRADIENT ? tile.slots : depth;
+            if (lags && consumer == 1) {
+                lag_wait();
+                lags = false;
+            }
             if (length == 0) {
 #pragma unroll
                 for (int i = 0; i < 128; i++) c[i] = 0.0f;
@@ -428,6 +445,10 @@ __device__ __forceinline__ void hopper_product(
                     for (int i = threadIdx.x - 128; i < rest * (RING_STAGE_BYTES / BOX_BYTES); i += 256)
                         slice[(i / rest + 1) * (BOX_BYTES / 16) - 1 - i % rest] = make_uint4(0, 0, 0, 0);
                     shared_fence();
+                    if (lags) {
+                        lag_arrive();
+                        lags = false;
+                    }
                     consumers_sync();
                 }
                 const unsigned long long left = lefts + stage * (RING_STAGE_BYTES / 16);
@@ -439,6 +460,10 @@ __device__ __forceinline__ void hopper_product(
                         c, left + i * depth_step<left_side_contiguous>(),
                         right + i * depth_step<right_side_contiguous>(), at > 0 || i > 0);
                 wgmma_commit();
+                if (lags && at == (HOPPER_LAG - 1) * HOPPER_DEPTH) {
+                    lag_arrive();
+                    lags = false;
+                }
                 // The slice before has been read.
                 if (at > 0) {
                     wgmma_wait<1>();
@@ -460,16 +485,20 @@ __device__ __forceinline__ void hopper_product(
                     if (lane < HOPPER_CLUSTER) barrier_arrive_at(empty + last * 8, lane);
                 }
             }
+            if (lags) {
+                lag_arrive();
+                lags = false;
+            }
             const int row = tile.row + consumer * 64 + threadIdx.x % 128 / WARP * 16 + lane / 4;
             const int rows_here = product == WEIGHT_GRADIENT ? rows : tile.slots;
             const long long offset = product == WEIGHT_GRADIENT ? tile.expert * output.stride
                                                                 : (long long)tile.first_slot * columns;
             switch (product == WEIGHT_GRADIENT ? HOPPER_OUTPUT_FLOAT : output.flags) {
             case 0:
-                store_act<false>(c, (act*)output.data + offset, rows_here, columns, row, tile.column);
+                store_act(c, (act*)output.data + offset, rows_here, columns, row, tile.column);
                 break;
             case HOPPER_OUTPUT_ADD:
-                store_act<true>(c, (act*)output.data + offset, rows_here, columns, row, tile.column);
+                add_act(c, (act*)output.data + offset, rows_here, columns, row, tile.column);
                 break;
             case HOPPER_OUTPUT_FLOAT:
                 store_float<false>(c, (float*)output.data + offset, rows_here, columns, row, tile.column);
