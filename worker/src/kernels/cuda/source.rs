@@ -77,6 +77,8 @@ impl Unit {
             Self::Hopper => &[include_str!("experts_hopper.cu")],
             Self::Attention { .. } => &[
                 include_str!("attention.cu"),
+                include_str!("attention_tiles.cu"),
+                include_str!("attention_hopper.cu"),
                 include_str!("attention_bf16.cu"),
                 include_str!("attention_bf16_backward.cu"),
                 include_str!("attention_float.cu"),
