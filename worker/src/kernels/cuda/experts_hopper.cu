@@ -145,6 +145,11 @@ template <int N>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+// Keeps uses of the sums behind the wait before it.
+__device__ __forceinline__ void wgmma_hold(float (&c)[128]) {
+#pragma unroll
+    for (int i = 0; i < 128; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
 
 #define SUMS_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
@@ -478,6 +483,7 @@ __device__ __forceinline__ void hopper_product(
                 parity ^= stage == 0;
             }
             wgmma_wait<0>();
+            wgmma_hold(c);
             if (length > 0) {
                 if (HOPPER_CLUSTER == 1) {
                     if (lane == 0) barrier_arrive(empty + last * 8);
