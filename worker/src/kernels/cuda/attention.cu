@@ -1,9 +1,10 @@
 // Causal grouped-query attention, fused as FlashAttention-2 is: forward, backward, and against a cache.
 //
-// The translation unit is this file, attention_bf16.cu, attention_bf16_backward.cu and attention_float.cu, in this order.
-// It is for one head_dim: besides the prelude's, the host defines
-//   HEAD_DIM      elements of a head, even, 2 to 256; those that 16 does not divide are padded with zeros in shared memory
-//   SMALL_SHARED  1 where a block cannot have 120 KB of shared memory: smaller tiles for head_dims past 64
+// The translation unit is this file, attention_tiles.cu, attention_hopper.cu, attention_bf16.cu, attention_bf16_backward.cu
+// and attention_float.cu, in this order. It is for one head_dim: besides the prelude's, the host defines
+//   HEAD_DIM          elements of a head, even, 2 to 256; what 16 does not divide is padded with zeros in shared memory
+//   SMALL_SHARED      1 where a block cannot have 120 KB of shared memory: smaller tiles for head_dims past 64
+//   ATTENTION_HOPPER  1 for sm_90a with bf16 activations and a head_dim of 64 or 128, where wgmma can be used
 //
 // Queries, keys and values of a token lie side by side in a row of (heads + 2·kv_heads)·HEAD_DIM elements; all buffers are
 // 16-byte aligned. What the forward pass keeps per token and head is the maximal score and the inverse of the softmax's
@@ -11,14 +12,17 @@
 // and computes the scores twice: once by key blocks for dk and dv, once by query blocks for dq. That is two products
 // more than one pass with atomics would take, and gives the same bits every time.
 //
-// With bf16 activations the products are m16n8k16 of the tensor cores, accumulated in float; with float activations
-// they are plain float multiplications.
+// With bf16 activations the products are those of the tensor cores, accumulated in float; with float activations they are
+// plain float multiplications.
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 64
 #endif
 #ifndef SMALL_SHARED
 #define SMALL_SHARED 0
+#endif
+#ifndef ATTENTION_HOPPER
+#define ATTENTION_HOPPER 0
 #endif
 
 #define LOG2E 1.4426950408889634f

@@ -9,9 +9,10 @@ constexpr int PART_COLUMNS = (DEPTH / PARTS + 15) / 16 * 16;
 
 // dk and dv of a block of keys, summed over the query heads that the keys serve.
 //
-// launch: grid (ceil(time / KEY_ROWS)·ceil(D / 128), kv_heads, batch), block 128, shared
-// (2·KEY_ROWS + 4·PASS_QUERIES)·(D + 8)·2 + 16·PASS_QUERIES bytes, where KEY_ROWS = 128 if D ≤ 64, else 64, and
-// PASS_QUERIES = 64 where attention_forward's QUERY_ROWS is 128, else 32.
+// launch: grid (ceil(time / KEY_ROWS)·ceil(D / 128), kv_heads, batch). With D = HEAD_DIM rounded up to 16: block 128,
+// shared (2·KEY_ROWS + 4·PASS_QUERIES)·(D + 8)·2 + 16·PASS_QUERIES bytes, KEY_ROWS = 128 if D ≤ 64, else 64, PASS_QUERIES =
+// 64 where attention_forward's QUERY_ROWS is 128, else 32. For Hopper: block 256, shared (2·128 + 4·64)·D·2 + 2048 bytes,
+// KEY_ROWS = 128.
 extern "C" __global__ void __launch_bounds__(KEYS_THREADS, RESIDENT) attention_backward_keys(
     const act* qkv, const act* dout, const float* softmax, act* dqkv, int time, int heads, int kv_heads) {
     DYNAMIC_SHARED(act, shared);
@@ -139,8 +140,10 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, RESIDENT) attention_b
 
 // dq of a block of queries.
 //
-// launch: grid (ceil(time / QUERY_ROWS), heads, batch), block 128, shared (2·QUERY_ROWS + 4·PASS_KEYS)·(D + 8)·2 bytes,
-// where QUERY_ROWS is that of attention_forward and PASS_KEYS = 64 if D ≤ 64, else 32.
+// launch: grid (ceil(time / PASS_QUERY_ROWS), heads, batch). With D = HEAD_DIM rounded up to 16: block 128, shared
+// (2·PASS_QUERY_ROWS + 4·PASS_KEYS)·(D + 8)·2 bytes, PASS_QUERY_ROWS = 128 if D ≤ 128 and not (SMALL_SHARED and D > 64),
+// else 64, PASS_KEYS = 64 if D ≤ 64, else 32. For Hopper: block 384, shared (2·192 + 4·64)·D·2 + 1024 bytes,
+// PASS_QUERY_ROWS = 192.
 extern "C" __global__ void __launch_bounds__(QUERIES_THREADS, RESIDENT) attention_backward_queries(
     const act* qkv, const act* dout, const float* softmax, act* dqkv, int time, int heads, int kv_heads) {
     DYNAMIC_SHARED(act, shared);

@@ -81,16 +81,20 @@ __device__ __forceinline__ void settle(float (&)[M][N][4]) {}
 
 #else
 
-// A matrix descriptor: address, leading and stride offset in units of 16 bytes, swizzle of 128 bytes.
-typedef unsigned long long Operand;
-__device__ __forceinline__ Operand operand(const act* tile, int leading_bytes) {
-    return 1ull << 62 | (unsigned long long)(1024 / 16) << 32 | (unsigned long long)(leading_bytes / 16) << 16 |
-           (shared_address(tile) & 0x3ffff) >> 4;
+// The lower half of a matrix descriptor: address and leading offset in units of 16 bytes. No step within shared memory
+// carries into the upper half: a stride of 1024 bytes, and the swizzle of 128 bytes.
+typedef unsigned Operand;
+__device__ __forceinline__ unsigned long long descriptor(Operand operand) {
+    return (unsigned long long)(1u << 30 | 1024 / 16) << 32 | operand;
 }
 // What is summed over lies along the rows of 128 bytes; 8 rows further is 1024 bytes.
-__device__ __forceinline__ Operand operand_along_depth(const act* tile) { return operand(tile, 16); }
+__device__ __forceinline__ Operand operand_along_depth(const act* tile) {
+    return (unsigned)1 << 16 | (shared_address(tile) & 0x3ffff) >> 4;
+}
 // What is summed over is the rows, 8 of them in 1024 bytes; 64 columns further is the next box.
-__device__ __forceinline__ Operand operand_along_rows(const act* tile) { return operand(tile, BOX * 2); }
+__device__ __forceinline__ Operand operand_along_rows(const act* tile) {
+    return (unsigned)(BOX * 2 / 16) << 16 | (shared_address(tile) & 0x3ffff) >> 4;
+}
 __device__ __forceinline__ Operand further(Operand operand, int bytes) { return operand + bytes / 16; }
 
 #define SUMS_1(n) "+f"(c[0][n][0]), "+f"(c[0][n][1]), "+f"(c[0][n][2]), "+f"(c[0][n][3])
@@ -105,7 +109,7 @@ __device__ __forceinline__ void wgmma_tiles(float (&c)[1][8][4], Operand left, O
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
         "%32, %33, p, 1, 1, 0, 0;\n}"
         : SUMS_4(0), SUMS_4(4)
-        : "l"(left), "l"(right), "r"((int)add));
+        : "l"(descriptor(left)), "l"(descriptor(right)), "r"((int)add));
 }
 // c (64 × 8·N) += a (64 × 16, registers, a warp's part as mma has it) · right (16 × 8·N, shared).
 __device__ __forceinline__ void wgmma_registers(float (&c)[1][8][4], const unsigned (&a)[4], Operand right) {
@@ -116,7 +120,7 @@ __device__ __forceinline__ void wgmma_registers(float (&c)[1][8][4], const unsig
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
         "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
         : SUMS_4(0), SUMS_4(4)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right), "r"(1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(right)), "r"(1));
 }
 __device__ __forceinline__ void wgmma_registers(float (&c)[1][16][4], const unsigned (&a)[4], Operand right) {
     asm volatile(
@@ -128,7 +132,7 @@ __device__ __forceinline__ void wgmma_registers(float (&c)[1][16][4], const unsi
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
         "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
         : SUMS_4(0), SUMS_4(4), SUMS_4(8), SUMS_4(12)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right), "r"(1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(right)), "r"(1));
 }
 // Before products whose sums or operands in registers were written otherwise.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -169,7 +173,9 @@ __device__ __forceinline__ constexpr int rows_together() {
 // The part of a tile that the warpgroup computes with.
 template <int TILES>
 __device__ __forceinline__ act* own_part(act* tile) {
-    return tile + threadIdx.x / (4 * WARP) * BOX_ROWS * DEPTH;
+    // By a shuffle, so that the compiler knows it to be one for the whole warp.
+    const int warpgroup = __shfl_sync(FULL_WARP, (int)threadIdx.x / (4 * WARP), 0);
+    return tile + warpgroup * BOX_ROWS * DEPTH;
 }
 // Where a chunk of eight elements lies in a tile.
 __device__ __forceinline__ int chunk_at(int row, int chunk) {
@@ -183,11 +189,13 @@ __device__ __forceinline__ void load_tile(act* tile, const Rows<const act>& from
     static_assert(APART % 8 == 0, "a thread's rows have one swizzle");
     const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS, stride = from.stride, rows = from.count - first;
     const act* const at = from.row(first) + row * stride + chunk * 8;
+    act* const to = tile + chunk_at(row, chunk);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        if (ROWS % APART != 0 && row + step * APART >= ROWS) break;
-        cp_async_16(
-            tile + chunk_at(row + step * APART, chunk), at + step * APART * stride, row + step * APART < rows);
+        const int further_row = row + step * APART;
+        if (ROWS % APART != 0 && further_row >= ROWS) break;
+        act* const box_to = ROWS == BOX_ROWS ? to + step * APART * 64 : tile + chunk_at(further_row, chunk);
+        cp_async_16(box_to, at + step * APART * stride, further_row < rows);
     }
 }
 // Waits for this thread's copies; after a __syncthreads all can compute with the tiles.
@@ -209,21 +217,30 @@ __device__ __forceinline__ void scores(float (&c)[1][8][4], const act* a_tile, c
     wgmma_commit();
 }
 
-// c += p·b, where p is sums of 64 columns, rounded to bf16, and b 64 rows of a tile: begins.
-template <int N>
-__device__ __forceinline__ void accumulate(float (&c)[1][N][4], const float (&p)[1][8][4], const act* b_tile) {
-    const Operand b = operand_along_rows(b_tile);
-    unsigned a[4][4];
+// Sums of 64 columns, rounded to bf16, as an operand.
+__device__ __forceinline__ void as_operand(unsigned (&a)[4][4], const float (&p)[1][8][4]) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
         const int n = i / 4 * 2 + i % 4 / 2, half = i % 2 * 2;
         a[i / 4][i % 4] = pack_bf16(p[0][n][half], p[0][n][half + 1]);
     }
+}
+
+// c += p·b for 64 rows of a tile b: begins.
+template <int N>
+__device__ __forceinline__ void accumulate(float (&c)[1][N][4], const unsigned (&p)[4][4], const act* b_tile) {
+    const Operand b = operand_along_rows(b_tile);
     settle(c);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_registers(c, a[k], further(b, k * 2048));
+    for (int k = 0; k < 4; ++k) wgmma_registers(c, p[k], further(b, k * 2048));
     wgmma_commit();
+}
+template <int N>
+__device__ __forceinline__ void accumulate(float (&c)[1][N][4], const float (&p)[1][8][4], const act* b_tile) {
+    unsigned operand[4][4];
+    as_operand(operand, p);
+    accumulate(c, operand, b_tile);
 }
 
 // Puts sums, times a factor per row, into the warp's rows of the warpgroup's part of a tile.

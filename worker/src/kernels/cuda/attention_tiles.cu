@@ -3,10 +3,6 @@
 // A tile is rows of one head in shared memory, DEPTH elements each and STRIDE apart; rows past the end are zeros. What
 // attention_bf16.cu and attention_bf16_backward.cu use of this file, attention_hopper.cu has for Hopper.
 
-#ifndef ATTENTION_HOPPER
-#define ATTENTION_HOPPER 0
-#endif
-
 #if ACT_BF16 && !ATTENTION_HOPPER
 
 // Threads of the blocks of the three kernels.
