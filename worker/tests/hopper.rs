@@ -9,7 +9,8 @@ use std::process::Command;
 
 #[test]
 fn expert_products_for_hopper_are_those_of_plain_loops() {
-    let compiler = std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".to_owned());
+    let compiler =
+        std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".to_owned());
     if !Command::new(&compiler).arg("--version").output().is_ok_and(|output| output.status.success()) {
         println!("SKIPPED: there is no C++ compiler {compiler}");
         return;
