@@ -8,19 +8,18 @@
 // Below every logit, and small enough to be multiplied.
 #define CE_LEAST -1e30f
 
-__device__ __forceinline__ void load_logits(const act* from, float (&to)[ACT_VECTOR]) {
+// Logits wait in registers as they lie in memory.
+__device__ __forceinline__ void unpack(const uint4& from, float (&to)[ACT_VECTOR]) {
+    const unsigned words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
 #if ACT_BF16
-    load8(from, to);
+        to[2 * j] = low_bf16(words[j]);
+        to[2 * j + 1] = high_bf16(words[j]);
 #else
-    load4(from, to);
+        to[j] = bits_float(words[j]);
 #endif
-}
-__device__ __forceinline__ void store_logits(act* to, const float (&from)[ACT_VECTOR]) {
-#if ACT_BF16
-    store8(to, from);
-#else
-    store4(to, from);
-#endif
+    }
 }
 
 // The largest logit so far and Σ e^(logit − largest).
@@ -49,13 +48,13 @@ struct Softmax {
 // The first `kept` logits of a row (a multiple of 16) stay in shared memory between the passes; the others are read twice.
 // launch: grid rows, block 512, shared kept·sizeof(act): kept the largest multiple of 16 up to the vocabulary with
 // kept·sizeof(act) <= 96 KiB (2 blocks to a multiprocessor), or 0 without a gradient
-extern "C" __global__ void __launch_bounds__(CE_BLOCK) cross_entropy(
+extern "C" __global__ void __launch_bounds__(CE_BLOCK, 2) cross_entropy(
     act* logits, const unsigned* targets, float* losses, int vocabulary, float scale, int gradient, int kept) {
     __shared__ float shared[WARP];
-    DYNAMIC_SHARED(act, cache);
+    __shared__ float target_logit;
+    DYNAMIC_SHARED(uint4, cache);
     act* row = logits + (long long)blockIdx.x * vocabulary;
-    const unsigned target = targets[blockIdx.x];
-    const float target_logit = to_float(row[target]);
+    if (threadIdx.x == 0) target_logit = to_float(row[targets[blockIdx.x]]);
 
     // The row may start anywhere: a head of single logits, vectors, and a tail of single logits.
     int head = (int)((16 - (unsigned long long)row % 16) % 16 / sizeof(act));
@@ -63,20 +62,22 @@ extern "C" __global__ void __launch_bounds__(CE_BLOCK) cross_entropy(
     const int vectors = (vocabulary - head) / ACT_VECTOR;
     const int tail = head + vectors * ACT_VECTOR;
     const int kept_vectors = kept / ACT_VECTOR;
-    act* body = row + head;
+    const uint4* body = (const uint4*)(row + head);
 
     Softmax own = {CE_LEAST, 0.0f};
     for (int i = threadIdx.x; i < vectors; i += CE_LOADS * CE_BLOCK) {
-        float values[CE_LOADS][ACT_VECTOR];
+        uint4 words[CE_LOADS];
 #pragma unroll
         for (int j = 0; j < CE_LOADS; j++)
-            if (i + j * CE_BLOCK < vectors) load_logits(body + (long long)(i + j * CE_BLOCK) * ACT_VECTOR, values[j]);
+            if (i + j * CE_BLOCK < vectors) words[j] = body[i + j * CE_BLOCK];
 #pragma unroll
         for (int j = 0; j < CE_LOADS; j++) {
             const int vector = i + j * CE_BLOCK;
             if (vector >= vectors) break;
-            if (vector < kept_vectors) store_logits(cache + vector * ACT_VECTOR, values[j]);
-            own.take(values[j]);
+            if (vector < kept_vectors) cache[vector] = words[j];
+            float values[ACT_VECTOR];
+            unpack(words[j], values);
+            own.take(values);
         }
     }
     if (threadIdx.x < head) own.take(to_float(row[threadIdx.x]));
@@ -89,23 +90,21 @@ extern "C" __global__ void __launch_bounds__(CE_BLOCK) cross_entropy(
 
     const float factor = scale / sum;
     for (int i = threadIdx.x; i < vectors; i += CE_LOADS * CE_BLOCK) {
-        float values[CE_LOADS][ACT_VECTOR];
+        uint4 words[CE_LOADS];
+#pragma unroll
+        for (int j = 0; j < CE_LOADS; j++) {
+            const int vector = i + j * CE_BLOCK;
+            if (vector < vectors) words[j] = vector < kept_vectors ? cache[vector] : body[vector];
+        }
 #pragma unroll
         for (int j = 0; j < CE_LOADS; j++) {
             const int vector = i + j * CE_BLOCK;
             if (vector >= vectors) break;
-            if (vector < kept_vectors) {
-                load_logits(cache + vector * ACT_VECTOR, values[j]);
-            } else {
-                load_logits(body + (long long)vector * ACT_VECTOR, values[j]);
-            }
-        }
+            float values[ACT_VECTOR];
+            unpack(words[j], values);
 #pragma unroll
-        for (int j = 0; j < CE_LOADS; j++) {
-            if (i + j * CE_BLOCK >= vectors) break;
-#pragma unroll
-            for (int k = 0; k < ACT_VECTOR; k++) values[j][k] = fast_exp2((values[j][k] - largest) * LOG2_E) * factor;
-            store_logits(body + (long long)(i + j * CE_BLOCK) * ACT_VECTOR, values[j]);
+            for (int k = 0; k < ACT_VECTOR; k++) values[k] = fast_exp2((values[k] - largest) * LOG2_E) * factor;
+            store_global(row + head + (long long)vector * ACT_VECTOR, values);
         }
     }
     if (threadIdx.x < head) {
@@ -117,5 +116,5 @@ extern "C" __global__ void __launch_bounds__(CE_BLOCK) cross_entropy(
         *place = to_act(fast_exp2((to_float(*place) - largest) * LOG2_E) * factor);
     }
     __syncthreads();
-    if (threadIdx.x == 0) row[target] = to_act(fast_exp2((target_logit - largest) * LOG2_E) * factor - scale);
+    if (threadIdx.x == 0) row[targets[blockIdx.x]] = to_act(fast_exp2((target_logit - largest) * LOG2_E) * factor - scale);
 }

@@ -153,6 +153,29 @@ __device__ __forceinline__ void store8(bf16* to, const float (&from)[8]) {
         pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]), pack_bf16(from[4], from[5]), pack_bf16(from[6], from[7]));
 }
 
+// 16 bytes to global memory in one store, where the compiler would make four of store8 or store4.
+__device__ __forceinline__ void store_global(bf16* to, const float (&from)[8]) {
+#ifdef SANDERLING_EMULATE
+    store8(to, from);
+#else
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(pack_bf16(from[0], from[1])), "r"(pack_bf16(from[2], from[3])),
+                   "r"(pack_bf16(from[4], from[5])), "r"(pack_bf16(from[6], from[7]))
+                 : "memory");
+#endif
+}
+__device__ __forceinline__ void store_global(float* to, const float (&from)[4]) {
+#ifdef SANDERLING_EMULATE
+    store4(to, from);
+#else
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3])
+                 : "memory");
+#endif
+}
+
 // ---- Functions ----
 
 // e^x to about |x|·1e-7 of itself, in one multiplication and one special-function instruction.
