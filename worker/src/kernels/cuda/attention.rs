@@ -1,6 +1,6 @@
 //! Launches of attention. The sizes of tiles follow the `.cu` files.
 
-use super::driver::Scalar;
+use super::driver::{Launch, Scalar};
 use super::scratch::Slot;
 use super::{Buffer, Cuda, Unit, arguments, flat, grid, int};
 use crate::kernels::{ATTENTION_STATISTICS, AttentionShape};
@@ -8,18 +8,44 @@ use crate::kernels::{ATTENTION_STATISTICS, AttentionShape};
 /// The widest head that the kernels have room for.
 const HEAD_DIM_MAX: usize = 256;
 
-/// Tiles of `attention_bf16.cu` and its backward pass: rows of queries and keys, and shared memory in bytes.
-struct Bf16Tiles {
-    query_rows: usize,
-    key_rows: usize,
+/// How the three large kernels are launched, for one width of heads.
+#[derive(Clone, Copy, Debug)]
+struct Tiles {
+    forward: Tile,
+    keys: Tile,
+    queries: Tile,
+    /// Blocks that share the keys of one tile.
     key_parts: usize,
-    forward_bytes: usize,
-    keys_bytes: usize,
-    queries_bytes: usize,
 }
 
-impl Bf16Tiles {
-    fn new(head_dim: usize, small_shared: bool) -> Self {
+/// Rows of queries or keys of a block, its threads, and its shared memory in bytes.
+#[derive(Clone, Copy, Debug)]
+struct Tile {
+    rows: usize,
+    threads: usize,
+    bytes: usize,
+}
+
+impl Tile {
+    fn launch(self, time: usize, parts: usize, heads: usize, batch: usize) -> Launch {
+        grid([time.div_ceil(self.rows) * parts, heads, batch], [self.threads, 1, 1], self.bytes)
+    }
+}
+
+impl Tiles {
+    /// `attention_hopper.cu`.
+    fn hopper(head_dim: usize) -> Self {
+        let row_bytes = head_dim * 2;
+        Self {
+            forward: Tile { rows: 192, threads: 384, bytes: (192 + 4 * 64) * row_bytes + 1024 },
+            keys: Tile { rows: 128, threads: 256, bytes: (2 * 128 + 4 * 64) * row_bytes + 2048 },
+            queries: Tile { rows: 192, threads: 384, bytes: (2 * 192 + 4 * 64) * row_bytes + 1024 },
+            key_parts: 1,
+        }
+    }
+
+    /// `attention_tiles.cu`.
+    fn bf16(head_dim: usize, small_shared: bool) -> Self {
         let depth = head_dim.next_multiple_of(16);
         let wide = depth <= 128 && !(small_shared && depth > 64);
         let query_rows = if wide { 128 } else { 64 };
@@ -28,24 +54,21 @@ impl Bf16Tiles {
         let pass_queries = if wide { 64 } else { 32 };
         let pass_keys = if depth <= 64 { 64 } else { 32 };
         let row_bytes = (depth + 8) * 2;
+        let tile = |rows, bytes| Tile { rows, threads: 128, bytes };
         Self {
-            query_rows,
-            key_rows,
+            forward: tile(query_rows, (query_rows + 4 * forward_keys) * row_bytes),
+            keys: tile(key_rows, (2 * key_rows + 4 * pass_queries) * row_bytes + 16 * pass_queries),
+            queries: tile(query_rows, (2 * query_rows + 4 * pass_keys) * row_bytes),
             key_parts: depth.div_ceil(128),
-            forward_bytes: (query_rows + 4 * forward_keys) * row_bytes,
-            keys_bytes: (2 * key_rows + 4 * pass_queries) * row_bytes + 16 * pass_queries,
-            queries_bytes: (2 * query_rows + 4 * pass_keys) * row_bytes,
         }
     }
-}
 
-/// Queries of a block of `attention_float.cu` in the forward pass, and queries or keys in the backward pass.
-const FLOAT_FORWARD_ROWS: usize = 64;
-const FLOAT_BACKWARD_ROWS: usize = 32;
-
-fn float_bytes(head_dim: usize, forward: bool) -> usize {
-    let depth = head_dim.next_multiple_of(4);
-    (128 * (depth + 4) + if forward { 64 * 36 } else { 2 * 32 * 36 }) * 4
+    /// `attention_float.cu`.
+    fn float(head_dim: usize) -> Self {
+        let row = head_dim.next_multiple_of(4) + 4;
+        let tile = |rows, scores: usize| Tile { rows, threads: 256, bytes: (128 * row + scores * 36) * 4 };
+        Self { forward: tile(64, 64), keys: tile(32, 2 * 32), queries: tile(32, 2 * 32), key_parts: 1 }
+    }
 }
 
 fn unit(shape: AttentionShape) -> Unit {
@@ -56,6 +79,14 @@ fn unit(shape: AttentionShape) -> Unit {
 }
 
 impl Cuda {
+    fn tiles(&self, head_dim: usize) -> Tiles {
+        match self.activation() {
+            Scalar::Float => Tiles::float(head_dim),
+            Scalar::Bf16 if self.target().attention_for_hopper(head_dim) => Tiles::hopper(head_dim),
+            Scalar::Bf16 => Tiles::bf16(head_dim, self.target().small_shared),
+        }
+    }
+
     pub(super) fn attend(
         &mut self,
         shape: AttentionShape,
@@ -64,22 +95,13 @@ impl Cuda {
         statistics: &mut Buffer,
     ) {
         let AttentionShape { batch, time, heads, kv_heads, head_dim } = shape;
-        let rows = shape.rows();
-        let launch = match self.activation() {
-            Scalar::Bf16 => {
-                let tiles = Bf16Tiles::new(head_dim, self.small_shared());
-                grid([time.div_ceil(tiles.query_rows), heads, batch], [128, 1, 1], tiles.forward_bytes)
-            }
-            Scalar::Float => {
-                let bytes = float_bytes(head_dim, true);
-                grid([time.div_ceil(FLOAT_FORWARD_ROWS), heads, batch], [256, 1, 1], bytes)
-            }
-        };
+        let (unit, rows) = (unit(shape), shape.rows());
+        let launch = self.tiles(head_dim).forward.launch(time, 1, heads, batch);
         let qkv = self.activations_at(qkv, rows * shape.qkv_width());
         let out = self.activations_at_mut(out, rows * shape.out_width());
         let statistics = floats_at_mut(statistics, rows * heads * ATTENTION_STATISTICS);
         let arguments = arguments![qkv, out, statistics, int(time), int(heads), int(kv_heads)];
-        self.launch(unit(shape), "attention_forward", launch, arguments);
+        self.launch(unit, "attention_forward", launch, arguments);
     }
 
     pub(super) fn attend_backward(
@@ -101,20 +123,9 @@ impl Cuda {
         let arguments = arguments![out, dout, statistics, softmax, batch_int, time_int, heads_int];
         self.launch(unit, "attention_delta", launch, arguments);
 
-        let (keys, queries) = match self.activation() {
-            Scalar::Bf16 => {
-                let tiles = Bf16Tiles::new(head_dim, self.small_shared());
-                let blocks = time.div_ceil(tiles.key_rows) * tiles.key_parts;
-                let keys = grid([blocks, kv_heads, batch], [128, 1, 1], tiles.keys_bytes);
-                let blocks = time.div_ceil(tiles.query_rows);
-                (keys, grid([blocks, heads, batch], [128, 1, 1], tiles.queries_bytes))
-            }
-            Scalar::Float => {
-                let (blocks, bytes) = (time.div_ceil(FLOAT_BACKWARD_ROWS), float_bytes(head_dim, false));
-                let keys = grid([blocks, kv_heads, batch], [256, 1, 1], bytes);
-                (keys, grid([blocks, heads, batch], [256, 1, 1], bytes))
-            }
-        };
+        let tiles = self.tiles(head_dim);
+        let keys = tiles.keys.launch(time, tiles.key_parts, kv_heads, batch);
+        let queries = tiles.queries.launch(time, 1, heads, batch);
         let qkv = self.activations_at(qkv, rows * shape.qkv_width());
         let dqkv = self.activations_at_mut(dqkv, rows * shape.qkv_width());
         let arguments = arguments![qkv, dout, softmax, dqkv, time_int, heads_int, int(kv_heads)];

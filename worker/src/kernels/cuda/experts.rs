@@ -173,7 +173,7 @@ impl Cuda {
     ) -> bool {
         let Shape { experts, slots, outputs, inputs, stride } = shape;
         let fits = self.activation() == Scalar::Bf16
-            && self.properties().architecture == 90
+            && self.target().hopper_experts
             && experts <= HOPPER_EXPERTS_MAX
             && [outputs, inputs, stride].iter().all(|size| size.is_multiple_of(HOPPER_ELEMENTS))
             && [left, right, to].iter().all(|address| address.is_multiple_of(HOPPER_BYTES));

@@ -5,8 +5,9 @@
 //   offset         its first element in the flat vector
 //   len            its elements
 //   kept           how many of them are sent; all: without selection
-//   first_place    where its entries begin among all that are sent, the sum of `kept` before
-//   first_span     its first span
+//   first_place    where its values begin among all that are sent: the sum of `kept` before
+//   first_index    where its indices begin: the sum of `kept` before, without the tensors that are sent whole
+//   first_span     its first span: the sum of ceil(len / SPAN) before
 // A span is SPAN elements of one tensor, or what is left of it: ceil(len / SPAN) spans a tensor, in their order, and
 // span_tensor says of which tensor each is. A span has SPAN_CHUNKS chunks, in use or not. Selection takes:
 //   accumulate_*       counts magnitudes by their upper bits while it has them at hand
@@ -16,11 +17,11 @@
 //   select_last        counts the lower bits of what has these upper and middle ones
 //   select_bin         finds the lower bits: the threshold, and how many of the elements that equal it are sent
 //   select_count       how many elements of each chunk are sent
-//   select_scan        where each chunk's entries begin
+//   select_scan        how many of its tensor's entries come before each chunk
 //   select_write       looks at all elements again, and writes indices and values in order
 // `histograms` (tensors, BINS) is zero before and after.
 
-#define TENSOR_FIELDS 5
+#define TENSOR_FIELDS 6
 #define BLOCK 256
 // Each thread has so many groups of 4 neighbouring elements of a chunk.
 #define GROUPS 8
@@ -38,12 +39,12 @@
 #define LIST 128
 
 struct Tensor {
-    long long offset, len, kept, first_place, first_span;
+    long long offset, len, kept, first_place, first_index, first_span;
 };
 
 __device__ __forceinline__ Tensor tensor_at(const long long* tensors, int tensor) {
     const long long* row = tensors + (long long)tensor * TENSOR_FIELDS;
-    return Tensor{row[0], row[1], row[2], row[3], row[4]};
+    return Tensor{row[0], row[1], row[2], row[3], row[4], row[5]};
 }
 
 // What select_bin knows of a tensor.
@@ -498,11 +499,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_count(
 
 #define SCAN_BLOCK 1024
 
-// Where each chunk's entries begin among all that are sent, in `places`, and how many elements of the chunks before equal the
-// threshold, in `inside`.
-// launch: grid tensors, block 1024, shared 0, scratch spans·16 long long: places
+// Of the chunks of the same tensor before each one: above becomes how many elements are sent, and inside how many equal the threshold.
+// launch: grid tensors, block 1024, shared 0
 extern "C" __global__ void __launch_bounds__(SCAN_BLOCK) select_scan(
-    const long long* tensors, const unsigned* thresholds, const unsigned* above, unsigned* inside, long long* places) {
+    const long long* tensors, const unsigned* thresholds, unsigned* above, unsigned* inside) {
     __shared__ unsigned sums[2][SCAN_BLOCK / WARP];
     const Tensor tensor = tensor_at(tensors, blockIdx.x);
     if (tensor.kept >= tensor.len) return;
@@ -531,7 +531,7 @@ extern "C" __global__ void __launch_bounds__(SCAN_BLOCK) select_scan(
         lane_equal += equal_before + __shfl_sync(FULL_WARP, warps_equal, warp);
         if (chunk < chunks) {
             inside[first + chunk] = lane_equal;
-            places[first + chunk] = tensor.first_place + lane_above + (lane_equal < ties ? lane_equal : ties);
+            above[first + chunk] = lane_above + (lane_equal < ties ? lane_equal : ties);
         }
         above_before += __shfl_sync(FULL_WARP, warps_above + warp_above, WARP - 1);
         equal_before += __shfl_sync(FULL_WARP, warps_equal + warp_equal, WARP - 1);
@@ -575,7 +575,7 @@ __device__ __forceinline__ unsigned warps_sum_before(unsigned value, unsigned* s
 }
 
 // Writes the entries that are sent, per tensor in the order of indices: `indices`, relative to the tensor, and factor · value. Tensors
-// that are sent whole have values only. largest becomes the bits of the largest magnitude sent of each tensor, those of
+// that are sent whole have values only. sent_before and equal_before are what select_scan left in above and inside. largest becomes the bits of the largest magnitude sent of each tensor, those of
 // infinity or more if a value is not finite.
 // launch: grid spans, block 256, shared 0
 extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
@@ -583,8 +583,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
     const int* span_tensor,
     const float* values,
     const unsigned* thresholds,
+    const unsigned* sent_before,
     const unsigned* equal_before,
-    const long long* places,
     unsigned* indices,
     float* sent,
     unsigned* largest,
@@ -642,13 +642,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
             });
         }
         // Which of the two rows are in use alternates, so that one barrier a chunk is enough.
-        const unsigned first_of_warp = warps_sum_before(__popc(taken), shared[1 + number % 2]);
-        const long long place = places[chunk.place];
-        for_each_flag(taken, first_of_warp, [&](int i, int j, unsigned number) {
+        const unsigned before = sent_before[chunk.place] + warps_sum_before(__popc(taken), shared[1 + number % 2]);
+        for_each_flag(taken, before, [&](int i, int j, unsigned place) {
             const float value = times(factor, groups[i][j]);
             max = magnitude(value) > max ? magnitude(value) : max;
-            indices[place + number] = (unsigned)(chunk.first + group_start(i) + j);
-            sent[place + number] = value;
+            indices[tensor.first_index + place] = (unsigned)(chunk.first + group_start(i) + j);
+            sent[tensor.first_place + place] = value;
         });
     }
     // The largest of the block; integers do not mind the order.
@@ -662,9 +661,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
 
 // ---- Entries ----
 //
-// Entries have the form that select_write gives them: `places` values, and at the same places indices relative to their
-// tensor. Here `tensors` may be the table of any update: kept is its number of entries of each tensor, whose indices are not read
-// where that is len, and first_span is not read. One update has one entry per element at most.
+// Entries have the form that select_write gives them. Here `tensors` may be the table of any update: kept is its number of
+// entries of each tensor (all of them, without indices, where that is len), and first_span is not read. `places` is the sum
+// of kept. An element has one entry at most.
 
 #define ENTRY_LOADS 4
 
@@ -682,22 +681,17 @@ __device__ __forceinline__ int tensor_of(const long long* tensors, int count, lo
     return first;
 }
 
-// Calls `take` with the place of each entry of the block, the flat index of its element (of no meaning if `indices` is null), and its
-// tensor.
+// Calls `take` with the place of each of the block's values, and the flat index of its element.
 template <typename Take>
 __device__ __forceinline__ void for_each_entry(
     const long long* tensors, int count, long long places, const unsigned* indices, Take take) {
-    int index = 0;
-    Tensor tensor = {0, 0, 0, 0, 0};
+    Tensor tensor = {0, 0, 0, 0, 0, 0};
     for (int i = 0; i < ENTRY_LOADS; i++) {
         const long long place = ((long long)blockIdx.x * ENTRY_LOADS + i) * BLOCK + threadIdx.x;
         if (place >= places) return;
-        if (place >= tensor.first_place + tensor.kept) {
-            index = tensor_of(tensors, count, place);
-            tensor = tensor_at(tensors, index);
-        }
-        const bool listed = tensor.kept < tensor.len && indices != nullptr;
-        take(place, tensor.offset + (listed ? indices[place] : place - tensor.first_place), index);
+        if (place >= tensor.first_place + tensor.kept) tensor = tensor_at(tensors, tensor_of(tensors, count, place));
+        const long long entry = place - tensor.first_place;
+        take(place, tensor.offset + (tensor.kept < tensor.len ? indices[tensor.first_index + entry] : entry));
     }
 }
 
@@ -714,7 +708,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) entries_add(
     float* target,
     act* shadow,
     int* not_finite) {
-    for_each_entry(tensors, count, places, indices, [&](long long place, long long at, int) {
+    for_each_entry(tensors, count, places, indices, [&](long long place, long long at) {
         const float sum = plus(target[at], times(factor, values[place]));
         target[at] = sum;
         if (shadow != nullptr) shadow[at] = to_act(sum);
@@ -722,26 +716,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK) entries_add(
     });
 }
 
-// target −= value / divisor.
-// launch: grid ceil(places / 1024), block 256, shared 0
-extern "C" __global__ void __launch_bounds__(BLOCK) entries_subtract_quotient(
-    const long long* tensors,
-    int count,
-    long long places,
-    const unsigned* indices,
-    const float* values,
-    float divisor,
-    float* target) {
-    for_each_entry(tensors, count, places, indices, [&](long long place, long long at, int) {
-        target[at] = minus(target[at], over(values[place], divisor));
-    });
-}
-
 // target = 0 where something is sent.
 // launch: grid ceil(places / 1024), block 256, shared 0
 extern "C" __global__ void __launch_bounds__(BLOCK) entries_zero(
     const long long* tensors, int count, long long places, const unsigned* indices, float* target) {
-    for_each_entry(tensors, count, places, indices, [&](long long, long long at, int) { target[at] = 0.0f; });
+    for_each_entry(tensors, count, places, indices, [&](long long, long long at) { target[at] = 0.0f; });
 }
 
 // ---- The local view ----
@@ -777,29 +756,4 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
                 if (j < len - at) shadow[at + j] = to_act(parameters[i][j]);
         }
     }
-}
-
-// ---- Values as they travel ----
-
-// What added to |x| < 2^22 and taken off again rounds x to the nearest integer, half to even.
-#define ROUND 12582912.0f
-
-// Signed multiples of the tensor's scale, its largest magnitude / 127 (`largest` is as select_write leaves it, all of it finite): codes,
-// and values become what these decode to.
-// launch: grid ceil(places / 1024), block 256, shared 0
-extern "C" __global__ void __launch_bounds__(BLOCK) encode_int8(
-    const long long* tensors, int count, long long places, const unsigned* largest, float* values, signed char* codes) {
-    for_each_entry(tensors, count, places, nullptr, [&](long long place, long long, int tensor) {
-        float scale = over(bits_float(largest[tensor]), 127.0f);
-        // One step less where 127 times that would overflow.
-        if (magnitude(times(127.0f, scale)) >= 0x7f800000u) scale = bits_float(float_bits(scale) - 1);
-        if (scale == 0.0f) {
-            codes[place] = 0;
-            values[place] = 0.0f;
-            return;
-        }
-        const float rounded = plus(fminf(fmaxf(over(values[place], scale), -127.0f), 127.0f), ROUND);
-        codes[place] = (signed char)(float_bits(rounded) & 0xffu);
-        values[place] = plus(times(minus(rounded, ROUND), scale), 0.0f);
-    });
 }

@@ -30,15 +30,20 @@ use std::sync::Arc;
 
 pub use self::buffer::{Buffer, Tokens};
 pub use self::driver::{CompileError, Library, Properties, compile_to_ptx, missing_library};
-use self::driver::{Address, Argument, Driver, Kernel, Launch, Module, Scalar};
+use self::driver::{Argument, Driver, Kernel, Launch, Module, Scalar};
 pub use self::error::CudaError;
 pub use self::routing::Routing;
 use self::scratch::Scratch;
-pub use self::source::{Source, Unit};
+pub use self::source::{Source, Target, Unit};
+pub use self::timing::Spent;
 use self::timing::Timing;
 
 /// Shared memory of a block below which attention takes smaller tiles, in bytes.
 const SHARED_BYTES_LARGE: u32 = 120 * 1024;
+
+/// Names, separated by commas, the kernels for Hopper that are not to be used: `experts`, `attention`. For comparisons, and
+/// for the day when one of them is wrong.
+pub const WITHOUT_VARIABLE: &str = "SANDERLING_CUDA_WITHOUT";
 
 /// What products multiply. Sums are `f32` always, and so are the parameters that are trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,6 +61,7 @@ pub enum Precision {
 pub struct Cuda {
     driver: Arc<dyn Driver>,
     precision: Precision,
+    target: Target,
     modules: HashMap<Unit, Module>,
     kernels: HashMap<(Unit, &'static str), Kernel>,
     scratch: Scratch,
@@ -84,9 +90,19 @@ impl Cuda {
     }
 
     fn with_driver(driver: Arc<dyn Driver>, precision: Precision) -> Self {
+        let without = std::env::var(WITHOUT_VARIABLE).unwrap_or_default();
+        let hopper = |what: &str| {
+            driver.properties().architecture == 90 && !without.split(',').any(|name| name.trim() == what)
+        };
+        let target = Target {
+            small_shared: driver.properties().shared_bytes < SHARED_BYTES_LARGE,
+            hopper_experts: hopper("experts"),
+            hopper_attention: hopper("attention"),
+        };
         Self {
             driver,
             precision,
+            target,
             modules: HashMap::new(),
             kernels: HashMap::new(),
             scratch: Scratch::default(),
@@ -131,8 +147,8 @@ impl Cuda {
         }
     }
 
-    fn small_shared(&self) -> bool {
-        self.properties().shared_bytes < SHARED_BYTES_LARGE
+    fn target(&self) -> Target {
+        self.target
     }
 
     /// Remembers a failure, and gives what there is otherwise.
@@ -153,7 +169,7 @@ impl Cuda {
         let module = match self.modules.get(&unit) {
             Some(&module) => module,
             None => {
-                let module = self.driver.load(&unit.source(self.precision, self.small_shared()))?;
+                let module = self.driver.load(&unit.source(self.precision, self.target))?;
                 self.modules.insert(unit, module);
                 module
             }

@@ -493,7 +493,7 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     sums[threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.x >= experts) return;
+    if ((int)threadIdx.x >= experts) return;
     for (int i = 1; i < at_once; i++) sum += sums[i * experts + expert];
     partials[(long long)blockIdx.x * experts + expert] = sum;
 }

@@ -86,8 +86,8 @@ impl Unit {
         }
     }
 
-    /// What is compiled. `small_shared` is for devices whose blocks have less than 120 KB of shared memory.
-    pub fn source(self, precision: Precision, small_shared: bool) -> Source {
+    /// What is compiled.
+    pub fn source(self, precision: Precision, target: Target) -> Source {
         let bf16 = precision == Precision::Bf16;
         let number = match precision {
             Precision::F32 => 0,
@@ -96,7 +96,12 @@ impl Unit {
         };
         let mut defines = vec![("ACT_BF16", usize::from(bf16)), ("PRECISION", number)];
         if let Self::Attention { head_dim } = self {
-            defines.extend([("HEAD_DIM", head_dim), ("SMALL_SHARED", usize::from(small_shared))]);
+            let hopper = bf16 && target.attention_for_hopper(head_dim);
+            defines.extend([
+                ("HEAD_DIM", head_dim),
+                ("SMALL_SHARED", usize::from(target.small_shared)),
+                ("ATTENTION_HOPPER", usize::from(hopper)),
+            ]);
         }
         let mut text = String::from(PRELUDE);
         self.files().iter().for_each(|file| {
@@ -105,6 +110,24 @@ impl Unit {
         });
         let defines = defines.into_iter().map(|(name, value)| format!("-D{name}={value}")).collect();
         Source { name: self.name(), text, defines }
+    }
+}
+
+/// What kernels are compiled for, beyond the architecture.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Target {
+    /// Whether blocks have less than 120 KB of shared memory.
+    pub small_shared: bool,
+    /// Whether the experts' products may use the copy engine and wgmma.
+    pub hopper_experts: bool,
+    /// Whether attention may use wgmma.
+    pub hopper_attention: bool,
+}
+
+impl Target {
+    /// Whether `attention_hopper.cu` takes heads of that width.
+    pub(super) fn attention_for_hopper(self, head_dim: usize) -> bool {
+        self.hopper_attention && matches!(head_dim, 64 | 128)
     }
 }
 

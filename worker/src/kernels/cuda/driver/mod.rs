@@ -2,6 +2,8 @@
 //!
 //! Everything above it, the launches included, is the same for both, so that it is tested where there is no GPU.
 
+#![expect(unreachable_pub, reason = "the parent hands some of it on, and all of it is for the parent")]
+
 mod blas;
 mod cache;
 mod compile;

@@ -1,0 +1,1 @@
+//! Every operation on random shapes against the CPU's.
