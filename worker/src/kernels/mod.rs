@@ -367,6 +367,19 @@ pub trait Kernels {
         y: &mut Self::Buffer,
         inverse_rms: &mut Self::Buffer,
     );
+    /// sum = x + delta, and what [`rms_norm`](Self::rms_norm) makes of it; `inputs` are x and delta.
+    fn add_rms_norm(
+        &mut self,
+        norm: RmsNorm,
+        params: &Self::Buffer,
+        inputs: (&Self::Buffer, &Self::Buffer),
+        sum: &mut Self::Buffer,
+        y: &mut Self::Buffer,
+        inverse_rms: &mut Self::Buffer,
+    ) {
+        self.add(norm.rows * norm.width, inputs.0, inputs.1, sum);
+        self.rms_norm(norm, params, sum, y, inverse_rms);
+    }
     /// With x̂ = x·r: dx += r·(w⊙dy − x̂·mean(w⊙dy⊙x̂)), and dw = Σ dy⊙x̂ replaces the weight's place in `grad`.
     ///
     /// `saved` is x and its inverse RMS, as they were in the forward pass.

@@ -133,16 +133,11 @@ impl<K: Kernels> Pass<'_, K> {
             kernels.attention(shape, &layer.qkv, &mut layer.attended, &mut layer.statistics);
         }
         kernels.product(params, plan.attention_out, rows, &layer.attended, delta, Write::Replace);
-        kernels.add(
-            rows * feed_forward_norm.width,
-            &layer.attention_input,
-            delta,
-            &mut layer.feed_forward_input,
-        );
-        kernels.rms_norm(
+        kernels.add_rms_norm(
             feed_forward_norm,
             params,
-            &layer.feed_forward_input,
+            (&layer.attention_input, delta),
+            &mut layer.feed_forward_input,
             &mut layer.feed_forward_normed,
             &mut layer.feed_forward_inverse_rms,
         );

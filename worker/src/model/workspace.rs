@@ -84,6 +84,52 @@ pub(super) struct Gradients<K: Kernels> {
     pub(super) shared_hidden: K::Storage,
 }
 
+/// What a training step holds besides the parameters and their gradient.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepMemory {
+    /// Elements that stay `f32`.
+    pub floats: usize,
+    /// Of those, the ones that products multiply ([`Kernels::allocate_factors`]).
+    pub factors: usize,
+    /// Elements in the device's type for what passes between operations ([`Kernels::allocate_activations`]).
+    pub activations: usize,
+    /// Token ids.
+    pub tokens: usize,
+    /// The routings, one per layer; none in a dense model.
+    pub routings: Vec<RouterShape>,
+}
+
+impl StepMemory {
+    /// What [`Activations`] and [`Gradients`] allocate for so many tokens.
+    pub(super) fn new(config: &ModelConfig, rows: usize) -> Self {
+        let (d, f, heads) = (config.hidden_size, config.intermediate_size, config.heads);
+        let out = heads * config.head_dim;
+        let qkv = out + 2 * config.kv_heads * config.head_dim;
+        let (slots, wide) = (expert_slots(config, rows), feed_forward_rows(config, rows));
+        let shared = config.shared_expert.unwrap_or(0);
+        let gates = usize::from(config.shared_expert.is_some());
+        let (experts, routings) = match config.feed_forward {
+            FeedForward::Dense => (0, Vec::new()),
+            FeedForward::Moe { experts, top_k, router: order } => {
+                let shape = RouterShape { rows, experts, top_k, order, capacity: None };
+                (experts, vec![shape; config.layers])
+            }
+        };
+        let layer_floats = 2 * d + 2 + heads * ATTENTION_STATISTICS + experts + gates;
+        let layer_activations = rows * (2 * d + qkv + out + 3 * shared) + wide * 3 * f + slots * d;
+        let step_floats = 2 * d + 2 + experts + gates;
+        let step_activations =
+            rows * (3 * d + config.vocab_size + out + qkv + shared) + wide * f + slots * 2 * d;
+        Self {
+            floats: rows * (config.layers * layer_floats + step_floats),
+            factors: rows * d,
+            activations: config.layers * layer_activations + step_activations,
+            tokens: 2 * rows,
+            routings,
+        }
+    }
+}
+
 /// Rows that the experts of a layer see together: none in a dense model.
 fn expert_slots(config: &ModelConfig, rows: usize) -> usize {
     match config.feed_forward {

@@ -1,5 +1,6 @@
 //! The model against `transformers`, as `model_fixtures.rs` has it for the CPU.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ndarray::{Array2, ArrayView2, s};
@@ -9,7 +10,7 @@ use sanderling_common::checkpoint;
 use sanderling_common::model_config::ModelConfig;
 use sanderling_worker::kernels::Kernels;
 use sanderling_worker::kernels::cpu::Cpu;
-use sanderling_worker::kernels::cuda::Precision;
+use sanderling_worker::kernels::cuda::{MemoryNeeded, Precision};
 use sanderling_worker::model::{Balancing, Model};
 
 use crate::device::{Place, everywhere, kernels, relative, tolerance};
@@ -86,13 +87,52 @@ fn check(name: &'static str, place: Place, precision: Precision) {
     assert!(loss < tolerance, "the loss differs by {loss}");
     let mut values = vec![0.0; fixture.params.len()];
     model.kernels_mut().download(&grad, &mut values).unwrap();
-    let layout = fixture.config.layout().unwrap();
-    let gradients = layout.tensors().iter().map(|tensor| {
-        (relative(&values[tensor.range()], &fixture.gradient(&tensor.name)), tensor.name.as_str())
-    });
-    let (gradient, tensor) = gradients.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
-    println!("{name}: loss {loss:.1e}, largest of {} gradients {gradient:.1e} ({tensor})", layout.tensors().len());
-    assert!(gradient < tolerance, "the gradient of {tensor} differs by {gradient}");
+    check_gradients(name, &fixture, &values, precision);
+}
+
+/// Of floats every tensor is within the tolerance. With rounded factors the whole gradient is, and each tensor within
+/// twice as much, all experts of a layer taken together: a token whose two likeliest experts are nearly equal may go to
+/// the other one.
+fn check_gradients(name: &str, fixture: &Fixture, values: &[f32], precision: Precision) {
+    let (layout, tolerance) = (fixture.config.layout().unwrap(), tolerance(precision));
+    let mut groups: BTreeMap<String, (Vec<f32>, Vec<f32>)> = BTreeMap::new();
+    for tensor in layout.tensors() {
+        let group = match (precision, tensor.name.split_once(".experts.")) {
+            (Precision::F32, _) | (_, None) => tensor.name.clone(),
+            (_, Some((layer, expert))) => format!("{layer}.experts.{}", expert.trim_start_matches(char::is_numeric)),
+        };
+        let (found, expected) = groups.entry(group).or_default();
+        found.extend_from_slice(&values[tensor.range()]);
+        expected.extend(fixture.gradient(&tensor.name));
+    }
+    let deviations = groups.iter().map(|(group, (found, expected))| (relative(found, expected), group));
+    let (worst, group) = deviations.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+    let (found, expected): (Vec<_>, Vec<_>) = groups.values().cloned().unzip();
+    let whole = relative(&found.concat(), &expected.concat());
+    println!("{name}: gradient {whole:.1e}, largest of {} parts {worst:.1e} ({group})", groups.len());
+    let part = if precision == Precision::F32 { tolerance } else { 2.0 * tolerance };
+    assert!(whole < tolerance, "the gradient differs by {whole}");
+    assert!(worst < part, "the gradient of {group} differs by {worst}");
+}
+
+/// The estimate of memory before the start is what a step takes.
+fn memory_is_as_estimated(place: Place, precision: Precision) {
+    for name in ["llama-gqa", "mixtral-e8t2", "qwen2moe-e16t4"] {
+        let Some(mut kernels) = kernels(place, precision) else { return };
+        let fixture = Fixture::load(name);
+        let mut params = kernels.allocate_factors(fixture.params.len()).unwrap();
+        kernels.upload(&fixture.params, &mut params);
+        let mut grad = kernels.allocate(fixture.params.len()).unwrap();
+        let mut model = Model::new(fixture.config.clone(), kernels).unwrap();
+        let tables = model.kernels_mut().held_bytes();
+        let ids = fixture.input_ids();
+        let (inputs, targets) = (ids.slice(s![.., ..-1]), ids.slice(s![.., 1..]));
+        model.loss_and_grad(&params, inputs, targets, Balancing::default(), &mut grad).unwrap();
+        let needed = MemoryNeeded::new(&fixture.config, precision, inputs.len()).unwrap();
+        let step = model.kernels_mut().held_bytes() - model.kernels_mut().scratch_bytes() - tables;
+        assert_eq!(step, needed.step, "{name}");
+        assert!(tables >= needed.model, "{name}: {tables} {needed:?}");
+    }
 }
 
 fn llama_with_grouped_queries(place: Place, precision: Precision) {
@@ -190,5 +230,6 @@ fn steps_with_drops<K: Kernels>(
 }
 
 everywhere! {
-    llama_with_grouped_queries, llama3_rope_with_tied_embeddings, mixtral, qwen2_moe, the_cpus_model
+    llama_with_grouped_queries, llama3_rope_with_tied_embeddings, mixtral, qwen2_moe, the_cpus_model,
+    memory_is_as_estimated
 }

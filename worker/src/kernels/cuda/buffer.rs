@@ -43,6 +43,7 @@ pub(super) struct Memory {
 impl Memory {
     pub(super) fn new(driver: &Arc<dyn Driver>, bytes: usize) -> Result<Self, CudaError> {
         let address = driver.allocate(bytes)?;
+        driver.held_bytes().fetch_add(bytes, Ordering::Relaxed);
         Ok(Self { driver: Arc::clone(driver), address, bytes })
     }
 
@@ -57,6 +58,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        self.driver.held_bytes().fetch_sub(self.bytes, Ordering::Relaxed);
         self.driver.free(self.address, self.bytes);
     }
 }
@@ -121,11 +123,6 @@ impl Buffer {
         if let Some(twin) = &self.twin {
             twin.fresh.store(len, Ordering::Relaxed);
         }
-    }
-
-    /// Bytes of it and its twin.
-    pub(super) fn bytes(&self) -> usize {
-        self.memory.bytes() + self.twin.as_ref().map_or(0, |twin| twin.memory.bytes())
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use ndarray::ArrayView2;
 
-use super::buffer::{Memory, decode, encode};
+use super::buffer::{Memory, decode};
 use super::driver::Scalar;
 use super::{Buffer, Cuda, CudaError, Routing, Tokens};
 use crate::kernels::{
@@ -47,9 +47,7 @@ impl Kernels for Cuda {
     }
 
     fn upload(&mut self, values: &[f32], buffer: &mut Buffer) {
-        let bytes = encode(values, buffer.scalar());
-        let uploaded = self.driver.upload(&bytes, buffer.at_mut(0..values.len()));
-        self.attempt(uploaded);
+        self.upload_at(values, buffer, 0);
     }
 
     fn upload_tokens(&mut self, ids: ArrayView2<'_, u32>, tokens: &mut Tokens) {
@@ -167,6 +165,18 @@ impl Kernels for Cuda {
         inverse_rms: &mut Buffer,
     ) {
         self.norm(norm, params, x, y, inverse_rms);
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        norm: RmsNorm,
+        params: &Buffer,
+        inputs: (&Buffer, &Buffer),
+        sum: &mut Buffer,
+        y: &mut Buffer,
+        inverse_rms: &mut Buffer,
+    ) {
+        self.add_norm(norm, params, inputs, sum, y, inverse_rms);
     }
 
     fn rms_norm_backward(

@@ -77,7 +77,8 @@ __device__ __forceinline__ float root(float a) { return __fsqrt_rn(a); }
 #endif
 
 // Four neighbouring elements, of which `valid` exist (any number, negative ones included); zeros for the others.
-__device__ __forceinline__ void load_group(const float* from, long long valid, bool vectors, float (&to)[4]) {
+template <typename Count>
+__device__ __forceinline__ void load_group(const float* from, Count valid, bool vectors, float (&to)[4]) {
     if (vectors && valid >= 4) {
         load4(from, to);
     } else {
@@ -85,7 +86,8 @@ __device__ __forceinline__ void load_group(const float* from, long long valid, b
         for (int j = 0; j < 4; j++) to[j] = j < valid ? from[j] : 0.0f;
     }
 }
-__device__ __forceinline__ void store_group(float* to, long long valid, bool vectors, const float (&from)[4]) {
+template <typename Count>
+__device__ __forceinline__ void store_group(float* to, Count valid, bool vectors, const float (&from)[4]) {
     if (vectors && valid >= 4) {
         store4(to, from);
     } else {
@@ -337,17 +339,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_bin(
     }
 }
 
-// A tensor's chunk that a block or warp looks at: its elements are first..end of the tensor.
+// A tensor's chunk that a block or warp looks at: `size` elements (0: there is no such chunk) from the tensor's element `first` on.
 struct Chunk {
-    long long first, end;
+    long long first;
+    int size;
     // Its place among the chunks of all tensors.
     long long place;
 };
 
 __device__ __forceinline__ Chunk chunk_at(const Tensor& tensor, int chunk) {
     const long long first = (blockIdx.x - tensor.first_span) * SPAN + (long long)chunk * CHUNK;
-    const long long end = first + CHUNK < tensor.len ? first + CHUNK : tensor.len;
-    return Chunk{first, end, (long long)blockIdx.x * SPAN_CHUNKS + chunk};
+    const long long left = tensor.len - first;
+    const int size = left < CHUNK ? left < 0 ? 0 : (int)left : CHUNK;
+    return Chunk{first, size, (long long)blockIdx.x * SPAN_CHUNKS + chunk};
 }
 
 // Counts each chunk's elements above those with the threshold's upper bits, and those with these (zeros not counted), whose other bits
@@ -377,13 +381,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_inside(
     const bool vectors = aligned(values, 16);
     for (int number = 0; number < SPAN_CHUNKS; number++) {
         const Chunk chunk = chunk_at(tensor, number);
-        if (chunk.first >= chunk.end) break;
+        if (chunk.size == 0) break;
         float groups[GROUPS][4];
 #pragma unroll
-        for (int i = 0; i < GROUPS; i++) {
-            const long long at = chunk.first + group_start(i);
-            load_group(values + at, chunk.end - at, vectors, groups[i]);
-        }
+        for (int i = 0; i < GROUPS; i++)
+            load_group(values + chunk.first + group_start(i), chunk.size - group_start(i), vectors, groups[i]);
         unsigned mine = 0;
 #pragma unroll
         for (int i = 0; i < GROUPS; i++) {
@@ -423,8 +425,8 @@ __device__ __forceinline__ void for_each_inside(
         return;
     }
 #pragma unroll 8
-    for (long long at = chunk.first + lane; at < chunk.end; at += WARP) {
-        const unsigned key = magnitude(values[at]);
+    for (int i = lane; i < chunk.size; i += WARP) {
+        const unsigned key = magnitude(values[chunk.first + i]);
         if (key >> UPPER_SHIFT == upper && key != 0) take(key & ((1u << UPPER_SHIFT) - 1));
     }
 }
@@ -449,7 +451,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_last(
     const unsigned middle = bits >> MIDDLE_SHIFT & (LOWER_BINS - 1);
     for (int number = threadIdx.x / WARP; number < SPAN_CHUNKS; number += BLOCK / WARP) {
         const Chunk chunk = chunk_at(tensor, number);
-        if (chunk.first >= chunk.end) break;
+        if (chunk.size == 0) break;
         for_each_inside(
             values + tensor.offset, chunk, bits >> UPPER_SHIFT, inside[chunk.place], lists, [&](unsigned rest) {
                 if (rest >> MIDDLE_SHIFT == middle) atomicAdd(&counts[rest & (LOWER_BINS - 1)], 1u);
@@ -480,7 +482,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_count(
     const unsigned rest_of_threshold = bits & ((1u << UPPER_SHIFT) - 1);
     for (int number = threadIdx.x / WARP; number < SPAN_CHUNKS; number += BLOCK / WARP) {
         const Chunk chunk = chunk_at(tensor, number);
-        if (chunk.first >= chunk.end) break;
+        if (chunk.size == 0) break;
         unsigned larger = 0, equal = 0;
         for_each_inside(
             values + tensor.offset, chunk, bits >> UPPER_SHIFT, inside[chunk.place], lists, [&](unsigned rest) {
@@ -492,7 +494,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_count(
         if (threadIdx.x % WARP == 0) {
             const unsigned all_above = above[chunk.place] + larger;
             above[chunk.place] = all_above;
-            inside[chunk.place] = bits == 0 ? (unsigned)(chunk.end - chunk.first) - all_above : equal;
+            inside[chunk.place] = bits == 0 ? (unsigned)chunk.size - all_above : equal;
         }
     }
 }
@@ -599,36 +601,33 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
     unsigned max = 0;
     for (int number = 0; number < SPAN_CHUNKS; number++) {
         const Chunk chunk = chunk_at(tensor, number);
-        if (chunk.first >= chunk.end) break;
+        if (chunk.size == 0) break;
         float groups[GROUPS][4];
 #pragma unroll
-        for (int i = 0; i < GROUPS; i++) {
-            const long long at = chunk.first + group_start(i);
-            load_group(values + at, chunk.end - at, vectors, groups[i]);
-        }
+        for (int i = 0; i < GROUPS; i++)
+            load_group(values + chunk.first + group_start(i), chunk.size - group_start(i), vectors, groups[i]);
         if (whole) {
-            float* to = sent + tensor.first_place;
+            float* to = sent + tensor.first_place + chunk.first;
             const bool aligned_vectors = aligned(to, 16);
 #pragma unroll
             for (int i = 0; i < GROUPS; i++) {
-                const long long at = chunk.first + group_start(i);
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     groups[i][j] = times(factor, groups[i][j]);
-                    if (at + j < chunk.end && magnitude(groups[i][j]) > max) max = magnitude(groups[i][j]);
+                    const bool exists = group_start(i) + j < chunk.size;
+                    if (exists && magnitude(groups[i][j]) > max) max = magnitude(groups[i][j]);
                 }
-                store_group(to + at, chunk.end - at, aligned_vectors, groups[i]);
+                store_group(to + group_start(i), chunk.size - group_start(i), aligned_vectors, groups[i]);
             }
             continue;
         }
         unsigned taken = 0, equal = 0;
 #pragma unroll
         for (int i = 0; i < GROUPS; i++) {
-            const long long at = chunk.first + group_start(i);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const unsigned key = magnitude(groups[i][j]);
-                const unsigned bit = at + j < chunk.end ? 1u << (4 * i + j) : 0;
+                const unsigned bit = group_start(i) + j < chunk.size ? 1u << (4 * i + j) : 0;
                 taken |= key > threshold.bits ? bit : 0;
                 equal |= key == threshold.bits ? bit : 0;
             }

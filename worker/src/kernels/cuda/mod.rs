@@ -17,6 +17,7 @@ mod driver;
 mod error;
 mod experts;
 mod implementation;
+mod memory;
 mod pointwise;
 mod products;
 mod router;
@@ -27,11 +28,13 @@ mod timing;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 pub use self::buffer::{Buffer, Tokens};
 pub use self::driver::{CompileError, Library, Properties, compile_to_ptx, missing_library};
 use self::driver::{Argument, Driver, Kernel, Launch, Module, Scalar};
 pub use self::error::CudaError;
+pub use self::memory::MemoryNeeded;
 pub use self::routing::Routing;
 use self::scratch::Scratch;
 pub use self::source::{Source, Target, Unit};
@@ -122,6 +125,11 @@ impl Cuda {
         self.precision
     }
 
+    /// Memory that it and its buffers hold, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        self.driver.held_bytes().load(Ordering::Relaxed)
+    }
+
     /// Memory that is free, in bytes.
     ///
     /// # Errors
@@ -137,6 +145,13 @@ impl Cuda {
     pub fn wait(&mut self) -> Result<(), CudaError> {
         self.driver.wait().and(Ok(())).map_err(|error| self.failure.take().unwrap_or(error))?;
         self.failure.take().map_or(Ok(()), Err)
+    }
+
+    /// Copies host values to a buffer, from one of its elements on.
+    pub fn upload_at(&mut self, values: &[f32], buffer: &mut Buffer, first: usize) {
+        let bytes = buffer::encode(values, buffer.scalar());
+        let uploaded = self.driver.upload(&bytes, buffer.at_mut(first..first + values.len()));
+        self.attempt(uploaded);
     }
 
     /// The type of activations and of the factors of products.

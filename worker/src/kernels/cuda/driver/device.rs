@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
 
 use cudarc::driver::{result, sys};
 
@@ -25,6 +26,7 @@ const ARGUMENTS_MAX: usize = 24;
 #[derive(Debug)]
 pub(crate) struct Device {
     properties: Properties,
+    held_bytes: AtomicUsize,
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
@@ -75,7 +77,8 @@ impl Device {
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed("making a queue"))?;
         let blas = Blas::new()?;
-        Ok(Self { properties, device, context, stream, blas, allowed: Mutex::default() })
+        let held_bytes = AtomicUsize::new(0);
+        Ok(Self { properties, held_bytes, device, context, stream, blas, allowed: Mutex::default() })
     }
 
     /// Makes the context the calling thread's.
@@ -140,6 +143,10 @@ fn properties(device: sys::CUdevice) -> Result<Properties, CudaError> {
 impl Driver for Device {
     fn properties(&self) -> &Properties {
         &self.properties
+    }
+
+    fn held_bytes(&self) -> &AtomicUsize {
+        &self.held_bytes
     }
 
     fn free_bytes(&self) -> Result<usize, CudaError> {

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::ffi::{c_uint, c_void};
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::Library;
@@ -54,6 +55,7 @@ static RUNNING: Mutex<()> = Mutex::new(());
 #[derive(Debug)]
 pub(crate) struct Emulator {
     properties: Properties,
+    held_bytes: AtomicUsize,
     compiler: String,
     /// The function that starts each kernel, by the kernel's address.
     launches: Mutex<HashMap<usize, LaunchFunction>>,
@@ -80,7 +82,8 @@ impl Emulator {
             shared_bytes: 227 * 1024,
             memory_bytes: usize::MAX,
         };
-        Ok(Self { properties, compiler, launches: Mutex::default() })
+        let held_bytes = AtomicUsize::new(0);
+        Ok(Self { properties, held_bytes, compiler, launches: Mutex::default() })
     }
 
     fn compile(&self, units: &mut Units, source: &Source) -> Result<Loaded, CudaError> {
@@ -133,6 +136,10 @@ fn layout(bytes: usize) -> std::alloc::Layout {
 impl Driver for Emulator {
     fn properties(&self) -> &Properties {
         &self.properties
+    }
+
+    fn held_bytes(&self) -> &AtomicUsize {
+        &self.held_bytes
     }
 
     fn free_bytes(&self) -> Result<usize, CudaError> {

@@ -13,6 +13,7 @@ mod emulator;
 mod libraries;
 
 use std::fmt::Debug;
+use std::sync::atomic::AtomicUsize;
 
 pub use self::compile::{CompileError, compile_to_ptx};
 pub(super) use self::device::Device;
@@ -163,6 +164,8 @@ pub struct Mark(usize);
 pub trait Driver: Debug + Send + Sync {
     /// What launches have to know of it.
     fn properties(&self) -> &Properties;
+    /// Bytes of all memory that was handed out and not given back.
+    fn held_bytes(&self) -> &AtomicUsize;
     /// Bytes that are free.
     ///
     /// # Errors
