@@ -354,8 +354,8 @@ __device__ __forceinline__ Chunk chunk_at(const Tensor& tensor, int chunk) {
     return Chunk{first, size, (long long)blockIdx.x * SPAN_CHUNKS + chunk};
 }
 
-// Counts each chunk's elements above those with the threshold's upper bits, and those with these (zeros not counted), whose other bits
-// go to the chunk's list, in any order, as far as there is room; and counts their middle bits.
+// Counts each chunk's elements above those with the threshold's upper bits, and those with these (zeros not counted), whose
+// other bits go to the chunk's list, in any order, as far as there is room; and counts their middle bits.
 // launch: grid spans, block 256, shared 0,
 // scratch spans·16 unsigned: above, as many: inside, and spans·16·128 unsigned: lists
 extern "C" __global__ void __launch_bounds__(BLOCK) select_inside(
@@ -501,7 +501,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_count(
 
 #define SCAN_BLOCK 1024
 
-// Of the chunks of the same tensor before each one: above becomes how many elements are sent, and inside how many equal the threshold.
+// Of the chunks of the same tensor before each one: above becomes how many elements are sent, and inside how many equal the
+// threshold.
 // launch: grid tensors, block 1024, shared 0
 extern "C" __global__ void __launch_bounds__(SCAN_BLOCK) select_scan(
     const long long* tensors, const unsigned* thresholds, unsigned* above, unsigned* inside) {
@@ -544,8 +545,8 @@ extern "C" __global__ void __launch_bounds__(SCAN_BLOCK) select_scan(
 // The bits of `flags` that belong to a group.
 __device__ __forceinline__ unsigned nibble(unsigned flags, int group) { return flags >> (4 * group) & 15u; }
 
-// Calls `take` with each flag of the warp's part of a chunk, as its group and place in it, and its number in order from `number` on.
-// All lanes take part.
+// Calls `take` with each flag of the warp's part of a chunk, as its group and place in it, and its number in order from `number`
+// on. All lanes take part.
 template <typename Take>
 __device__ __forceinline__ void for_each_flag(unsigned flags, unsigned number, Take take) {
     const unsigned below = (1u << threadIdx.x % WARP) - 1;
@@ -576,9 +577,9 @@ __device__ __forceinline__ unsigned warps_sum_before(unsigned value, unsigned* s
     return before;
 }
 
-// Writes the entries that are sent, per tensor in the order of indices: `indices`, relative to the tensor, and factor · value. Tensors
-// that are sent whole have values only. sent_before and equal_before are what select_scan left in above and inside. largest becomes the bits of the largest magnitude sent of each tensor, those of
-// infinity or more if a value is not finite.
+// Writes the entries that are sent, per tensor in the order of indices: `indices`, relative to the tensor, and factor · value.
+// Tensors that are sent whole have values only. sent_before and equal_before are what select_scan left in above and inside.
+// largest becomes the bits of the largest magnitude sent of each tensor, those of infinity or more if a value is not finite.
 // launch: grid spans, block 256, shared 0
 extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
     const long long* tensors,
@@ -694,8 +695,8 @@ __device__ __forceinline__ void for_each_entry(
     }
 }
 
-// target += factor · value. shadow is null, or gets the new values rounded to activations; not_finite is null, or becomes 1 if one of
-// them is not finite.
+// target += factor · value. shadow is null, or gets the new values rounded to activations; not_finite is null, or becomes 1
+// if one of them is not finite.
 // launch: grid ceil(places / 1024), block 256, shared 0
 extern "C" __global__ void __launch_bounds__(BLOCK) entries_add(
     const long long* tensors,

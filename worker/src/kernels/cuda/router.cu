@@ -448,7 +448,7 @@ __device__ __forceinline__ void backward_rows(
 // The gradient of the logits, replacing dlogits (rows, experts), from that of the slots' weights and from the auxiliary loss:
 // unit = auxiliary · experts / (rows · rows · top_k). Gradients of dropped choices are not read, and count as zero.
 // launch: grid ceil(rows / (256 / L)), L = the power of two from `experts` up, at most 32; block 256, shared 0
-extern "C" __global__ void __launch_bounds__(256) router_backward(
+extern "C" __global__ void __launch_bounds__(256, 4) router_backward(
     const float* probabilities,
     const int* chosen,
     const int* slot_of,
@@ -498,8 +498,8 @@ extern "C" __global__ void __launch_bounds__(256)
     partials[(long long)blockIdx.x * experts + expert] = sum;
 }
 
-// All statistics of a route as doubles, for one download: out (2·experts + 1) = the probabilities' sums, the tokens that chose each
-// expert, and the slots in use.
+// All statistics of a route as doubles, for one download: out (2·experts + 1) = the probabilities' sums, the tokens that
+// chose each expert, and the slots in use.
 // launch: grid 1, block 256, shared 0
 extern "C" __global__ void __launch_bounds__(256) router_statistics(
     const double* partials, int parts, const int* counts, const int* starts, int experts, double* out) {
@@ -564,14 +564,14 @@ __device__ __forceinline__ void permute(
 // sorted (slots, width): each slot gets the row of its token in x (rows, width). `used` is &starts[E]; dropped choices and
 // rows of `sorted` from there on are left alone.
 // launch: grid rows, block min(256, 32·ceil(width / 512)), shared 0
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 6)
     permute_act(const act* x, const int* slot_of, const int* used, act* sorted, int width, int top_k) {
     permute(x, slot_of, used, sorted, width, top_k);
 }
 
 // The same from floats, rounding them.
 // launch: grid rows, block min(256, 32·ceil(width / 512)), shared 0
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 6)
     permute_float(const float* x, const int* slot_of, const int* used, act* sorted, int width, int top_k) {
     permute(x, slot_of, used, sorted, width, top_k);
 }
