@@ -135,13 +135,19 @@ inline void emulate_run(const EmulateProduct& product) {
 }
 inline EmulateProducts& emulate_mine() { return emulate_products[emulate_block.current]; }
 inline void wgmma_fence() {}
-inline void wgmma_commit() { emulate_mine().groups++; }
+// Lanes of a warp are together at every instruction of a product.
+inline void wgmma_commit() {
+    __syncwarp();
+    emulate_mine().groups++;
+}
 template <int N>
 void wgmma_wait() {
+    __syncwarp();
     EmulateProducts& mine = emulate_mine();
     size_t done = 0;
     while (done < mine.waiting.size() && mine.waiting[done].group < mine.groups - N) emulate_run(mine.waiting[done++]);
     mine.waiting.erase(mine.waiting.begin(), mine.waiting.begin() + done);
+    __syncwarp();
 }
 inline void wgmma_hold(float (&)[128]) {}
 template <bool left_side_contiguous, bool right_side_contiguous>
