@@ -259,7 +259,7 @@ def initialise(module, way):
 
 
 # How attention is computed: chosen once, by time.
-ATTENTION = {"name": "default", "repeat": False}
+ATTENTION = {"backend": "any", "repeat": False}
 
 
 def choose_attention(shape, batch, length, device):
@@ -301,7 +301,7 @@ def set_attention(backend, repeat):
     torch.backends.cuda.enable_flash_sdp(backend in ("flash", "any"))
     torch.backends.cuda.enable_mem_efficient_sdp(backend == "any")
     torch.backends.cuda.enable_math_sdp(backend == "any")
-    ATTENTION.update(name=backend + (", repeated keys" if repeat else ""), repeat=repeat)
+    ATTENTION.update(backend=backend, repeat=repeat)
 
 
 def note(line):
@@ -386,7 +386,7 @@ def model_once(shape, way, batch, options, device):
         "batch": batch,
         "time": options.time,
         "parameters": sum(p.numel() for p in parameters),
-        "attention": ATTENTION["name"],
+        "attention": ATTENTION["backend"] + (", repeated keys" if ATTENTION["repeat"] else ""),
         "loss": loss.item(),
         "gradient_norm": gradient_norm(parameters),
         "first_step_s": round(first, 2),
@@ -479,11 +479,14 @@ def run(case, way, options, device):
     return measured
 
 
-def fallbacks(way):
-    """What is tried in the place of a way that failed."""
-    if ATTENTION["name"] != "any":
+def fallbacks(case, way):
+    """What is tried in the place of a way that failed, one after the other."""
+    if case != "layer":
+        chosen = dict(ATTENTION)
         set_attention("any", False)
         yield way
+        # It was not the attention.
+        set_attention(*chosen.values())
     if way.experts == "grouped":
         yield Way(way.weights, "grouped", padding=16)
     elif way.compiled:
@@ -492,8 +495,11 @@ def fallbacks(way):
 
 def agree(results):
     """Whether all ways came to about the same gradient, for a wrong kernel may be a fast one."""
-    norms = [r["gradient_norm"] for r in results if "gradient_norm" in r]
-    return all(math.isfinite(norm) for norm in norms) and max(norms, default=0.0) <= 1.2 * min(norms, default=0.0)
+    norms = {}
+    for r in results:
+        if "gradient_norm" in r:
+            norms.setdefault(r.get("batch"), []).append(r["gradient_norm"])
+    return all(all(map(math.isfinite, same)) and max(same) <= 1.2 * min(same) for same in norms.values())
 
 
 def main():
@@ -532,7 +538,9 @@ def main():
                 results[case].append({"way": str(way), "error": "not measured: the time is up"})
                 continue
             results[case].append(run(case, way, options, device))
-            for other in fallbacks(way) if "error" in results[case][-1] else ():
+            for other in fallbacks(case, way) if "error" in results[case][-1] else ():
+                if time.perf_counter() - start > budget:
+                    break
                 results[case].append(run(case, other, options, device))
                 if "error" not in results[case][-1]:
                     break
