@@ -17,9 +17,7 @@ use clap::{Parser, ValueEnum};
 use ndarray::Array2;
 use sanderling_common::model_config::{FeedForward, ModelConfig, RouterOrder};
 use sanderling_worker::kernels::cuda::{Buffer, Cuda, CudaError, MemoryNeeded, Precision, Spent};
-use sanderling_worker::kernels::{
-    ExpertWeights, Kernels, RouterShape, RowScale, RowScaleGradient, Weights,
-};
+use sanderling_worker::kernels::{ExpertWeights, Kernels, RouterShape, RowScale, RowScaleGradient, Weights};
 use sanderling_worker::model::{Balancing, Model, forward_flops_per_token};
 
 /// Memory that scratch, cuBLASLt's workspace and the driver take beside what is estimated, in bytes.
@@ -166,9 +164,8 @@ fn fill(kernels: &mut Cuda, buffer: &mut Buffer) -> Result<(), CudaError> {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1 << 24) as f32 - 0.5
     };
-    let block: Vec<f32> = (0..BLOCK.min(buffer.len()))
-        .map(|_| 0.04 * (uniform() + uniform() + uniform()))
-        .collect();
+    let block: Vec<f32> =
+        (0..BLOCK.min(buffer.len())).map(|_| 0.04 * (uniform() + uniform() + uniform())).collect();
     let mut first = 0;
     while first < buffer.len() {
         let count = block.len().min(buffer.len() - first);
@@ -196,7 +193,9 @@ fn model(options: &Options, shape: Shape, mut kernels: Cuda) -> Result<(), Failu
     );
     if batch == 0 || needed.bytes() > free {
         let (needed, free) = (gigabytes(needed.bytes()), gigabytes(free));
-        return Err(format!("{needed:.1} GB are needed and {free:.1} are free: a batch of {fits} would fit").into());
+        return Err(
+            format!("{needed:.1} GB are needed and {free:.1} are free: a batch of {fits} would fit").into()
+        );
     }
     let peak = peak(&kernels, options);
     let layout = config.layout()?;
@@ -225,7 +224,8 @@ fn model(options: &Options, shape: Shape, mut kernels: Cuda) -> Result<(), Failu
     for _ in 0..2 {
         step(&mut model, &mut params)?;
     }
-    let seconds: Vec<f64> = (0..options.steps).map(|_| step(&mut model, &mut params)).collect::<Result<_, _>>()?;
+    let seconds: Vec<f64> =
+        (0..options.steps).map(|_| step(&mut model, &mut params)).collect::<Result<_, _>>()?;
     model.kernels_mut().start_timing();
     let timed_steps = 2;
     for _ in 0..timed_steps {
@@ -301,8 +301,7 @@ fn layer(options: &Options, mut kernels: Cuda) -> Result<(), Failure> {
     let (d, f, experts, top_k, rows) = (4096, 14_336, 8, 2, 4 * options.time);
     let (precision, slots) = (kernels.precision(), rows * top_k);
     let peak = peak(&kernels, options);
-    let shape =
-        RouterShape { rows, experts, top_k, order: RouterOrder::TopkThenSoftmax, capacity: None };
+    let shape = RouterShape { rows, experts, top_k, order: RouterOrder::TopkThenSoftmax, capacity: None };
     let stride = 3 * d * f;
     let gate_up = ExpertWeights { first: Weights { offset: 0, outputs: 2 * f, inputs: d }, stride };
     let down = ExpertWeights { first: Weights { offset: 2 * f * d, outputs: d, inputs: f }, stride };

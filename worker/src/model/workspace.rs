@@ -235,7 +235,8 @@ impl<K: Kernels> Gradients<K> {
             sorted: kernels.allocate_activations(expert_slots(config, rows) * d)?,
             router_logits: kernels.allocate(rows * experts)?,
             shared_gate: kernels.allocate(config.shared_expert.map_or(0, |_| rows))?,
-            shared_hidden: kernels.allocate_activations(config.shared_expert.map_or(0, |width| rows * width))?,
+            shared_hidden: kernels
+                .allocate_activations(config.shared_expert.map_or(0, |width| rows * width))?,
         })
     }
 }

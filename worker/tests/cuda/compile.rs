@@ -18,8 +18,7 @@ fn kernels_compile() {
                 if unit.is_for_hopper() && !hopper {
                     continue;
                 }
-                let target =
-                    Target { small_shared: false, hopper_experts: hopper, hopper_attention: hopper };
+                let target = Target { small_shared: false, hopper_experts: hopper, hopper_attention: hopper };
                 let code = compile_to_ptx(&unit.source(precision, target), architecture);
                 let code = code.unwrap_or_else(|error| panic!("{error}"));
                 assert!(String::from_utf8_lossy(&code).contains(".entry"), "{unit:?} has no kernels");

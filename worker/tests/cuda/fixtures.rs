@@ -91,28 +91,35 @@ fn check(name: &'static str, place: Place, precision: Precision) {
 }
 
 /// Of floats every tensor is within the tolerance. With rounded factors the whole gradient is, and each tensor within
-/// twice as much, all experts of a layer taken together: a token whose two likeliest experts are nearly equal may go to
-/// the other one.
+/// twice as much, or five times for the experts of a layer taken together: a token whose two likeliest experts are nearly
+/// equal may go to the other one, and a fixture has few tokens.
 fn check_gradients(name: &str, fixture: &Fixture, values: &[f32], precision: Precision) {
     let (layout, tolerance) = (fixture.config.layout().unwrap(), tolerance(precision));
     let mut groups: BTreeMap<String, (Vec<f32>, Vec<f32>)> = BTreeMap::new();
     for tensor in layout.tensors() {
         let group = match (precision, tensor.name.split_once(".experts.")) {
             (Precision::F32, _) | (_, None) => tensor.name.clone(),
-            (_, Some((layer, expert))) => format!("{layer}.experts.{}", expert.trim_start_matches(char::is_numeric)),
+            (_, Some((layer, expert))) => {
+                format!("{layer}.experts.{}", expert.trim_start_matches(char::is_numeric))
+            }
         };
         let (found, expected) = groups.entry(group).or_default();
         found.extend_from_slice(&values[tensor.range()]);
         expected.extend(fixture.gradient(&tensor.name));
     }
+    let allowed = |group: &str| match precision {
+        Precision::F32 => tolerance,
+        Precision::Tf32 | Precision::Bf16 if group.contains(".experts.") => 5.0 * tolerance,
+        Precision::Tf32 | Precision::Bf16 => 2.0 * tolerance,
+    };
     let deviations = groups.iter().map(|(group, (found, expected))| (relative(found, expected), group));
-    let (worst, group) = deviations.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+    let (worst, group) =
+        deviations.max_by(|a, b| (a.0 / allowed(a.1)).total_cmp(&(b.0 / allowed(b.1)))).unwrap();
     let (found, expected): (Vec<_>, Vec<_>) = groups.values().cloned().unzip();
     let whole = relative(&found.concat(), &expected.concat());
-    println!("{name}: gradient {whole:.1e}, largest of {} parts {worst:.1e} ({group})", groups.len());
-    let part = if precision == Precision::F32 { tolerance } else { 2.0 * tolerance };
+    println!("{name}: gradient {whole:.1e}, worst of {} parts {worst:.1e} ({group})", groups.len());
     assert!(whole < tolerance, "the gradient differs by {whole}");
-    assert!(worst < part, "the gradient of {group} differs by {worst}");
+    assert!(worst < allowed(group), "the gradient of {group} differs by {worst}");
 }
 
 /// The estimate of memory before the start is what a step takes.
@@ -164,7 +171,10 @@ fn the_cpus_model(place: Place, precision: Precision) {
         assert!((found.loss() / expected.loss() - 1.0).abs() < tolerance, "{name}: {found:?}");
         assert_eq!(found.layers.len(), expected.layers.len());
         for (found, expected) in found.layers.iter().zip(&expected.layers) {
-            assert!((found.entropy_sum / expected.entropy_sum - 1.0).abs() < tolerance, "{found:?} {expected:?}");
+            assert!(
+                (found.entropy_sum / expected.entropy_sum - 1.0).abs() < tolerance,
+                "{found:?} {expected:?}"
+            );
             let sums = |layer: &sanderling_worker::model::RouterSums| -> Vec<f32> {
                 layer.statistics.probability_sums.iter().map(|&sum| sum as f32).collect()
             };
@@ -215,8 +225,14 @@ fn steps_with_drops<K: Kernels>(
     let balancing = Balancing { auxiliary: 0.5, capacity: HALF };
     let step = model.loss_and_grad(params, inputs, targets, balancing, &mut grad).unwrap();
     let cpu_step = cpu.loss_and_grad(&fixture.params, inputs, targets, balancing, &mut expected).unwrap();
-    assert!((step.cross_entropy / cpu_step.cross_entropy - 1.0).abs() < tolerance, "{name}: {step:?} {cpu_step:?}");
-    assert!((step.auxiliary - cpu_step.auxiliary).abs() <= tolerance * cpu_step.auxiliary, "{step:?} {cpu_step:?}");
+    assert!(
+        (step.cross_entropy / cpu_step.cross_entropy - 1.0).abs() < tolerance,
+        "{name}: {step:?} {cpu_step:?}"
+    );
+    assert!(
+        (step.auxiliary - cpu_step.auxiliary).abs() <= tolerance * cpu_step.auxiliary,
+        "{step:?} {cpu_step:?}"
+    );
     assert!((step.dropped - cpu_step.dropped).abs() <= 5.0 * tolerance, "{name}: {step:?} {cpu_step:?}");
     if tolerance < 1e-3 {
         let mut found = vec![0.0; expected.len()];

@@ -139,7 +139,15 @@ impl Cuda {
                 "expert_product",
                 launch(row_tiles * tiles(outputs)),
                 arguments![
-                    left, right, long(stride), starts, experts_int, row_tiles_int, inputs_int, outputs_int, to,
+                    left,
+                    right,
+                    long(stride),
+                    starts,
+                    experts_int,
+                    row_tiles_int,
+                    inputs_int,
+                    outputs_int,
+                    to,
                     flags
                 ],
             ),
@@ -148,7 +156,15 @@ impl Cuda {
                 "expert_product_input_gradient",
                 launch(row_tiles * tiles(inputs)),
                 arguments![
-                    left, right, long(stride), starts, experts_int, row_tiles_int, inputs_int, outputs_int, to,
+                    left,
+                    right,
+                    long(stride),
+                    starts,
+                    experts_int,
+                    row_tiles_int,
+                    inputs_int,
+                    outputs_int,
+                    to,
                     flags
                 ],
             ),

@@ -31,8 +31,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 pub use self::buffer::{Buffer, Tokens};
-pub use self::driver::{CompileError, Library, Properties, compile_to_ptx, missing_library};
 use self::driver::{Argument, Driver, Kernel, Launch, Module, Scalar};
+pub use self::driver::{CompileError, Library, Properties, compile_to_ptx, missing_library};
 pub use self::error::CudaError;
 pub use self::memory::MemoryNeeded;
 pub use self::routing::Routing;
@@ -205,11 +205,7 @@ impl Cuda {
     }
 
     /// Queues something, between two marks if time is measured.
-    fn timed(
-        &mut self,
-        name: &'static str,
-        queue: impl FnOnce(&dyn Driver) -> Result<(), CudaError>,
-    ) {
+    fn timed(&mut self, name: &'static str, queue: impl FnOnce(&dyn Driver) -> Result<(), CudaError>) {
         let Self { driver, timing, .. } = self;
         let outcome = match timing {
             None => queue(driver.as_ref()),

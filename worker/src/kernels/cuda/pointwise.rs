@@ -60,13 +60,7 @@ impl Cuda {
         self.launch(Unit::Pointwise, "add_bias", launch, arguments);
     }
 
-    pub(super) fn bias_backward(
-        &mut self,
-        grad: &mut Buffer,
-        bias: Range<usize>,
-        rows: usize,
-        dy: &Buffer,
-    ) {
+    pub(super) fn bias_backward(&mut self, grad: &mut Buffer, bias: Range<usize>, rows: usize, dy: &Buffer) {
         let (width, parts) = (bias.len(), rows.div_ceil(32).min(128));
         let partials = self.scratch(Slot::Partials, parts * width * size_of::<f32>());
         let dy = self.activations_at(dy, rows * width);
@@ -258,8 +252,7 @@ impl Cuda {
         let gradient = i32::from(gradient_scale.is_some());
         let scale = gradient_scale.unwrap_or(0.0);
         let vocabulary = int(vocabulary);
-        let arguments =
-            arguments![logits, targets.at(rows), losses, vocabulary, scale, gradient, int(kept)];
+        let arguments = arguments![logits, targets.at(rows), losses, vocabulary, scale, gradient, int(kept)];
         self.launch(Unit::CrossEntropy, "cross_entropy", launch, arguments);
     }
 }

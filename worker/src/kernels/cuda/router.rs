@@ -26,8 +26,7 @@ impl Cuda {
         let block_counts = self.scratch(Slot::Integers, (experts * blocks + sorting) * 4);
         let candidates = block_counts + (4 * experts * blocks) as u64;
         let keys = candidates + (4 * choices) as u64;
-        let (probabilities, chosen, counts) =
-            (routing.probabilities(), routing.chosen(), routing.counts());
+        let (probabilities, chosen, counts) = (routing.probabilities(), routing.chosen(), routing.counts());
         let (starts, slot_of, token_of) = (routing.starts(), routing.slot_of(), routing.token_of());
         let weights = routing.weights();
         let (rows_int, experts_int, top_k_int) = (int(rows), int(experts), int(top_k));
@@ -40,19 +39,48 @@ impl Cuda {
         let first = softmax_first(shape);
         let Some(capacity) = capacity else {
             let arguments = arguments![
-                probabilities, chosen, block_counts, counts, starts, slot_of, token_of, weights, rows_int,
-                experts_int, top_k_int, first
+                probabilities,
+                chosen,
+                block_counts,
+                counts,
+                starts,
+                slot_of,
+                token_of,
+                weights,
+                rows_int,
+                experts_int,
+                top_k_int,
+                first
             ];
             self.launch(Unit::Router, "route_slots", flat(blocks, 256), arguments);
             return;
         };
         let arguments = arguments![
-            probabilities, chosen, block_counts, counts, candidates, keys, rows_int, experts_int, top_k_int
+            probabilities,
+            chosen,
+            block_counts,
+            counts,
+            candidates,
+            keys,
+            rows_int,
+            experts_int,
+            top_k_int
         ];
         self.launch(Unit::Router, "route_candidates", flat(blocks, 256), arguments);
         let arguments = arguments![
-            probabilities, chosen, counts, candidates, keys, starts, slot_of, token_of, weights, experts_int,
-            top_k_int, first, int(capacity)
+            probabilities,
+            chosen,
+            counts,
+            candidates,
+            keys,
+            starts,
+            slot_of,
+            token_of,
+            weights,
+            experts_int,
+            top_k_int,
+            first,
+            int(capacity)
         ];
         self.launch(Unit::Router, "route_limit", flat(experts, 1024), arguments);
     }
@@ -96,7 +124,8 @@ impl Cuda {
         self.launch(Unit::Router, "router_statistics", flat(1, 256), arguments);
         let mut bytes = vec![0; results * size_of::<f64>()];
         self.fetch(out, &mut bytes)?;
-        let values: Vec<f64> = bytes.as_chunks::<8>().0.iter().map(|&bytes| f64::from_ne_bytes(bytes)).collect();
+        let values: Vec<f64> =
+            bytes.as_chunks::<8>().0.iter().map(|&bytes| f64::from_ne_bytes(bytes)).collect();
         let counts = values[experts..2 * experts].iter().map(|&count| count as u64);
         statistics.expert_tokens.clear();
         statistics.expert_tokens.extend(counts);

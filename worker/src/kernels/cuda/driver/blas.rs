@@ -219,12 +219,16 @@ impl Blas {
 
     /// Gives everything back; nothing may be asked of it afterwards.
     pub(super) fn destroy(&self) {
-        let plans: Vec<_> = self.plans.lock().map_or_else(|_| Vec::new(), |mut plans| plans.drain().collect());
+        let plans: Vec<_> =
+            self.plans.lock().map_or_else(|_| Vec::new(), |mut plans| plans.drain().collect());
         // SAFETY: all of these were made by this and are used no more. A failure would leave memory to the process's end.
         unsafe {
             for plan in plans.into_iter().filter_map(|(_, plan)| plan) {
                 let _ = result::destroy_matmul_desc(plan.operation);
-                [plan.a, plan.b, plan.d].map(|layout| result::destroy_matrix_layout(layout)).into_iter().for_each(drop);
+                [plan.a, plan.b, plan.d]
+                    .map(|layout| result::destroy_matrix_layout(layout))
+                    .into_iter()
+                    .for_each(drop);
             }
             let _ = result::destroy_handle(self.handle);
             let _ = cuda::free_sync(self.workspace);

@@ -73,9 +73,8 @@ fn compile(source: &Source, architecture: &str, form: Form) -> Result<Vec<u8>, C
     // SAFETY: the program was just created; it is destroyed below, once.
     let compiled = unsafe { result::compile_program(program, &options(source, architecture)) };
     let outcome = compiled.map_err(|status| error(format!("{:?}", status.0), log(program)));
-    let outcome = outcome.and_then(|()| {
-        code(program, form).map_err(|status| error(format!("{status:?}"), String::new()))
-    });
+    let outcome = outcome
+        .and_then(|()| code(program, form).map_err(|status| error(format!("{status:?}"), String::new())));
     // SAFETY: nothing uses the program from here on. That it cannot be destroyed would be of no consequence.
     let _ = unsafe { result::destroy_program(program) };
     outcome

@@ -43,7 +43,8 @@ unsafe impl Sync for Device {}
 
 fn failed(operation: &'static str) -> impl Fn(result::DriverError) -> CudaError {
     move |error| {
-        let words = error.error_string().map_or_else(|_| String::new(), |words| words.to_string_lossy().into_owned());
+        let words =
+            error.error_string().map_or_else(|_| String::new(), |words| words.to_string_lossy().into_owned());
         CudaError::Driver { operation, reason: format!("{:?}: {words}", error.0) }
     }
 }
@@ -109,8 +110,10 @@ impl Device {
         if allowed.get(&kernel).is_none_or(|&before| before < bytes) {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the kernel is one that `kernel` found.
-            unsafe { result::function::set_function_attribute(kernel.0 as sys::CUfunction, attribute, bytes as i32) }
-                .map_err(failed("asking for shared memory"))?;
+            unsafe {
+                result::function::set_function_attribute(kernel.0 as sys::CUfunction, attribute, bytes as i32)
+            }
+            .map_err(failed("asking for shared memory"))?;
             allowed.insert(kernel, bytes);
         }
         Ok(())
@@ -196,7 +199,8 @@ impl Driver for Device {
         }
         self.bind()?;
         // SAFETY: the caller's buffer is as long as it says, and the wait below is for the copy too.
-        unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) }.map_err(failed("copying from the GPU"))?;
+        unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) }
+            .map_err(failed("copying from the GPU"))?;
         self.wait()
     }
 
@@ -244,7 +248,9 @@ impl Driver for Device {
         let c_name = CString::new(name).map_err(|error| no_kernel(error.to_string()))?;
         // SAFETY: modules are never unloaded before the context goes.
         let function = unsafe { result::module::get_function(module.0 as sys::CUmodule, c_name) };
-        function.map(|function| Kernel(function as usize)).map_err(|error| no_kernel(format!("{:?}", error.0)))
+        function
+            .map(|function| Kernel(function as usize))
+            .map_err(|error| no_kernel(format!("{:?}", error.0)))
     }
 
     fn launch(&self, kernel: Kernel, launch: Launch, arguments: &[Argument]) -> Result<(), CudaError> {
@@ -290,7 +296,10 @@ impl Driver for Device {
         self.bind()?;
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
         let rank = tensor.sizes.len();
-        assert!(tensor.strides.len() + 1 == rank && tensor.tile.len() == rank, "{tensor:?} has no single rank");
+        assert!(
+            tensor.strides.len() + 1 == rank && tensor.tile.len() == rank,
+            "{tensor:?} has no single rank"
+        );
         let ones = vec![1u32; rank];
         // SAFETY: all arrays have the rank's length, the strides one less, as the call asks; the map is written by it.
         unsafe {
@@ -316,7 +325,8 @@ impl Driver for Device {
 
     fn mark(&self) -> Result<Mark, CudaError> {
         self.bind()?;
-        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed("making a mark"))?;
+        let event =
+            result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed("making a mark"))?;
         // SAFETY: the event was just made.
         unsafe { result::event::record(event, self.stream) }.map_err(failed("making a mark"))?;
         Ok(Mark(event as usize))

@@ -17,7 +17,8 @@ use tempfile::TempDir;
 use super::super::error::CudaError;
 use super::super::source::Source;
 use super::{
-    Address, Argument, CompileError, Driver, Kernel, Launch, Mark, Module, Product, Properties, Tensor, TensorMap,
+    Address, Argument, CompileError, Driver, Kernel, Launch, Mark, Module, Product, Properties, Tensor,
+    TensorMap,
 };
 
 /// Integers and addresses, and floats, that `emulate_launch` takes.
@@ -67,8 +68,10 @@ impl Emulator {
     /// # Errors
     /// If there is none.
     pub(crate) fn new() -> Result<Self, CudaError> {
-        let compiler = std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".to_owned());
-        let found = Command::new(&compiler).arg("--version").output().is_ok_and(|output| output.status.success());
+        let compiler =
+            std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".to_owned());
+        let found =
+            Command::new(&compiler).arg("--version").output().is_ok_and(|output| output.status.success());
         if !found {
             return Err(CudaError::Driver {
                 operation: "emulating a GPU",
@@ -87,7 +90,8 @@ impl Emulator {
     }
 
     fn compile(&self, units: &mut Units, source: &Source) -> Result<Loaded, CudaError> {
-        let failed = |reason: String| CudaError::Driver { operation: "compiling kernels for the CPU", reason };
+        let failed =
+            |reason: String| CudaError::Driver { operation: "compiling kernels for the CPU", reason };
         let directory = match &units.directory {
             Some(directory) => directory,
             None => {
@@ -96,7 +100,8 @@ impl Emulator {
                     ("emulate.hpp", include_str!("../emulator/emulate.hpp")),
                     ("mma.hpp", include_str!("../emulator/mma.hpp")),
                 ] {
-                    std::fs::write(directory.path().join(name), text).map_err(|error| failed(error.to_string()))?;
+                    std::fs::write(directory.path().join(name), text)
+                        .map_err(|error| failed(error.to_string()))?;
                 }
                 units.directory.insert(directory)
             }
@@ -108,9 +113,18 @@ impl Emulator {
         // Hidden, so that a library's static variables are its own; no fused multiply-adds beyond what the sources ask
         // for, as the CPU's kernels have none.
         let mut command = Command::new(&self.compiler);
-        command.args(["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-w"]);
+        command.args([
+            "-std=c++17",
+            "-O1",
+            "-fPIC",
+            "-shared",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-w",
+        ]);
         command.args(["-DSANDERLING_EMULATE=1"]).args(&source.defines).arg("-I").arg(directory.path());
-        let output = command.arg(&text).arg("-o").arg(&object).output().map_err(|error| failed(error.to_string()))?;
+        let output =
+            command.arg(&text).arg("-o").arg(&object).output().map_err(|error| failed(error.to_string()))?;
         if !output.status.success() {
             return Err(CudaError::Compile(CompileError {
                 name: source.name,
@@ -161,7 +175,9 @@ impl Driver for Emulator {
     fn free(&self, address: Address, bytes: usize) {
         if address != 0 {
             // SAFETY: `allocate` gave the address for as many bytes, and its owner is being dropped.
-            unsafe { std::alloc::dealloc(std::ptr::with_exposed_provenance_mut(address as usize), layout(bytes)) };
+            unsafe {
+                std::alloc::dealloc(std::ptr::with_exposed_provenance_mut(address as usize), layout(bytes))
+            };
         }
     }
 
