@@ -6,14 +6,19 @@
 //! memory. Operations may be queued; only [`Kernels::sum`], [`Kernels::download`] and
 //! [`Kernels::router_statistics`] have to wait for results.
 //!
-//! Buffers are flat, row-major `f32`. Activations start at element 0 of their buffer and may be shorter than it;
+//! Buffers are flat and row-major. Activations start at element 0 of their buffer and may be shorter than it;
 //! weights are views into the one flat parameter vector, given by offset, and gradients go to the same offsets of
-//! one flat gradient vector.
+//! one flat gradient vector. Most hold `f32`; a device may keep what only passes between operations in a narrower
+//! type ([`Kernels::allocate_activations`]): a norm's output, queries, keys and values, what attention and SwiGLU take
+//! and put out, tokens in slot order, a sublayer's output, logits over the vocabulary, and the gradients of all these.
+//! Parameters, their gradient, the residual stream and its gradient, statistics, gates, losses and everything of a
+//! router stay `f32`.
 //!
 //! Shapes use: rows = batch · time tokens, d the width of the residual stream, f the width of a feed-forward
 //! network, E experts of which k serve each token, slots = rows · k, less the choices that a router dropped.
 
 pub mod cpu;
+pub mod cuda;
 
 use std::error::Error;
 use std::ops::{DerefMut, Range};
@@ -228,9 +233,9 @@ impl RouterStatistics {
 /// Every operation may panic when a buffer is shorter than the stated sizes ask for: the model owns all sizes, so
 /// that is a defect of ours.
 pub trait Kernels {
-    /// Borrowed `f32` memory of the device: `[f32]` on the CPU.
+    /// Borrowed memory of the device: `[f32]` on the CPU.
     type Buffer: ?Sized;
-    /// Owned `f32` memory of the device.
+    /// Owned memory of the device.
     type Storage: DerefMut<Target = Self::Buffer>;
     /// Token ids in device memory.
     type Tokens;
@@ -244,6 +249,21 @@ pub trait Kernels {
     /// # Errors
     /// If the device has not that much memory.
     fn allocate(&mut self, len: usize) -> Result<Self::Storage, Self::Error>;
+    /// Zeroed memory for `len` values that pass between operations, in the device's type for them.
+    ///
+    /// # Errors
+    /// If the device has not that much memory.
+    fn allocate_activations(&mut self, len: usize) -> Result<Self::Storage, Self::Error> {
+        self.allocate(len)
+    }
+    /// Zeroed memory for `len` floats that are factors of products, such as parameters: the device may keep a copy in
+    /// the type that it multiplies.
+    ///
+    /// # Errors
+    /// If the device has not that much memory.
+    fn allocate_factors(&mut self, len: usize) -> Result<Self::Storage, Self::Error> {
+        self.allocate(len)
+    }
     /// Room for `rows` token ids.
     ///
     /// # Errors
@@ -347,6 +367,19 @@ pub trait Kernels {
         y: &mut Self::Buffer,
         inverse_rms: &mut Self::Buffer,
     );
+    /// sum = x + delta, and what [`rms_norm`](Self::rms_norm) makes of it; `inputs` are x and delta.
+    fn add_rms_norm(
+        &mut self,
+        norm: RmsNorm,
+        params: &Self::Buffer,
+        inputs: (&Self::Buffer, &Self::Buffer),
+        sum: &mut Self::Buffer,
+        y: &mut Self::Buffer,
+        inverse_rms: &mut Self::Buffer,
+    ) {
+        self.add(norm.rows * norm.width, inputs.0, inputs.1, sum);
+        self.rms_norm(norm, params, sum, y, inverse_rms);
+    }
     /// With x̂ = x·r: dx += r·(w⊙dy − x̂·mean(w⊙dy⊙x̂)), and dw = Σ dy⊙x̂ replaces the weight's place in `grad`.
     ///
     /// `saved` is x and its inverse RMS, as they were in the forward pass.

@@ -18,7 +18,7 @@ pub struct Cache<K: Kernels> {
 impl<K: Kernels> Cache<K> {
     pub(super) fn new(config: &ModelConfig, kernels: &mut K, capacity: usize) -> Result<Self, K::Error> {
         let width = 2 * config.kv_heads * config.head_dim;
-        let layers = (0..config.layers).map(|_| kernels.allocate(capacity * width));
+        let layers = (0..config.layers).map(|_| kernels.allocate_activations(capacity * width));
         Ok(Self { capacity, len: 0, layers: layers.collect::<Result<_, _>>()? })
     }
 

@@ -19,6 +19,7 @@ use sanderling_common::model_config::{FeedForward, ModelConfig, ModelConfigError
 pub use self::cache::Cache;
 use self::pass::Pass;
 use self::plan::Plan;
+pub use self::workspace::StepMemory;
 use self::workspace::{Activations, Gradients};
 use crate::kernels::{AttentionShape, Kernels, RouterStatistics};
 
@@ -528,6 +529,11 @@ fn one_row(tokens: &[u32]) -> ArrayView2<'_, u32> {
 
 fn present<T>(memory: &mut Option<T>) -> &mut T {
     memory.as_mut().expect("a batch is prepared before a pass")
+}
+
+/// What a training step on so many tokens holds besides the parameters and their gradient.
+pub fn step_memory(config: &ModelConfig, rows: usize) -> StepMemory {
+    StepMemory::new(config, rows)
 }
 
 /// Floating-point operations of products and attention for one token's forward pass, counting a multiply-add as two.

@@ -68,13 +68,15 @@ impl<K: Kernels> Pass<'_, K> {
     /// Rows are looked up as tokens' embeddings would be, their numbers in place of tokens.
     pub(super) fn logits_of(&mut self, params: &K::Buffer, activations: &mut Activations<K>, wanted: &[u32]) {
         let (plan, rows, count) = (self.plan, self.rows(), wanted.len());
-        let Activations { residual, delta, normed, inverse_rms, logits, targets, .. } = activations;
+        let Activations { layers, residual, normed, inverse_rms, logits, targets, .. } = activations;
+        // What the first layer took is needed no more.
+        let found = &mut layers[0].attention_input;
         let numbers = ndarray::ArrayView2::from_shape((1, count), wanted).expect("one row of all numbers");
         self.kernels.upload_tokens(numbers, targets);
         let table = Weights { offset: 0, outputs: rows, inputs: self.config.hidden_size };
-        self.kernels.embed(residual, table, count, targets, delta);
+        self.kernels.embed(residual, table, count, targets, found);
         let norm = RmsNorm { rows: count, ..self.norm(plan.final_norm) };
-        self.kernels.rms_norm(norm, params, delta, normed, inverse_rms);
+        self.kernels.rms_norm(norm, params, found, normed, inverse_rms);
         self.kernels.product(params, plan.head, count, normed, logits, Write::Replace);
     }
 
@@ -131,16 +133,11 @@ impl<K: Kernels> Pass<'_, K> {
             kernels.attention(shape, &layer.qkv, &mut layer.attended, &mut layer.statistics);
         }
         kernels.product(params, plan.attention_out, rows, &layer.attended, delta, Write::Replace);
-        kernels.add(
-            rows * feed_forward_norm.width,
-            &layer.attention_input,
-            delta,
-            &mut layer.feed_forward_input,
-        );
-        kernels.rms_norm(
+        kernels.add_rms_norm(
             feed_forward_norm,
             params,
-            &layer.feed_forward_input,
+            (&layer.attention_input, delta),
+            &mut layer.feed_forward_input,
             &mut layer.feed_forward_normed,
             &mut layer.feed_forward_inverse_rms,
         );

@@ -84,6 +84,52 @@ pub(super) struct Gradients<K: Kernels> {
     pub(super) shared_hidden: K::Storage,
 }
 
+/// What a training step holds besides the parameters and their gradient.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepMemory {
+    /// Elements that stay `f32`.
+    pub floats: usize,
+    /// Of those, the ones that products multiply ([`Kernels::allocate_factors`]).
+    pub factors: usize,
+    /// Elements in the device's type for what passes between operations ([`Kernels::allocate_activations`]).
+    pub activations: usize,
+    /// Token ids.
+    pub tokens: usize,
+    /// The routings, one per layer; none in a dense model.
+    pub routings: Vec<RouterShape>,
+}
+
+impl StepMemory {
+    /// What [`Activations`] and [`Gradients`] allocate for so many tokens.
+    pub(super) fn new(config: &ModelConfig, rows: usize) -> Self {
+        let (d, f, heads) = (config.hidden_size, config.intermediate_size, config.heads);
+        let out = heads * config.head_dim;
+        let qkv = out + 2 * config.kv_heads * config.head_dim;
+        let (slots, wide) = (expert_slots(config, rows), feed_forward_rows(config, rows));
+        let shared = config.shared_expert.unwrap_or(0);
+        let gates = usize::from(config.shared_expert.is_some());
+        let (experts, routings) = match config.feed_forward {
+            FeedForward::Dense => (0, Vec::new()),
+            FeedForward::Moe { experts, top_k, router: order } => {
+                let shape = RouterShape { rows, experts, top_k, order, capacity: None };
+                (experts, vec![shape; config.layers])
+            }
+        };
+        let layer_floats = 2 * d + 2 + heads * ATTENTION_STATISTICS + experts + gates;
+        let layer_activations = rows * (2 * d + qkv + out + 3 * shared) + wide * 3 * f + slots * d;
+        let step_floats = 2 * d + 2 + experts + gates;
+        let step_activations =
+            rows * (3 * d + config.vocab_size + out + qkv + shared) + wide * f + slots * 2 * d;
+        Self {
+            floats: rows * (config.layers * layer_floats + step_floats),
+            factors: rows * d,
+            activations: config.layers * layer_activations + step_activations,
+            tokens: 2 * rows,
+            routings,
+        }
+    }
+}
+
 /// Rows that the experts of a layer see together: none in a dense model.
 fn expert_slots(config: &ModelConfig, rows: usize) -> usize {
     match config.feed_forward {
@@ -110,12 +156,12 @@ impl<K: Kernels> Activations<K> {
             inputs: kernels.allocate_tokens(rows)?,
             targets: kernels.allocate_tokens(rows)?,
             residual: kernels.allocate(rows * d)?,
-            normed: kernels.allocate(rows * d)?,
+            normed: kernels.allocate_activations(rows * d)?,
             inverse_rms: kernels.allocate(rows)?,
-            logits: kernels.allocate(rows * config.vocab_size)?,
+            logits: kernels.allocate_activations(rows * config.vocab_size)?,
             losses: kernels.allocate(rows)?,
-            delta: kernels.allocate(rows * d)?,
-            expert_outputs: kernels.allocate(expert_slots(config, rows) * d)?,
+            delta: kernels.allocate_activations(rows * d)?,
+            expert_outputs: kernels.allocate_activations(expert_slots(config, rows) * d)?,
         })
     }
 }
@@ -135,15 +181,15 @@ impl<K: Kernels> LayerActivations<K> {
         Ok(Self {
             attention_input: kernels.allocate(rows * d)?,
             feed_forward_input: kernels.allocate(rows * d)?,
-            attention_normed: kernels.allocate(rows * d)?,
+            attention_normed: kernels.allocate_activations(rows * d)?,
             attention_inverse_rms: kernels.allocate(rows)?,
-            feed_forward_normed: kernels.allocate(rows * d)?,
+            feed_forward_normed: kernels.allocate_activations(rows * d)?,
             feed_forward_inverse_rms: kernels.allocate(rows)?,
-            qkv: kernels.allocate(rows * (out + 2 * config.kv_heads * config.head_dim))?,
-            attended: kernels.allocate(rows * out)?,
+            qkv: kernels.allocate_activations(rows * (out + 2 * config.kv_heads * config.head_dim))?,
+            attended: kernels.allocate_activations(rows * out)?,
             statistics: kernels.allocate(rows * config.heads * ATTENTION_STATISTICS)?,
-            gate_up: kernels.allocate(slots * 2 * f)?,
-            hidden: kernels.allocate(slots * f)?,
+            gate_up: kernels.allocate_activations(slots * 2 * f)?,
+            hidden: kernels.allocate_activations(slots * f)?,
             moe,
         })
     }
@@ -156,7 +202,7 @@ impl<K: Kernels> MoeActivations<K> {
         Ok(Self {
             logits: kernels.allocate(shape.rows * shape.experts)?,
             routing: kernels.allocate_routing(shape)?,
-            sorted: kernels.allocate(shape.rows * shape.top_k * config.hidden_size)?,
+            sorted: kernels.allocate_activations(shape.rows * shape.top_k * config.hidden_size)?,
             shared: shared.transpose()?,
         })
     }
@@ -166,8 +212,8 @@ impl<K: Kernels> SharedExpertActivations<K> {
     fn new(kernels: &mut K, rows: usize, width: usize) -> Result<Self, K::Error> {
         Ok(Self {
             gate: kernels.allocate(rows)?,
-            gate_up: kernels.allocate(rows * 2 * width)?,
-            hidden: kernels.allocate(rows * width)?,
+            gate_up: kernels.allocate_activations(rows * 2 * width)?,
+            hidden: kernels.allocate_activations(rows * width)?,
         })
     }
 }
@@ -181,15 +227,16 @@ impl<K: Kernels> Gradients<K> {
             FeedForward::Moe { experts, .. } => experts,
         };
         Ok(Self {
-            residual: kernels.allocate(rows * d)?,
-            normed: kernels.allocate(rows * d)?,
-            attended: kernels.allocate(rows * out)?,
-            qkv: kernels.allocate(rows * (out + 2 * config.kv_heads * config.head_dim))?,
-            hidden: kernels.allocate(feed_forward_rows(config, rows) * f)?,
-            sorted: kernels.allocate(expert_slots(config, rows) * d)?,
+            residual: kernels.allocate_factors(rows * d)?,
+            normed: kernels.allocate_activations(rows * d)?,
+            attended: kernels.allocate_activations(rows * out)?,
+            qkv: kernels.allocate_activations(rows * (out + 2 * config.kv_heads * config.head_dim))?,
+            hidden: kernels.allocate_activations(feed_forward_rows(config, rows) * f)?,
+            sorted: kernels.allocate_activations(expert_slots(config, rows) * d)?,
             router_logits: kernels.allocate(rows * experts)?,
             shared_gate: kernels.allocate(config.shared_expert.map_or(0, |_| rows))?,
-            shared_hidden: kernels.allocate(config.shared_expert.map_or(0, |width| rows * width))?,
+            shared_hidden: kernels
+                .allocate_activations(config.shared_expert.map_or(0, |width| rows * width))?,
         })
     }
 }

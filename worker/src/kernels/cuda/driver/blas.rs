@@ -1,0 +1,237 @@
+//! Dense products through cuBLASLt.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::Mutex;
+
+use cudarc::cublaslt::{result, sys};
+use cudarc::driver::{result as cuda, sys as cuda_sys};
+
+use super::super::error::CudaError;
+use super::{Address, Factor, Product, Scalar};
+
+/// Memory that products may use, in bytes: what cuBLAS recommends for Hopper.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// The largest alignment that cuBLASLt asks about, in bytes.
+const ALIGNMENT_MAX: u64 = 256;
+
+/// A handle with a workspace, and what each shape of product is best done by.
+#[derive(Debug)]
+pub(super) struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: cuda_sys::CUdeviceptr,
+    /// `None`: there is nothing for such a product.
+    plans: Mutex<HashMap<Key, Option<Plan>>>,
+}
+
+/// Everything about a product but its addresses, of which only the alignment matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    sizes: (usize, usize, usize),
+    a: (usize, bool, u32),
+    b: (usize, bool, u32),
+    d: u32,
+    factors: Scalar,
+    result: Scalar,
+    tf32: bool,
+}
+
+/// The descriptions of a product and the algorithm for it. All of them live as long as the handle.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    operation: sys::cublasLtMatmulDesc_t,
+    a: sys::cublasLtMatrixLayout_t,
+    b: sys::cublasLtMatrixLayout_t,
+    d: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+fn failed(operation: &'static str) -> impl Fn(result::CublasError) -> CudaError {
+    move |error| CudaError::Blas { operation, status: format!("{:?}", error.0) }
+}
+
+fn alignment(address: Address) -> u32 {
+    // At most 256, so that it fits.
+    (1 << address.trailing_zeros().min(ALIGNMENT_MAX.trailing_zeros())) as u32
+}
+
+impl Key {
+    fn new(product: &Product) -> Self {
+        let factor = |factor: &Factor| (factor.leading, factor.transposed, alignment(factor.address));
+        Self {
+            sizes: product.sizes,
+            a: factor(&product.a),
+            b: factor(&product.b),
+            d: alignment(product.d),
+            factors: product.factors,
+            result: product.result,
+            tf32: product.tf32,
+        }
+    }
+
+    fn plan(&self, handle: sys::cublasLtHandle_t) -> Result<Option<Plan>, CudaError> {
+        use sys::cublasComputeType_t as Compute;
+        let compute = if self.tf32 && self.factors == Scalar::Float {
+            Compute::CUBLAS_COMPUTE_32F_FAST_TF32
+        } else {
+            Compute::CUBLAS_COMPUTE_32F
+        };
+        let operation = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F);
+        let operation = operation.map_err(failed("describing a product"))?;
+        let ((m, n, k), (a_leading, a_transposed, _), (b_leading, b_transposed, _)) =
+            (self.sizes, self.a, self.b);
+        transpose(operation, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, a_transposed)?;
+        transpose(operation, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, b_transposed)?;
+        let a = layout(self.factors, (m, k), a_transposed, a_leading)?;
+        let b = layout(self.factors, (k, n), b_transposed, b_leading)?;
+        let d = layout(self.result, (m, n), false, m)?;
+        let preference = self.preference()?;
+        // SAFETY: everything was made above and is not freed yet.
+        let found = unsafe { result::get_matmul_algo_heuristic(handle, operation, a, b, d, d, preference) };
+        // SAFETY: it was made above, and is used no more.
+        unsafe { result::destroy_matmul_pref(preference) }.map_err(failed("describing a product"))?;
+        match found {
+            Ok(found) => Ok(Some(Plan { operation, a, b, d, algorithm: found.algo })),
+            Err(error) if error.0 == sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED => Ok(None),
+            Err(error) => Err(failed("choosing an algorithm")(error)),
+        }
+    }
+
+    fn preference(&self) -> Result<sys::cublasLtMatmulPreference_t, CudaError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        let preference = result::create_matmul_pref().map_err(failed("describing a product"))?;
+        let set = |attribute, value: &dyn AsBytes| {
+            let (from, len) = value.bytes();
+            // SAFETY: the preference was just made, and the value is as long as it says.
+            unsafe { result::set_matmul_pref_attribute(preference, attribute, from, len) }
+                .map_err(failed("describing a product"))
+        };
+        set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES)?;
+        set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &self.a.2)?;
+        set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &self.b.2)?;
+        set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &self.d)?;
+        set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &self.d)?;
+        Ok(preference)
+    }
+}
+
+/// A value that cuBLASLt reads by address and length.
+trait AsBytes {
+    fn bytes(&self) -> (*const c_void, usize);
+}
+
+impl AsBytes for u32 {
+    fn bytes(&self) -> (*const c_void, usize) {
+        (std::ptr::from_ref(self).cast(), size_of::<Self>())
+    }
+}
+
+impl AsBytes for usize {
+    fn bytes(&self) -> (*const c_void, usize) {
+        (std::ptr::from_ref(self).cast(), size_of::<Self>())
+    }
+}
+
+fn transpose(
+    operation: sys::cublasLtMatmulDesc_t,
+    attribute: sys::cublasLtMatmulDescAttributes_t,
+    transposed: bool,
+) -> Result<(), CudaError> {
+    // CUBLAS_OP_N and CUBLAS_OP_T.
+    let value = u32::from(transposed);
+    let (from, len) = value.bytes();
+    // SAFETY: the description exists, and the value is as long as it says.
+    unsafe { result::set_matmul_desc_attribute(operation, attribute, from, len) }
+        .map_err(failed("describing a product"))
+}
+
+/// A matrix that is (rows, columns) after it was transposed, if it is.
+fn layout(
+    scalar: Scalar,
+    (rows, columns): (usize, usize),
+    transposed: bool,
+    leading: usize,
+) -> Result<sys::cublasLtMatrixLayout_t, CudaError> {
+    let kind = match scalar {
+        Scalar::Float => sys::cudaDataType::CUDA_R_32F,
+        Scalar::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+    };
+    let (rows, columns) = if transposed { (columns, rows) } else { (rows, columns) };
+    let leading = i64::try_from(leading).expect("a matrix fits the address space");
+    result::create_matrix_layout(kind, rows as u64, columns as u64, leading)
+        .map_err(failed("describing a matrix"))
+}
+
+impl Blas {
+    /// For the current context.
+    pub(super) fn new() -> Result<Self, CudaError> {
+        let handle = result::create_handle().map_err(failed("starting"))?;
+        // SAFETY: products write the workspace before they read it.
+        let workspace = unsafe { cuda::malloc_sync(WORKSPACE_BYTES) };
+        let workspace = workspace.map_err(|error| CudaError::Driver {
+            operation: "asking for the products' workspace",
+            reason: format!("{:?}", error.0),
+        })?;
+        Ok(Self { handle, workspace, plans: Mutex::default() })
+    }
+
+    /// Queues a product; false if cuBLASLt has none of such sizes and addresses.
+    pub(super) fn product(&self, product: &Product, stream: cuda_sys::CUstream) -> Result<bool, CudaError> {
+        let key = Key::new(product);
+        let known = self.plans.lock().expect("nothing panics while it holds the lock").get(&key).copied();
+        let plan = match known {
+            Some(plan) => plan,
+            None => {
+                let plan = key.plan(self.handle)?;
+                self.plans.lock().expect("nothing panics while it holds the lock").insert(key, plan);
+                plan
+            }
+        };
+        let Some(plan) = plan else { return Ok(false) };
+        let (alpha, beta) = (1.0f32, if product.add { 1.0f32 } else { 0.0 });
+        let d = product.d as *mut c_void;
+        // SAFETY: the addresses are those of allocations of at least the sizes that the plan was made for, and the plan
+        // lives as long as the handle. The workspace is used by one product after the other, in one queue.
+        unsafe {
+            result::matmul(
+                self.handle,
+                plan.operation,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                product.a.address as *const c_void,
+                plan.a,
+                product.b.address as *const c_void,
+                plan.b,
+                d.cast_const(),
+                plan.d,
+                d,
+                plan.d,
+                &raw const plan.algorithm,
+                self.workspace as *mut c_void,
+                WORKSPACE_BYTES,
+                stream.cast(),
+            )
+        }
+        .map_err(failed("a product"))?;
+        Ok(true)
+    }
+
+    /// Gives everything back; nothing may be asked of it afterwards.
+    pub(super) fn destroy(&self) {
+        let plans: Vec<_> =
+            self.plans.lock().map_or_else(|_| Vec::new(), |mut plans| plans.drain().collect());
+        // SAFETY: all of these were made by this and are used no more. A failure would leave memory to the process's end.
+        unsafe {
+            for plan in plans.into_iter().filter_map(|(_, plan)| plan) {
+                let _ = result::destroy_matmul_desc(plan.operation);
+                [plan.a, plan.b, plan.d]
+                    .map(|layout| result::destroy_matrix_layout(layout))
+                    .into_iter()
+                    .for_each(drop);
+            }
+            let _ = result::destroy_handle(self.handle);
+            let _ = cuda::free_sync(self.workspace);
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! A GPU, through CUDA's driver.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
+
+use cudarc::driver::{result, sys};
+
+use super::super::error::CudaError;
+use super::super::source::Source;
+use super::blas::Blas;
+use super::cache::Entry;
+use super::{
+    Address, Argument, Driver, Kernel, Launch, Library, Mark, Module, Product, Properties, Tensor, TensorMap,
+    compile, missing_library,
+};
+
+/// The dynamic shared memory that a kernel has without asking, in bytes.
+const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
+
+/// The most arguments of a kernel.
+const ARGUMENTS_MAX: usize = 24;
+
+/// One GPU with one queue.
+#[derive(Debug)]
+pub(crate) struct Device {
+    properties: Properties,
+    held_bytes: AtomicUsize,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    blas: Blas,
+    /// The dynamic shared memory that each kernel has been allowed.
+    allowed: Mutex<HashMap<Kernel, u32>>,
+}
+
+// SAFETY: the driver's handles may be used from any thread whose current context is theirs, and every method makes it
+// so first (`bind`).
+unsafe impl Send for Device {}
+// SAFETY: as above; the driver and cuBLASLt are safe to call from several threads, and what is ours is behind a lock.
+unsafe impl Sync for Device {}
+
+fn failed(operation: &'static str) -> impl Fn(result::DriverError) -> CudaError {
+    move |error| {
+        let words =
+            error.error_string().map_or_else(|_| String::new(), |words| words.to_string_lossy().into_owned());
+        CudaError::Driver { operation, reason: format!("{:?}: {words}", error.0) }
+    }
+}
+
+impl Device {
+    /// The GPU of that number.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub(crate) fn new(ordinal: usize) -> Result<Self, CudaError> {
+        let wanted = [Library::Driver, Library::Nvrtc, Library::CublasLt];
+        if let Some(library) = missing_library(&wanted) {
+            return Err(CudaError::MissingLibrary(library));
+        }
+        match result::init() {
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => {
+                return Err(CudaError::NoDevice { ordinal, count: 0 });
+            }
+            initialised => initialised.map_err(failed("starting CUDA"))?,
+        }
+        let count = result::device::get_count().map_err(failed("counting the GPUs"))?;
+        let count = usize::try_from(count).unwrap_or(0);
+        let number = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
+        let number = number.ok_or(CudaError::NoDevice { ordinal, count })?;
+        let device = result::device::get(number).map_err(failed("finding the GPU"))?;
+        let properties = properties(device)?;
+        // SAFETY: the device is one of the driver's; the context is released when this is dropped.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("opening the GPU"))?;
+        // SAFETY: the context was just made.
+        unsafe { result::ctx::set_current(context) }.map_err(failed("opening the GPU"))?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(failed("making a queue"))?;
+        let blas = Blas::new()?;
+        let held_bytes = AtomicUsize::new(0);
+        Ok(Self { properties, held_bytes, device, context, stream, blas, allowed: Mutex::default() })
+    }
+
+    /// Makes the context the calling thread's.
+    fn bind(&self) -> Result<(), CudaError> {
+        // SAFETY: the context lives as long as this.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("choosing the GPU"))
+    }
+
+    fn architecture(&self) -> String {
+        match self.properties.architecture {
+            90 => "sm_90a".to_owned(),
+            architecture => format!("sm_{architecture}"),
+        }
+    }
+
+    fn load_code(code: &[u8]) -> Result<Module, CudaError> {
+        // SAFETY: the code is what NVRTC made, whole (its hash was compared), and is copied by the call.
+        let module = unsafe { result::module::load_data(code.as_ptr().cast()) };
+        Ok(Module(module.map_err(failed("loading kernels"))? as usize))
+    }
+
+    /// Allows a kernel the dynamic shared memory of a launch.
+    fn allow(&self, kernel: Kernel, bytes: u32) -> Result<(), CudaError> {
+        if bytes <= SHARED_BYTES_DEFAULT {
+            return Ok(());
+        }
+        let mut allowed = self.allowed.lock().expect("nothing panics while it holds the lock");
+        if allowed.get(&kernel).is_none_or(|&before| before < bytes) {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the kernel is one that `kernel` found.
+            unsafe {
+                result::function::set_function_attribute(kernel.0 as sys::CUfunction, attribute, bytes as i32)
+            }
+            .map_err(failed("asking for shared memory"))?;
+            allowed.insert(kernel, bytes);
+        }
+        Ok(())
+    }
+}
+
+fn properties(device: sys::CUdevice) -> Result<Properties, CudaError> {
+    use sys::CUdevice_attribute as Attribute;
+    let attribute = |attribute| {
+        // SAFETY: the device is one of the driver's.
+        let value = unsafe { result::device::get_attribute(device, attribute) };
+        value.map(i32::unsigned_abs).map_err(failed("asking about the GPU"))
+    };
+    let name = result::device::get_name(device).map_err(failed("asking about the GPU"))?;
+    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    if major < 8 {
+        return Err(CudaError::TooOld { name, major, minor });
+    }
+    Ok(Properties {
+        name,
+        architecture: major * 10 + minor,
+        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        // SAFETY: as above.
+        memory_bytes: unsafe { result::device::total_mem(device) }.map_err(failed("asking about the GPU"))?,
+    })
+}
+
+impl Driver for Device {
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    fn held_bytes(&self) -> &AtomicUsize {
+        &self.held_bytes
+    }
+
+    fn free_bytes(&self) -> Result<usize, CudaError> {
+        self.bind()?;
+        Ok(result::mem_get_info().map_err(failed("asking for free memory"))?.0)
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address, CudaError> {
+        if bytes == 0 {
+            return Ok(0);
+        }
+        self.bind()?;
+        // SAFETY: the memory is zeroed before anything reads it.
+        let address = match unsafe { result::malloc_sync(bytes) } {
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let (free, total) = result::mem_get_info().map_err(failed("asking for free memory"))?;
+                return Err(CudaError::OutOfMemory { asked: bytes, free, total });
+            }
+            address => address.map_err(failed("asking for memory"))?,
+        };
+        self.zero(address, bytes)?;
+        Ok(address)
+    }
+
+    fn free(&self, address: Address, _bytes: usize) {
+        if address == 0 || self.bind().is_err() {
+            return;
+        }
+        // SAFETY: the address came from `allocate`, and its owner is being dropped. Freeing waits for what uses it.
+        if let Err(error) = unsafe { result::free_sync(address) } {
+            tracing::debug!("memory of the GPU was not given back: {error}");
+        }
+    }
+
+    fn upload(&self, bytes: &[u8], to: Address) -> Result<(), CudaError> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller's buffer is as long as it says, and pageable memory is copied before the call returns.
+        unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(failed("copying to the GPU"))
+    }
+
+    fn download(&self, from: Address, bytes: &mut [u8]) -> Result<(), CudaError> {
+        if bytes.is_empty() {
+            return self.wait();
+        }
+        self.bind()?;
+        // SAFETY: the caller's buffer is as long as it says, and the wait below is for the copy too.
+        unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) }
+            .map_err(failed("copying from the GPU"))?;
+        self.wait()
+    }
+
+    fn zero(&self, address: Address, bytes: usize) -> Result<(), CudaError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the range lies in an allocation, see the buffers.
+        unsafe { result::memset_d8_async(address, 0, bytes, self.stream) }.map_err(failed("clearing memory"))
+    }
+
+    fn wait(&self) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the queue lives as long as this.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("a computation on the GPU"))
+    }
+
+    fn load(&self, source: &Source) -> Result<Module, CudaError> {
+        self.bind()?;
+        let architecture = self.architecture();
+        let options = compile::options(source, &architecture);
+        let entry = Entry::new(&source.text, &options, compile::version());
+        if let Some(module) = entry.read().and_then(|code| Self::load_code(&code).ok()) {
+            return Ok(module);
+        }
+        match compile::compile_to_cubin(source, &architecture) {
+            Ok(code) => {
+                entry.write(&code);
+                Self::load_code(&code)
+            }
+            // A GPU that is newer than the compiler runs what the driver makes of the newest it knows.
+            Err(error) if error.status.contains("INVALID_OPTION") => {
+                let mut code = compile::compile_to_ptx(source, "compute_90")?;
+                code.push(0);
+                Self::load_code(&code)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn kernel(&self, module: Module, name: &str) -> Result<Kernel, CudaError> {
+        self.bind()?;
+        let no_kernel = |reason: String| CudaError::NoKernel { name: name.to_owned(), reason };
+        let c_name = CString::new(name).map_err(|error| no_kernel(error.to_string()))?;
+        // SAFETY: modules are never unloaded before the context goes.
+        let function = unsafe { result::module::get_function(module.0 as sys::CUmodule, c_name) };
+        function
+            .map(|function| Kernel(function as usize))
+            .map_err(|error| no_kernel(format!("{:?}", error.0)))
+    }
+
+    fn launch(&self, kernel: Kernel, launch: Launch, arguments: &[Argument]) -> Result<(), CudaError> {
+        self.bind()?;
+        self.allow(kernel, launch.shared_bytes)?;
+        assert!(arguments.len() <= ARGUMENTS_MAX, "{} arguments", arguments.len());
+        let mut pointers = [std::ptr::null_mut::<c_void>(); ARGUMENTS_MAX];
+        for (pointer, argument) in pointers.iter_mut().zip(arguments) {
+            // The driver reads as many bytes as the kernel's parameter has; the lowest come first.
+            *pointer = match argument {
+                Argument::Word(word) => std::ptr::from_ref(word).cast_mut().cast(),
+                Argument::Float(float) => std::ptr::from_ref(float).cast_mut().cast(),
+                Argument::Map(map) => std::ptr::from_ref(map).cast_mut().cast(),
+            };
+        }
+        let Launch { grid, block, shared_bytes } = launch;
+        let (grid, block) = ((grid[0], grid[1], grid[2]), (block[0], block[1], block[2]));
+        let function = kernel.0 as sys::CUfunction;
+        // SAFETY: the arguments are those of the kernel, in its order, which the tests of every operation show; they
+        // are copied by the call.
+        unsafe {
+            result::launch_kernel(
+                function,
+                grid,
+                block,
+                shared_bytes,
+                self.stream,
+                &mut pointers[..arguments.len()],
+            )
+        }
+        .map_err(failed("starting a kernel"))
+    }
+
+    fn product(&self, product: &Product) -> Result<bool, CudaError> {
+        self.bind()?;
+        self.blas.product(product, self.stream)
+    }
+
+    fn tensor_map(&self, tensor: &Tensor) -> Result<Option<TensorMap>, CudaError> {
+        if self.properties.architecture < 90 {
+            return Ok(None);
+        }
+        self.bind()?;
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        let rank = tensor.sizes.len();
+        assert!(
+            tensor.strides.len() + 1 == rank && tensor.tile.len() == rank,
+            "{tensor:?} has no single rank"
+        );
+        let ones = vec![1u32; rank];
+        // SAFETY: all arrays have the rank's length, the strides one less, as the call asks; the map is written by it.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                rank as u32,
+                tensor.address as *mut c_void,
+                tensor.sizes.as_ptr(),
+                tensor.strides.as_ptr(),
+                tensor.tile.as_ptr(),
+                ones.as_ptr(),
+                sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(failed("describing a matrix"))?;
+        Ok(Some(TensorMap(map.opaque)))
+    }
+
+    fn mark(&self) -> Result<Mark, CudaError> {
+        self.bind()?;
+        let event =
+            result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed("making a mark"))?;
+        // SAFETY: the event was just made.
+        unsafe { result::event::record(event, self.stream) }.map_err(failed("making a mark"))?;
+        Ok(Mark(event as usize))
+    }
+
+    fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32, CudaError> {
+        self.bind()?;
+        let (from, to) = (from.0 as sys::CUevent, to.0 as sys::CUevent);
+        // SAFETY: both events came from `mark` and are destroyed here, once.
+        unsafe {
+            let elapsed = result::event::synchronize(to).and_then(|()| result::event::elapsed(from, to));
+            let destroyed = result::event::destroy(from).and(result::event::destroy(to));
+            destroyed.and(elapsed).map_err(failed("measuring time"))
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if self.bind().is_err() {
+            return;
+        }
+        self.blas.destroy();
+        // SAFETY: nothing uses the queue or the context from here on.
+        let released = unsafe {
+            result::stream::synchronize(self.stream)
+                .and_then(|()| result::stream::destroy(self.stream))
+                .and_then(|()| result::primary_ctx::release(self.device))
+        };
+        if let Err(error) = released {
+            tracing::debug!("the GPU was not closed in order: {error}");
+        }
+    }
+}

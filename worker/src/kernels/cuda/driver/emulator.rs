@@ -1,0 +1,290 @@
+//! The kernels on the CPU: the same sources, compiled by a C++ compiler against `emulator/emulate.hpp`.
+//!
+//! It is slow, and meant for tests: kernels and the code that launches them run on machines without a GPU. Memory is this
+//! process's, operations are done when they are asked for, and the products that a GPU does by cuBLASLt are refused, so
+//! that the kernels of ours do them.
+
+use std::collections::HashMap;
+use std::ffi::{c_uint, c_void};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use libloading::Library;
+use tempfile::TempDir;
+
+use super::super::error::CudaError;
+use super::super::source::Source;
+use super::{
+    Address, Argument, CompileError, Driver, Kernel, Launch, Mark, Module, Product, Properties, Tensor,
+    TensorMap,
+};
+
+/// Integers and addresses, and floats, that `emulate_launch` takes.
+const WORDS: usize = 24;
+const FLOATS: usize = 8;
+
+/// What allocations start at a multiple of, in bytes.
+const ALIGNMENT: usize = 256;
+
+type LaunchFunction =
+    unsafe extern "C" fn(*mut c_void, *const c_uint, *const c_uint, c_uint, *const i64, *const f32);
+
+/// Compiled units, for all emulators of the process: each takes some seconds.
+#[derive(Default)]
+struct Units {
+    directory: Option<TempDir>,
+    loaded: Vec<Loaded>,
+    by_source: HashMap<String, usize>,
+}
+
+struct Loaded {
+    library: Library,
+    launch: LaunchFunction,
+}
+
+fn units() -> &'static Mutex<Units> {
+    static UNITS: OnceLock<Mutex<Units>> = OnceLock::new();
+    UNITS.get_or_init(Mutex::default)
+}
+
+/// A kernel that runs is alone: blocks have their shared memory in static variables.
+static RUNNING: Mutex<()> = Mutex::new(());
+
+/// This machine's memory and processor in a GPU's place.
+#[derive(Debug)]
+pub(crate) struct Emulator {
+    properties: Properties,
+    held_bytes: AtomicUsize,
+    compiler: String,
+    /// The function that starts each kernel, by the kernel's address.
+    launches: Mutex<HashMap<usize, LaunchFunction>>,
+}
+
+impl Emulator {
+    /// With the C++ compiler that `$CXX` names, or `c++`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub(crate) fn new() -> Result<Self, CudaError> {
+        let compiler =
+            std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".to_owned());
+        let found =
+            Command::new(&compiler).arg("--version").output().is_ok_and(|output| output.status.success());
+        if !found {
+            return Err(CudaError::Driver {
+                operation: "emulating a GPU",
+                reason: format!("there is no C++ compiler {compiler}"),
+            });
+        }
+        let properties = Properties {
+            name: "emulated".to_owned(),
+            architecture: 80,
+            multiprocessors: 2,
+            shared_bytes: 227 * 1024,
+            memory_bytes: usize::MAX,
+        };
+        let held_bytes = AtomicUsize::new(0);
+        Ok(Self { properties, held_bytes, compiler, launches: Mutex::default() })
+    }
+
+    fn compile(&self, units: &mut Units, source: &Source) -> Result<Loaded, CudaError> {
+        let failed =
+            |reason: String| CudaError::Driver { operation: "compiling kernels for the CPU", reason };
+        let directory = match &units.directory {
+            Some(directory) => directory,
+            None => {
+                let directory = tempfile::tempdir().map_err(|error| failed(error.to_string()))?;
+                for (name, text) in [
+                    ("emulate.hpp", include_str!("../emulator/emulate.hpp")),
+                    ("mma.hpp", include_str!("../emulator/mma.hpp")),
+                ] {
+                    std::fs::write(directory.path().join(name), text)
+                        .map_err(|error| failed(error.to_string()))?;
+                }
+                units.directory.insert(directory)
+            }
+        };
+        let number = units.loaded.len();
+        let text: PathBuf = directory.path().join(format!("{}-{number}.cpp", source.name));
+        let object = text.with_extension("so");
+        std::fs::write(&text, &source.text).map_err(|error| failed(error.to_string()))?;
+        // Hidden, so that a library's static variables are its own; no fused multiply-adds beyond what the sources ask
+        // for, as the CPU's kernels have none.
+        let mut command = Command::new(&self.compiler);
+        command.args([
+            "-std=c++17",
+            "-O1",
+            "-fPIC",
+            "-shared",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-w",
+        ]);
+        command.args(["-DSANDERLING_EMULATE=1"]).args(&source.defines).arg("-I").arg(directory.path());
+        let output =
+            command.arg(&text).arg("-o").arg(&object).output().map_err(|error| failed(error.to_string()))?;
+        if !output.status.success() {
+            return Err(CudaError::Compile(CompileError {
+                name: source.name,
+                architecture: "the CPU".to_owned(),
+                status: output.status.to_string(),
+                log: String::from_utf8_lossy(&output.stderr).into_owned(),
+            }));
+        }
+        // SAFETY: the library was just made of our own sources; it has no code that runs when it is loaded but the
+        // initialisation of an empty vector.
+        let library = unsafe { Library::new(&object) }.map_err(|error| failed(error.to_string()))?;
+        // SAFETY: the function has that type in emulate.hpp, and lives as long as the library, which is never dropped.
+        let launch = unsafe { library.get::<LaunchFunction>(b"emulate_launch\0") };
+        let launch = *launch.map_err(|error| failed(error.to_string()))?;
+        Ok(Loaded { library, launch })
+    }
+}
+
+fn layout(bytes: usize) -> std::alloc::Layout {
+    std::alloc::Layout::from_size_align(bytes, ALIGNMENT).expect("an allocation fits the address space")
+}
+
+impl Driver for Emulator {
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    fn held_bytes(&self) -> &AtomicUsize {
+        &self.held_bytes
+    }
+
+    fn free_bytes(&self) -> Result<usize, CudaError> {
+        Ok(usize::MAX)
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address, CudaError> {
+        if bytes == 0 {
+            return Ok(0);
+        }
+        // SAFETY: the size is not zero.
+        let address = unsafe { std::alloc::alloc_zeroed(layout(bytes)) };
+        if address.is_null() {
+            return Err(CudaError::OutOfMemory { asked: bytes, free: 0, total: 0 });
+        }
+        Ok(address.expose_provenance() as u64)
+    }
+
+    fn free(&self, address: Address, bytes: usize) {
+        if address != 0 {
+            // SAFETY: `allocate` gave the address for as many bytes, and its owner is being dropped.
+            unsafe {
+                std::alloc::dealloc(std::ptr::with_exposed_provenance_mut(address as usize), layout(bytes))
+            };
+        }
+    }
+
+    fn upload(&self, bytes: &[u8], to: Address) -> Result<(), CudaError> {
+        if !bytes.is_empty() {
+            let to = std::ptr::with_exposed_provenance_mut::<u8>(to as usize);
+            // SAFETY: the buffers check that a range lies in its allocation.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        }
+        Ok(())
+    }
+
+    fn download(&self, from: Address, bytes: &mut [u8]) -> Result<(), CudaError> {
+        if !bytes.is_empty() {
+            let from = std::ptr::with_exposed_provenance::<u8>(from as usize);
+            // SAFETY: as in `upload`.
+            unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
+        }
+        Ok(())
+    }
+
+    fn zero(&self, address: Address, bytes: usize) -> Result<(), CudaError> {
+        if bytes > 0 {
+            let to = std::ptr::with_exposed_provenance_mut::<u8>(address as usize);
+            // SAFETY: as in `upload`.
+            unsafe { std::ptr::write_bytes(to, 0, bytes) };
+        }
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<(), CudaError> {
+        Ok(())
+    }
+
+    fn load(&self, source: &Source) -> Result<Module, CudaError> {
+        let key = format!("{:?}\n{}", source.defines, source.text);
+        let mut units = units().lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&number) = units.by_source.get(&key) {
+            return Ok(Module(number));
+        }
+        let loaded = self.compile(&mut units, source)?;
+        units.loaded.push(loaded);
+        let number = units.loaded.len() - 1;
+        units.by_source.insert(key, number);
+        Ok(Module(number))
+    }
+
+    fn kernel(&self, module: Module, name: &str) -> Result<Kernel, CudaError> {
+        let units = units().lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = &units.loaded[module.0];
+        // SAFETY: only the address is taken here; the library is never dropped.
+        let symbol = unsafe { loaded.library.get::<unsafe extern "C" fn()>(name.as_bytes()) };
+        let symbol = symbol
+            .map_err(|error| CudaError::NoKernel { name: name.to_owned(), reason: error.to_string() })?;
+        let address = *symbol as *const c_void as usize;
+        self.launches.lock().unwrap_or_else(PoisonError::into_inner).insert(address, loaded.launch);
+        Ok(Kernel(address))
+    }
+
+    fn launch(&self, kernel: Kernel, launch: Launch, arguments: &[Argument]) -> Result<(), CudaError> {
+        let (mut words, mut floats) = ([0i64; WORDS], [0f32; FLOATS]);
+        let (mut words_used, mut floats_used) = (0, 0);
+        for argument in arguments {
+            match argument {
+                Argument::Word(word) => {
+                    words[words_used] = word.cast_signed();
+                    words_used += 1;
+                }
+                Argument::Float(float) => {
+                    floats[floats_used] = *float;
+                    floats_used += 1;
+                }
+                Argument::Map(_) => unreachable!("the emulator makes no tensor maps"),
+            }
+        }
+        assert!(launch.shared_bytes <= self.properties.shared_bytes, "{launch:?} has too much shared memory");
+        let function = self.launches.lock().unwrap_or_else(PoisonError::into_inner)[&kernel.0];
+        let kernel = std::ptr::with_exposed_provenance_mut(kernel.0);
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the kernel belongs to the library that the function is of, the arrays have the lengths that it reads,
+        // and the arguments are those of the kernel, which the tests of every operation show.
+        unsafe {
+            function(
+                kernel,
+                launch.grid.as_ptr(),
+                launch.block.as_ptr(),
+                launch.shared_bytes,
+                words.as_ptr(),
+                floats.as_ptr(),
+            );
+        }
+        Ok(())
+    }
+
+    fn product(&self, _product: &Product) -> Result<bool, CudaError> {
+        Ok(false)
+    }
+
+    fn tensor_map(&self, _tensor: &Tensor) -> Result<Option<TensorMap>, CudaError> {
+        Ok(None)
+    }
+
+    fn mark(&self) -> Result<Mark, CudaError> {
+        Ok(Mark(0))
+    }
+
+    fn elapsed_ms(&self, _from: Mark, _to: Mark) -> Result<f32, CudaError> {
+        Ok(0.0)
+    }
+}

@@ -1,0 +1,555 @@
+// The products of experts.cu for Hopper (sm_90a) with bfloat16: the tensor copy engine fills a ring of slices in shared
+// memory, and warpgroups multiply from there (wgmma), so that no thread moves operands.
+//
+// A block has three warpgroups. The first one's first thread asks for slices as soon as their places in the ring are
+// free; the other two multiply, each 64 × 256 of the block's tile of 128 × 256, and store. Blocks live as long as the
+// launch and take tiles in turn, so that slices of the next tile are on their way while one is stored. Two blocks may
+// form a cluster (HOPPER_CLUSTER 2): they compute tiles one above the other and each fetches half of the right operand
+// for both.
+//
+// Slices are boxes of 64 × 64 elements, each row of a box 128 bytes, swizzled by the copy engine as wgmma reads it. What
+// is outside an operand is zero. A box of activations may reach into the next expert's slots: for the first two products
+// that concerns rows of the tile which are not stored; for the weights' gradient the rows past the expert's last slot
+// are zeroed in shared memory, in both operands. So nothing that an unused slot holds can matter.
+//
+// Needs inputs, outputs and stride to be multiples of 8 elements, and addresses of 16 bytes; experts.cu has no such needs.
+
+#if !ACT_BF16
+#error "experts_hopper.cu is for activations of bfloat16"
+#endif
+
+#ifndef HOPPER_CLUSTER
+#define HOPPER_CLUSTER 1
+#endif
+// Slices that the second consumer stays behind the first, so that one multiplies while the other stores.
+#ifndef HOPPER_LAG
+#define HOPPER_LAG 0
+#endif
+
+// A CUtensorMap, which the host encodes: see the launch below.
+struct alignas(64) TensorMap {
+    unsigned char bytes[128];
+};
+
+constexpr int HOPPER_ROWS = 128, HOPPER_COLUMNS = 256, HOPPER_DEPTH = 64, HOPPER_STAGES = 4;
+constexpr int HOPPER_THREADS = 384, HOPPER_CONSUMER_WARPS = 8;
+constexpr int HOPPER_EXPERTS = 256; // the most experts
+// Row tiles of a cluster that share columns of the right operand in the second-level cache.
+constexpr int HOPPER_GROUP = 16 / HOPPER_CLUSTER;
+constexpr int BOX = 64, BOX_BYTES = BOX * BOX * 2;
+constexpr int LEFT_BYTES = HOPPER_ROWS * HOPPER_DEPTH * 2, RIGHT_BYTES = HOPPER_COLUMNS * HOPPER_DEPTH * 2;
+constexpr int RING_STAGE_BYTES = LEFT_BYTES + RIGHT_BYTES;
+constexpr int HOPPER_OUTPUT_FLOAT = 1, HOPPER_OUTPUT_ADD = 2; // as in experts.cu
+
+// What lies behind the ring, which starts at the first multiple of 1024 bytes of dynamic shared memory.
+struct HopperShared {
+    unsigned long long full[HOPPER_STAGES], empty[HOPPER_STAGES];
+    int starts[HOPPER_EXPERTS + 1];
+    int first_tile[HOPPER_EXPERTS + 1]; // tiles of a cluster's height before each expert's, and all
+};
+static_assert(
+    1024 + HOPPER_STAGES * RING_STAGE_BYTES + sizeof(HopperShared) <= 199936, "the launch below says 199936 bytes");
+
+enum HopperProduct { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
+
+// ---- Barriers in shared memory, the copy engine, wgmma ----
+
+// A test on the CPU brings its own of these.
+#ifndef HOPPER_INSTRUCTIONS
+
+__device__ __forceinline__ void barrier_init(unsigned barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Arrives and announces bytes that the copy engine will count off.
+__device__ __forceinline__ void barrier_expect(unsigned barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives at the same barrier of a block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(unsigned barrier, int block) {
+    asm volatile(
+        "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
+// Waits for the end of the barrier's phase of that parity.
+__device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
+    unsigned done = 0;
+#ifdef HOPPER_SPIN_LIMIT
+    for (long long spin = 0; !done; spin++) {
+        if (spin > HOPPER_SPIN_LIMIT) __trap();
+#else
+    while (!done) {
+#endif
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    }
+}
+// Makes barriers just initialised known to the copy engine and the cluster.
+__device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Makes this thread's writes to shared memory known to wgmma and the copy engine.
+__device__ __forceinline__ void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// The second consumer waits for the first, which does not.
+__device__ __forceinline__ void lag_arrive() { asm volatile("bar.arrive 2, 256;" ::: "memory"); }
+__device__ __forceinline__ void lag_wait() { asm volatile("bar.sync 2, 256;" ::: "memory"); }
+// What the producer gives up, the consumers take.
+__device__ __forceinline__ void producer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
+__device__ __forceinline__ void consumer_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// A box of a matrix (y, x) or, with `z`, of one of many, to shared memory; `everywhere` to all blocks of the cluster.
+template <bool everywhere>
+__device__ __forceinline__ void load_box(unsigned to, const TensorMap& map, unsigned barrier, int x, int y) {
+    if (everywhere)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+            "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"((unsigned short)((1 << HOPPER_CLUSTER) - 1))
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+                "r"(to),
+            "l"(&map), "r"(barrier), "r"(x), "r"(y)
+            : "memory");
+}
+template <bool everywhere>
+__device__ __forceinline__ void load_box(unsigned to, const TensorMap& map, unsigned barrier, int x, int y, int z) {
+    if (everywhere)
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+            "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"((unsigned short)((1 << HOPPER_CLUSTER) - 1))
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+            "[%2];" ::"r"(to),
+            "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+            : "memory");
+}
+
+// Everything before: writes to shared memory by the copy engine, and to registers of the sums.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Keeps uses of the sums behind the wait before it.
+__device__ __forceinline__ void wgmma_hold(float (&c)[128]) {
+#pragma unroll
+    for (int i = 0; i < 128; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+#define SUMS_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
+// c (64 × 256) = left (64 × 16) · right (16 × 256), added to c with `accumulate`. A thread's c[4·j + {0, 1}] are row
+// 16 · warp + lane / 4 and columns 8·j + 2·(lane % 4) + {0, 1}; c[4·j + {2, 3}] are 8 rows below.
+template <bool left_side_contiguous, bool right_side_contiguous>
+__device__ __forceinline__ void
+wgmma(float (&c)[128], unsigned long long left, unsigned long long right, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "%128, %129, p, 1, 1, %131, %132;\n}"
+        : SUMS_16(0), SUMS_16(16), SUMS_16(32), SUMS_16(48), SUMS_16(64), SUMS_16(80), SUMS_16(96), SUMS_16(112)
+        : "l"(left), "l"(right), "r"(accumulate), "n"((int)left_side_contiguous), "n"((int)right_side_contiguous));
+}
+
+#endif
+
+// A matrix descriptor without its address: offsets in units of 16 bytes, swizzle of 128 bytes.
+//
+// With the depth contiguous, a row of a box has all 64 of the depth; 8 rows further is 1024 bytes (stride), and 16 along
+// the depth are 32 bytes inside the swizzled row. With the side contiguous, a row of a box has 64 of the side for one
+// place along the depth: 8 places further is 1024 bytes (stride), 64 further along the side is the next box (leading),
+// and 16 along the depth are 2048 bytes.
+__device__ __forceinline__ constexpr unsigned long long descriptor_of(unsigned leading_bytes, unsigned stride_bytes) {
+    return (unsigned long long)(leading_bytes / 16) << 16 | (unsigned long long)(stride_bytes / 16) << 32 | 1ull << 62;
+}
+template <bool side_contiguous>
+__device__ __forceinline__ unsigned long long descriptor(unsigned address) {
+#ifdef HOPPER_DESCRIPTORS
+    const unsigned long long form = HOPPER_DESCRIPTORS[side_contiguous];
+#else
+    const unsigned long long form = side_contiguous ? descriptor_of(BOX_BYTES, 1024) : descriptor_of(16, 1024);
+#endif
+    return form | (address & 0x3ffff) >> 4;
+}
+// Units of 16 bytes between places 16 apart along the depth.
+template <bool side_contiguous>
+__device__ __forceinline__ constexpr unsigned depth_step() {
+    return side_contiguous ? 2048 / 16 : 32 / 16;
+}
+
+// ---- Which tiles a block computes ----
+
+struct HopperTile {
+    int expert, row, column; // the tile's first row and column in the expert's output
+    int first_slot, slots;   // the expert's
+};
+
+template <HopperProduct product>
+struct HopperTiles {
+    const HopperShared& shared;
+    int experts, row_tiles, column_tiles, tiles;
+    int index;
+
+    __device__ __forceinline__ HopperTiles(const HopperShared& shared, int experts, int rows, int columns)
+        : shared(shared), experts(experts), index(blockIdx.x / HOPPER_CLUSTER) {
+        const int height = HOPPER_ROWS * HOPPER_CLUSTER;
+        row_tiles = product == WEIGHT_GRADIENT ? (rows + height - 1) / height : shared.first_tile[experts];
+        column_tiles = (columns + HOPPER_COLUMNS - 1) / HOPPER_COLUMNS;
+        tiles = row_tiles * column_tiles * (product == WEIGHT_GRADIENT ? experts : 1);
+    }
+    // The next tile; false after the last.
+    __device__ __forceinline__ bool next(HopperTile& tile) {
+        if (index >= tiles) return false;
+        int within = index;
+        if (product == WEIGHT_GRADIENT) {
+            tile.expert = index / (row_tiles * column_tiles);
+            within = index % (row_tiles * column_tiles);
+        }
+        // Groups of rows of tiles, column by column within a group.
+        const int group = within / (HOPPER_GROUP * column_tiles), in_group = within % (HOPPER_GROUP * column_tiles);
+        const int left = row_tiles - group * HOPPER_GROUP, rows = left < HOPPER_GROUP ? left : HOPPER_GROUP;
+        int row_tile = group * HOPPER_GROUP + in_group % rows;
+        tile.column = in_group / rows * HOPPER_COLUMNS;
+        if (product != WEIGHT_GRADIENT) {
+            int low = 0, high = experts;
+            while (high - low > 1) {
+                const int middle = (low + high) / 2;
+                if (shared.first_tile[middle] <= row_tile)
+                    low = middle;
+                else
+                    high = middle;
+            }
+            tile.expert = low;
+            row_tile -= shared.first_tile[low];
+        }
+        tile.row = (row_tile * HOPPER_CLUSTER + blockIdx.x % HOPPER_CLUSTER) * HOPPER_ROWS;
+        tile.first_slot = shared.starts[tile.expert];
+        tile.slots = shared.starts[tile.expert + 1] - tile.first_slot;
+        index += gridDim.x / HOPPER_CLUSTER;
+        return true;
+    }
+};
+
+// The first warp notes where the experts' slots and tiles start.
+__device__ __forceinline__ void note_experts(const int* starts, int experts, HopperShared& shared) {
+    const int lane = threadIdx.x, height = HOPPER_ROWS * HOPPER_CLUSTER;
+    int before = 0;
+    for (int first = 0; first < experts; first += WARP) {
+        const int expert = first + lane;
+        const int from = starts[expert < experts ? expert : experts];
+        const int slots = expert < experts ? starts[expert + 1] - from : 0;
+        int through = (slots + height - 1) / height;
+#pragma unroll
+        for (int offset = 1; offset < WARP; offset *= 2) {
+            const int lower = __shfl_up_sync(FULL_WARP, through, offset);
+            if (lane >= offset) through += lower;
+        }
+        if (expert < experts) {
+            shared.starts[expert + 1] = from + slots;
+            shared.first_tile[expert + 1] = before + through;
+        }
+        before += __shfl_sync(FULL_WARP, through, WARP - 1);
+    }
+    if (lane == 0) shared.starts[0] = starts[0], shared.first_tile[0] = 0;
+}
+
+// ---- Storing ----
+
+// The 4 × 4 words of four neighbouring lanes, transposed: lane i's word j becomes lane j's word i.
+__device__ __forceinline__ void transpose_quad(unsigned (&words)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const unsigned got = __shfl_xor_sync(FULL_WARP, odd ? words[i] : words[i + 1], 1);
+        if (odd)
+            words[i] = got;
+        else
+            words[i + 1] = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const unsigned got = __shfl_xor_sync(FULL_WARP, upper ? words[i] : words[i + 2], 2);
+        if (upper)
+            words[i] = got;
+        else
+            words[i + 2] = got;
+    }
+}
+
+// A warpgroup's sums to a matrix (rows, width) of act, 16 bytes a thread; `row` is this thread's first one.
+__device__ __forceinline__ void
+store_act(const float (&c)[128], act* output, int rows, int width, int row, int column) {
+    column += threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < 32; j += 4) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            unsigned words[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                words[i] = pack_bf16(c[(j + i) * 4 + half * 2], c[(j + i) * 4 + half * 2 + 1]);
+            transpose_quad(words);
+            if (row + half * 8 < rows && column + j * 8 < width)
+                *(uint4*)(output + (long long)(row + half * 8) * width + column + j * 8) =
+                    make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
+}
+// Adds them to what is there.
+__device__ __forceinline__ void
+add_act(const float (&c)[128], act* output, int rows, int width, int row, int column) {
+    column += threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 32; j++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (row + half * 8 >= rows || column + j * 8 >= width) continue;
+            unsigned* to = (unsigned*)(output + (long long)(row + half * 8) * width + column + j * 8);
+            *to = pack_bf16(
+                c[j * 4 + half * 2] + low_bf16(*to), c[j * 4 + half * 2 + 1] + high_bf16(*to));
+        }
+    }
+}
+template <bool add>
+__device__ __forceinline__ void
+store_float(const float (&c)[128], float* output, int rows, int width, int row, int column) {
+    column += threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 32; j++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int at = column + j * 8;
+            if (row + half * 8 >= rows || at >= width) continue;
+            float2* to = (float2*)(output + (long long)(row + half * 8) * width + at);
+            float2 sum = make_float2(c[j * 4 + half * 2], c[j * 4 + half * 2 + 1]);
+            if (add) {
+                const float2 there = *to;
+                sum.x += there.x, sum.y += there.y;
+            }
+            *to = sum;
+        }
+    }
+}
+
+// ---- The kernel ----
+
+struct HopperOutput {
+    void* data;
+    long long stride; // elements between experts, for the weights' gradient
+    int flags;
+};
+
+// Left and right operand of a product, and their shapes: the output is rows × columns per expert.
+template <HopperProduct product>
+__device__ __forceinline__ void hopper_product(
+    const TensorMap& left_map, const TensorMap& right_map, const int* starts, int experts, int rows, int columns,
+    int depth, const HopperOutput& output) {
+    constexpr bool left_side_contiguous = product == WEIGHT_GRADIENT, right_side_contiguous = product != FORWARD;
+    DYNAMIC_SHARED(unsigned char, dynamic);
+    const unsigned ring = (shared_address(dynamic) + 1023) & ~1023u;
+    unsigned char* ring_bytes = dynamic + (ring - shared_address(dynamic));
+    HopperShared& shared = *(HopperShared*)(ring_bytes + HOPPER_STAGES * RING_STAGE_BYTES);
+    const unsigned full = shared_address(shared.full), empty = shared_address(shared.empty);
+
+    if (threadIdx.x < WARP) note_experts(starts, experts, shared);
+    if (threadIdx.x == WARP) {
+        for (int stage = 0; stage < HOPPER_STAGES; stage++) {
+            barrier_init(full + stage * 8, 1);
+            barrier_init(empty + stage * 8, HOPPER_CONSUMER_WARPS * HOPPER_CLUSTER);
+        }
+        barrier_fence();
+    }
+    __syncthreads();
+    if (HOPPER_CLUSTER > 1) cluster_sync();
+
+    HopperTiles<product> tiles(shared, experts, rows, columns);
+    HopperTile tile;
+    int stage = 0, parity = 0;
+    if (threadIdx.x < 128) {
+        producer_registers();
+        if (threadIdx.x == 0) {
+            while (tiles.next(tile)) {
+                const int length = product == WEIGHT_GRADIENT ? tile.slots : depth;
+                for (int at = 0; at < length; at += HOPPER_DEPTH) {
+                    const unsigned left = ring + stage * RING_STAGE_BYTES, right = left + LEFT_BYTES;
+                    const unsigned barrier = full + stage * 8;
+                    barrier_wait(empty + stage * 8, parity ^ 1);
+                    barrier_expect(barrier, RING_STAGE_BYTES);
+#pragma unroll
+                    for (int box = 0; box < HOPPER_ROWS / BOX; box++) {
+                        const int side = tile.row + box * BOX;
+                        if (product == WEIGHT_GRADIENT)
+                            load_box<false>(left + box * BOX_BYTES, left_map, barrier, side, tile.first_slot + at);
+                        else
+                            load_box<false>(left + box * BOX_BYTES, left_map, barrier, at, tile.first_slot + side);
+                    }
+#pragma unroll
+                    for (int i = 0; i < HOPPER_COLUMNS / BOX / HOPPER_CLUSTER; i++) {
+                        const int box = i * HOPPER_CLUSTER + blockIdx.x % HOPPER_CLUSTER;
+                        const int side = tile.column + box * BOX;
+                        const unsigned to = right + box * BOX_BYTES;
+                        if (product == WEIGHT_GRADIENT)
+                            load_box<HOPPER_CLUSTER != 1>(to, right_map, barrier, side, tile.first_slot + at);
+                        else if (product == INPUT_GRADIENT)
+                            load_box<HOPPER_CLUSTER != 1>(to, right_map, barrier, side, at, tile.expert);
+                        else
+                            load_box<HOPPER_CLUSTER != 1>(to, right_map, barrier, at, side, tile.expert);
+                    }
+                    stage = stage + 1 == HOPPER_STAGES ? 0 : stage + 1;
+                    parity ^= stage == 0;
+                }
+            }
+        }
+    } else {
+        consumer_registers();
+        const int consumer = threadIdx.x / 128 - 1, lane = threadIdx.x % WARP;
+        const unsigned long long lefts = descriptor<left_side_contiguous>(ring + consumer * BOX_BYTES);
+        const unsigned long long rights = descriptor<right_side_contiguous>(ring + LEFT_BYTES);
+        float c[128];
+        bool lags = HOPPER_LAG > 0;
+        while (tiles.next(tile)) {
+            const int length = product == WEIGHT_GRADIENT ? tile.slots : depth;
+            if (lags && consumer == 1) {
+                lag_wait();
+                lags = false;
+            }
+            if (length == 0) {
+#pragma unroll
+                for (int i = 0; i < 128; i++) c[i] = 0.0f;
+            }
+            int last = 0;
+            for (int at = 0; at < length; at += HOPPER_DEPTH) {
+                barrier_wait(full + stage * 8, parity);
+                if (product == WEIGHT_GRADIENT && length - at < HOPPER_DEPTH) {
+                    // Rows of the next expert, in all six boxes.
+                    const int rest = (HOPPER_DEPTH - (length - at)) * (BOX * 2 / 16);
+                    uint4* slice = (uint4*)(ring_bytes + stage * RING_STAGE_BYTES);
+                    for (int i = threadIdx.x - 128; i < rest * (RING_STAGE_BYTES / BOX_BYTES); i += 256)
+                        slice[(i / rest + 1) * (BOX_BYTES / 16) - 1 - i % rest] = make_uint4(0, 0, 0, 0);
+                    shared_fence();
+                    if (lags) {
+                        lag_arrive();
+                        lags = false;
+                    }
+                    consumers_sync();
+                }
+                const unsigned long long left = lefts + stage * (RING_STAGE_BYTES / 16);
+                const unsigned long long right = rights + stage * (RING_STAGE_BYTES / 16);
+                wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < HOPPER_DEPTH / 16; i++)
+                    wgmma<left_side_contiguous, right_side_contiguous>(
+                        c, left + i * depth_step<left_side_contiguous>(),
+                        right + i * depth_step<right_side_contiguous>(), at > 0 || i > 0);
+                wgmma_commit();
+                if (lags && at == (HOPPER_LAG - 1) * HOPPER_DEPTH) {
+                    lag_arrive();
+                    lags = false;
+                }
+                // The slice before has been read.
+                if (at > 0) {
+                    wgmma_wait<1>();
+                    if (HOPPER_CLUSTER == 1) {
+                        if (lane == 0) barrier_arrive(empty + last * 8);
+                    } else {
+                        if (lane < HOPPER_CLUSTER) barrier_arrive_at(empty + last * 8, lane);
+                    }
+                }
+                last = stage;
+                stage = stage + 1 == HOPPER_STAGES ? 0 : stage + 1;
+                parity ^= stage == 0;
+            }
+            wgmma_wait<0>();
+            wgmma_hold(c);
+            if (length > 0) {
+                if (HOPPER_CLUSTER == 1) {
+                    if (lane == 0) barrier_arrive(empty + last * 8);
+                } else {
+                    if (lane < HOPPER_CLUSTER) barrier_arrive_at(empty + last * 8, lane);
+                }
+            }
+            if (lags) {
+                lag_arrive();
+                lags = false;
+            }
+            const int row = tile.row + consumer * 64 + threadIdx.x % 128 / WARP * 16 + lane / 4;
+            const int rows_here = product == WEIGHT_GRADIENT ? rows : tile.slots;
+            const long long offset = product == WEIGHT_GRADIENT ? tile.expert * output.stride
+                                                                : (long long)tile.first_slot * columns;
+            switch (product == WEIGHT_GRADIENT ? HOPPER_OUTPUT_FLOAT : output.flags) {
+            case 0:
+                store_act(c, (act*)output.data + offset, rows_here, columns, row, tile.column);
+                break;
+            case HOPPER_OUTPUT_ADD:
+                add_act(c, (act*)output.data + offset, rows_here, columns, row, tile.column);
+                break;
+            case HOPPER_OUTPUT_FLOAT:
+                store_float<false>(c, (float*)output.data + offset, rows_here, columns, row, tile.column);
+                break;
+            default:
+                store_float<true>(c, (float*)output.data + offset, rows_here, columns, row, tile.column);
+            }
+        }
+    }
+    // Until both are done, a block of a cluster may get slices and arrivals from the other.
+    if (HOPPER_CLUSTER > 1) cluster_sync();
+}
+
+#if HOPPER_CLUSTER > 1
+#define HOPPER_KERNEL \
+    extern "C" __global__ void __cluster_dims__(HOPPER_CLUSTER, 1, 1) __launch_bounds__(HOPPER_THREADS, 1)
+#else
+#define HOPPER_KERNEL extern "C" __global__ void __launch_bounds__(HOPPER_THREADS, 1)
+#endif
+
+// launch, all three: grid (multiprocessors, rounded down to a multiple of HOPPER_CLUSTER; fewer do, if there are fewer
+// tiles), block 384, shared 199936 bytes, no scratch; experts at least 1 and at most 256.
+// Tensor maps (cuTensorMapEncodeTiled): type BFLOAT16, no interleave, SWIZZLE_128B, L2_PROMOTION_L2_256B, OOB_FILL_NONE,
+// all element strides 1;
+//   of activations (slots, width): rank 2, sizes {width, slots}, strides {2·width} bytes, box {64, 64}
+//   of weights: rank 3, sizes {inputs, outputs, experts}, strides {2·inputs, 2·stride} bytes, box {64, 64, 1}
+// where slots is the most that there can be.
+
+// y (slots, outputs) = x · Wᵀ; flags of experts.cu.
+HOPPER_KERNEL expert_product_hopper(
+    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weights, const int* starts, int experts,
+    int inputs, int outputs, void* y, int flags) {
+    hopper_product<FORWARD>(x, weights, starts, experts, 0, outputs, inputs, HopperOutput{y, 0, flags});
+}
+
+// dx (slots, inputs) = dy · W; flags of experts.cu.
+HOPPER_KERNEL expert_product_input_gradient_hopper(
+    const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weights, const int* starts, int experts,
+    int inputs, int outputs, void* dx, int flags) {
+    hopper_product<INPUT_GRADIENT>(dy, weights, starts, experts, 0, inputs, outputs, HopperOutput{dx, 0, flags});
+}
+
+// dW (outputs, inputs) = dyᵀ · x, at gradient + expert · stride; zero for an expert without slots.
+HOPPER_KERNEL expert_product_weight_gradient_hopper(
+    const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap x, const int* starts, int experts,
+    int inputs, int outputs, long long stride, float* gradient) {
+    hopper_product<WEIGHT_GRADIENT>(dy, x, starts, experts, outputs, inputs, 0, HopperOutput{gradient, stride, 0});
+}

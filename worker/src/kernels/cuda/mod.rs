@@ -1,0 +1,243 @@
+//! The CUDA implementation: our kernels compiled when they are first used, and cuBLASLt's products.
+//!
+//! Building needs no CUDA, and a machine without it learns what is missing from [`Cuda::new`]. All operations go into one
+//! queue of the device. The first one that fails is remembered, those after it are left out, and the next operation that
+//! waits reports it.
+//!
+//! Parameters, the residual stream and all statistics are `f32`. With [`Precision::Bf16`] what passes between operations
+//! is bfloat16, and so are the factors of products, whose sums are `f32`.
+//!
+//! The `.cu` files say above each kernel how it is launched; the modules here do so.
+
+#![allow(unsafe_code, reason = "CUDA is a C interface; each block says why it is right")]
+
+mod attention;
+mod buffer;
+mod driver;
+mod error;
+mod experts;
+mod implementation;
+mod memory;
+mod pointwise;
+mod products;
+mod router;
+mod routing;
+mod scratch;
+mod source;
+mod timing;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+pub use self::buffer::{Buffer, Tokens};
+use self::driver::{Argument, Driver, Kernel, Launch, Module, Scalar};
+pub use self::driver::{CompileError, Library, Properties, compile_to_ptx, missing_library};
+pub use self::error::CudaError;
+pub use self::memory::MemoryNeeded;
+pub use self::routing::Routing;
+use self::scratch::Scratch;
+pub use self::source::{Source, Target, Unit};
+pub use self::timing::Spent;
+use self::timing::Timing;
+
+/// Shared memory of a block below which attention takes smaller tiles, in bytes.
+const SHARED_BYTES_LARGE: u32 = 120 * 1024;
+
+/// Names, separated by commas, the kernels for Hopper that are not to be used: `experts`, `attention`. For comparisons, and
+/// for the day when one of them is wrong.
+pub const WITHOUT_VARIABLE: &str = "SANDERLING_CUDA_WITHOUT";
+
+/// What products multiply. Sums are `f32` always, and so are the parameters that are trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// `f32`.
+    F32,
+    /// `f32` rounded to 10 bits of mantissa, on tensor cores.
+    Tf32,
+    /// bfloat16, on tensor cores, and between the operations too.
+    Bf16,
+}
+
+/// [`Kernels`](super::Kernels) on an NVIDIA GPU.
+#[derive(Debug)]
+pub struct Cuda {
+    driver: Arc<dyn Driver>,
+    precision: Precision,
+    target: Target,
+    modules: HashMap<Unit, Module>,
+    kernels: HashMap<(Unit, &'static str), Kernel>,
+    scratch: Scratch,
+    /// The first failure since the last wait.
+    failure: Option<CudaError>,
+    timing: Option<Timing>,
+    experts: experts::Tensors,
+}
+
+impl Cuda {
+    /// The GPU of that number, counted from 0.
+    ///
+    /// # Errors
+    /// In one sentence, what is missing.
+    pub fn new(ordinal: usize, precision: Precision) -> Result<Self, CudaError> {
+        Ok(Self::with_driver(Arc::new(driver::Device::new(ordinal)?), precision))
+    }
+
+    /// The kernels on the CPU, compiled by the C++ compiler that `$CXX` names, or `c++`; for tests.
+    ///
+    /// # Errors
+    /// If there is no such compiler.
+    #[cfg(feature = "emulator")]
+    pub fn emulated(precision: Precision) -> Result<Self, CudaError> {
+        Ok(Self::with_driver(Arc::new(driver::Emulator::new()?), precision))
+    }
+
+    fn with_driver(driver: Arc<dyn Driver>, precision: Precision) -> Self {
+        let without = std::env::var(WITHOUT_VARIABLE).unwrap_or_default();
+        let hopper = |what: &str| {
+            driver.properties().architecture == 90 && !without.split(',').any(|name| name.trim() == what)
+        };
+        let target = Target {
+            small_shared: driver.properties().shared_bytes < SHARED_BYTES_LARGE,
+            hopper_experts: hopper("experts"),
+            hopper_attention: hopper("attention"),
+        };
+        Self {
+            driver,
+            precision,
+            target,
+            modules: HashMap::new(),
+            kernels: HashMap::new(),
+            scratch: Scratch::default(),
+            failure: None,
+            timing: None,
+            experts: experts::Tensors::default(),
+        }
+    }
+
+    /// What is known of the device.
+    pub fn properties(&self) -> &Properties {
+        self.driver.properties()
+    }
+
+    /// What its products multiply.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Memory that it and its buffers hold, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        self.driver.held_bytes().load(Ordering::Relaxed)
+    }
+
+    /// Memory that is free, in bytes.
+    ///
+    /// # Errors
+    /// If the device failed.
+    pub fn free_bytes(&self) -> Result<usize, CudaError> {
+        self.driver.free_bytes()
+    }
+
+    /// Waits for everything that was queued.
+    ///
+    /// # Errors
+    /// The first failure since the last wait.
+    pub fn wait(&mut self) -> Result<(), CudaError> {
+        self.driver.wait().and(Ok(())).map_err(|error| self.failure.take().unwrap_or(error))?;
+        self.failure.take().map_or(Ok(()), Err)
+    }
+
+    /// Copies host values to a buffer, from one of its elements on.
+    pub fn upload_at(&mut self, values: &[f32], buffer: &mut Buffer, first: usize) {
+        let bytes = buffer::encode(values, buffer.scalar());
+        let uploaded = self.driver.upload(&bytes, buffer.at_mut(first..first + values.len()));
+        self.attempt(uploaded);
+    }
+
+    /// The type of activations and of the factors of products.
+    fn activation(&self) -> Scalar {
+        match self.precision {
+            Precision::F32 | Precision::Tf32 => Scalar::Float,
+            Precision::Bf16 => Scalar::Bf16,
+        }
+    }
+
+    fn target(&self) -> Target {
+        self.target
+    }
+
+    /// Remembers a failure, and gives what there is otherwise.
+    fn attempt<T>(&mut self, outcome: Result<T, CudaError>) -> Option<T> {
+        match outcome {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.failure.get_or_insert(error);
+                None
+            }
+        }
+    }
+
+    fn kernel(&mut self, unit: Unit, name: &'static str) -> Result<Kernel, CudaError> {
+        if let Some(&kernel) = self.kernels.get(&(unit, name)) {
+            return Ok(kernel);
+        }
+        let module = match self.modules.get(&unit) {
+            Some(&module) => module,
+            None => {
+                let module = self.driver.load(&unit.source(self.precision, self.target))?;
+                self.modules.insert(unit, module);
+                module
+            }
+        };
+        let kernel = self.driver.kernel(module, name)?;
+        self.kernels.insert((unit, name), kernel);
+        Ok(kernel)
+    }
+
+    /// Queues a kernel. A launch without blocks is none.
+    fn launch(&mut self, unit: Unit, name: &'static str, launch: Launch, arguments: &[Argument]) {
+        if self.failure.is_some() || launch.grid.contains(&0) {
+            return;
+        }
+        let kernel = self.kernel(unit, name);
+        let Some(kernel) = self.attempt(kernel) else { return };
+        self.timed(name, |driver| driver.launch(kernel, launch, arguments));
+    }
+
+    /// Queues something, between two marks if time is measured.
+    fn timed(&mut self, name: &'static str, queue: impl FnOnce(&dyn Driver) -> Result<(), CudaError>) {
+        let Self { driver, timing, .. } = self;
+        let outcome = match timing {
+            None => queue(driver.as_ref()),
+            Some(timing) => timing.around(name, driver.as_ref(), queue),
+        };
+        self.attempt(outcome);
+    }
+}
+
+/// A launch along one direction.
+fn flat(blocks: usize, threads: usize) -> Launch {
+    grid([blocks, 1, 1], [threads, 1, 1], 0)
+}
+
+/// A launch in three directions, with dynamic shared memory.
+fn grid(blocks: [usize; 3], threads: [usize; 3], shared_bytes: usize) -> Launch {
+    let narrow = |value: usize| u32::try_from(value).expect("a launch has fewer than 2³² blocks");
+    Launch { grid: blocks.map(narrow), block: threads.map(narrow), shared_bytes: narrow(shared_bytes) }
+}
+
+/// A count as kernels take it.
+fn int(value: usize) -> i32 {
+    i32::try_from(value).expect("a kernel's rows, widths and counts fit 31 bits")
+}
+
+/// A count that may pass 31 bits.
+fn long(value: usize) -> i64 {
+    i64::try_from(value).expect("memory has fewer than 2⁶³ elements")
+}
+
+/// Arguments in the order of a kernel's parameters.
+macro_rules! arguments {
+    ($($argument:expr),* $(,)?) => { &[$($crate::kernels::cuda::driver::Argument::from($argument)),*] };
+}
+use arguments;

@@ -1,0 +1,168 @@
+//! Dense products: cuBLASLt's, and the experts' kernels with a single expert where it has none.
+
+use std::ops::Range;
+
+use super::driver::{Address, Factor, Product, Scalar};
+use super::scratch::Slot;
+use super::{Buffer, Cuda, Precision, Unit, arguments, experts, flat, long};
+use crate::kernels::{Weights, Write};
+
+/// Which of the three products of y = x·Wᵀ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Forward,
+    InputGradient,
+    WeightGradient,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "product",
+            Self::InputGradient => "product_input_gradient",
+            Self::WeightGradient => "product_weight_gradient",
+        }
+    }
+}
+
+impl Cuda {
+    /// Where some elements lie in the type that products multiply: as they are, in the buffer's twin, or converted.
+    pub(super) fn factor(&mut self, buffer: &Buffer, range: Range<usize>, slot: Slot) -> Address {
+        let scalar = self.activation();
+        if buffer.scalar() == scalar {
+            return buffer.at(range);
+        }
+        if let Some(address) = buffer.twin_at(range.clone(), scalar) {
+            if !buffer.is_twin_fresh(range.end) {
+                let all = 0..buffer.len();
+                let to = buffer.twin_at(all.clone(), scalar).expect("it was asked for a part of it");
+                self.convert_to_activations(buffer.at(all), to, buffer.len());
+                buffer.refresh_twin(buffer.len());
+            }
+            return address;
+        }
+        assert!(buffer.scalar() == Scalar::Float, "{buffer:?} cannot be multiplied");
+        let to = self.scratch(slot, range.len() * scalar.bytes());
+        self.convert_to_activations(buffer.at(range.clone()), to, range.len());
+        to
+    }
+
+    fn convert_to_activations(&mut self, from: Address, to: Address, len: usize) {
+        let launch = flat(len.div_ceil(4096), 256);
+        self.launch(Unit::Pointwise, "convert_to_act", launch, arguments![from, to, long(len)]);
+    }
+
+    /// y = x·Wᵀ.
+    pub(super) fn dense_forward(
+        &mut self,
+        params: &Buffer,
+        weights: Weights,
+        rows: usize,
+        x: &Buffer,
+        y: &mut Buffer,
+        write: Write,
+    ) {
+        let Weights { outputs, inputs, .. } = weights;
+        let x = self.factor(x, 0..rows * inputs, Slot::Left);
+        let w = self.factor(params, weights.range(), Slot::Right);
+        let result = y.scalar();
+        let product = Product {
+            sizes: (outputs, rows, inputs),
+            a: Factor { address: w, leading: inputs, transposed: true },
+            b: Factor { address: x, leading: inputs, transposed: false },
+            d: y.at_mut(0..rows * outputs),
+            result,
+            add: write == Write::Add,
+            ..self.blank()
+        };
+        self.dense(Kind::Forward, (rows, outputs, inputs), (x, w), &product);
+    }
+
+    /// dx = dy·W.
+    pub(super) fn dense_input_gradient(
+        &mut self,
+        params: &Buffer,
+        weights: Weights,
+        rows: usize,
+        dy: &Buffer,
+        dx: &mut Buffer,
+        write: Write,
+    ) {
+        let Weights { outputs, inputs, .. } = weights;
+        let dy = self.factor(dy, 0..rows * outputs, Slot::Left);
+        let w = self.factor(params, weights.range(), Slot::Right);
+        let result = dx.scalar();
+        let product = Product {
+            sizes: (inputs, rows, outputs),
+            a: Factor { address: w, leading: inputs, transposed: false },
+            b: Factor { address: dy, leading: outputs, transposed: false },
+            d: dx.at_mut(0..rows * inputs),
+            result,
+            add: write == Write::Add,
+            ..self.blank()
+        };
+        self.dense(Kind::InputGradient, (rows, outputs, inputs), (dy, w), &product);
+    }
+
+    /// dW = dyᵀ·x.
+    pub(super) fn dense_weight_gradient(
+        &mut self,
+        grad: &mut Buffer,
+        weights: Weights,
+        rows: usize,
+        dy: &Buffer,
+        x: &Buffer,
+    ) {
+        let Weights { outputs, inputs, .. } = weights;
+        let dy = self.factor(dy, 0..rows * outputs, Slot::Left);
+        let x = self.factor(x, 0..rows * inputs, Slot::Right);
+        assert!(grad.scalar() == Scalar::Float, "gradients are floats, not {grad:?}");
+        let product = Product {
+            sizes: (inputs, outputs, rows),
+            a: Factor { address: x, leading: inputs, transposed: false },
+            b: Factor { address: dy, leading: outputs, transposed: true },
+            d: grad.at_mut(weights.range()),
+            result: Scalar::Float,
+            ..self.blank()
+        };
+        self.dense(Kind::WeightGradient, (rows, outputs, inputs), (dy, x), &product);
+    }
+
+    /// What all products have in common.
+    fn blank(&self) -> Product {
+        let nothing = Factor { address: 0, leading: 0, transposed: false };
+        let tf32 = self.precision == Precision::Tf32;
+        let factors = self.activation();
+        Product { sizes: (0, 0, 0), factors, a: nothing, b: nothing, d: 0, result: factors, add: false, tf32 }
+    }
+
+    fn dense(
+        &mut self,
+        kind: Kind,
+        (rows, outputs, inputs): (usize, usize, usize),
+        factors: (Address, Address),
+        product: &Product,
+    ) {
+        if self.failure.is_some() || rows == 0 {
+            return;
+        }
+        let mut done = false;
+        self.timed(kind.name(), |driver| {
+            done = driver.product(product)?;
+            Ok(())
+        });
+        if done || self.failure.is_some() {
+            return;
+        }
+        let bounds = [0, i32::try_from(rows).expect("rows fit 31 bits")];
+        let starts = self.scratch(Slot::Integers, size_of_val(&bounds));
+        let bytes: Vec<u8> = bounds.iter().flat_map(|bound| bound.to_ne_bytes()).collect();
+        if self.failure.is_some() {
+            return;
+        }
+        let uploaded = self.driver.upload(&bytes, starts);
+        self.attempt(uploaded);
+        let shape = experts::Shape { experts: 1, slots: rows, outputs, inputs, stride: 0 };
+        self.expert_tiles(kind, shape, starts, factors, product.d, product.result, product.add);
+    }
+}

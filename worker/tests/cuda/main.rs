@@ -1,0 +1,14 @@
+//! The CUDA kernels against the CPU's: every operation on random shapes, and the fixtures of whole models.
+//!
+//! The same bodies run on kernels emulated by a C++ compiler, and on a GPU where there is one (tests named `gpu_…`).
+//! Both say so loudly when they are skipped. `SANDERLING_FIXTURES` names the folder of fixtures where this is run away
+//! from the sources.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "a test prints the deviations it found, and that it is skipped")]
+
+mod compile;
+mod device;
+mod fixtures;
+mod operations;
+mod random;

@@ -1,0 +1,34 @@
+//! The expert products for Hopper, whose instructions the emulator of the other kernels lacks: a C++ program of their own
+//! stands in for the copy engine and the tensor cores, and compares the kernels with plain loops.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "a test that is skipped says so")]
+
+use std::path::Path;
+use std::process::Command;
+
+#[test]
+fn expert_products_for_hopper_are_those_of_plain_loops() {
+    let compiler =
+        std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".to_owned());
+    if !Command::new(&compiler).arg("--version").output().is_ok_and(|output| output.status.success()) {
+        println!("SKIPPED: there is no C++ compiler {compiler}");
+        return;
+    }
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels/cuda");
+    // The second consumer beside the first, and behind it.
+    for lag in 0..2 {
+        let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("experts_hopper_{lag}"));
+        let compiled = Command::new(&compiler)
+            .current_dir(&kernels)
+            .args(["-std=c++17", "-O2", "-w", "-DSANDERLING_EMULATE", "-DACT_BF16=1"])
+            .arg(format!("-DHOPPER_LAG={lag}"))
+            .args(["-I.", "-Iemulator", "-Iemulator/tests", "emulator/tests/experts_hopper.cpp", "-o"])
+            .arg(&program)
+            .output()
+            .unwrap();
+        assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+        let run = Command::new(&program).output().unwrap();
+        assert!(run.status.success(), "lag {lag}: {}", String::from_utf8_lossy(&run.stderr));
+    }
+}
