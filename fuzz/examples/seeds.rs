@@ -219,7 +219,7 @@ fn states() -> Outcome {
     server.handle_push(&push)?;
     write(&mut server, "answered")?;
     let folder = tempfile::tempdir()?;
-    let image = worker.image().ok_or("a push is pending")?;
+    let image = worker.image()?.ok_or("a push is pending")?;
     sanderling_worker::storage::StateFolder::open(folder.path(), [7; 32])?.keep(&image)?;
     let bytes = std::fs::read(folder.path().join("push-1"))?;
     keep("state", "worker", &bytes)?;

@@ -11,11 +11,15 @@ use sanderling_common::wire::EvaluationJob;
 use sanderling_common::wire::control::EvaluationReport;
 
 use crate::data::{Batch, evaluation_batches, training_batch};
+use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
 use crate::model::{Balancing, EvalSums, Model, ModelError, StepLoss};
 
 /// What a worker computes with: an [`Engine`], or what measurements put in its place.
 pub trait Compute: Send {
+    /// Parameters, or their gradient, where it computes: `[f32]` on the host.
+    type Vector: ?Sized;
+
     /// The layout of the parameters.
     fn layout(&self) -> &Arc<Layout>;
 
@@ -26,10 +30,10 @@ pub trait Compute: Send {
     ///
     /// # Errors
     /// A [`ModelError`] if the device fails.
-    fn take_gradient(&mut self, parameters: &[f32], batch: &Batch) -> Result<StepLoss, ModelError>;
+    fn take_gradient(&mut self, parameters: &Self::Vector, batch: &Batch) -> Result<StepLoss, ModelError>;
 
     /// The last gradient taken.
-    fn gradient(&self) -> &[f32];
+    fn gradient(&self) -> &Self::Vector;
 
     /// The loss of `parameters` over the whole of a held-out split, for as long as `keep_going` says so, which is asked
     /// before every batch; `None` if it said no.
@@ -38,30 +42,75 @@ pub trait Compute: Send {
     /// A [`ModelError`] if the device fails.
     fn evaluate_while(
         &mut self,
-        parameters: &[f32],
+        parameters: &Self::Vector,
         job: EvaluationJob,
         keep_going: &dyn Fn() -> bool,
     ) -> Result<Option<EvaluationReport>, ModelError>;
 }
 
-/// The model of a run with its data, ready to take gradients and to evaluate.
-pub struct Engine {
-    model: Model<Cpu>,
+impl<C: Compute + ?Sized> Compute for Box<C> {
+    type Vector = C::Vector;
+
+    fn layout(&self) -> &Arc<Layout> {
+        (**self).layout()
+    }
+
+    fn batch(&self, id: BatchId) -> Batch {
+        (**self).batch(id)
+    }
+
+    fn take_gradient(&mut self, parameters: &C::Vector, batch: &Batch) -> Result<StepLoss, ModelError> {
+        (**self).take_gradient(parameters, batch)
+    }
+
+    fn gradient(&self) -> &C::Vector {
+        (**self).gradient()
+    }
+
+    fn evaluate_while(
+        &mut self,
+        parameters: &C::Vector,
+        job: EvaluationJob,
+        keep_going: &dyn Fn() -> bool,
+    ) -> Result<Option<EvaluationReport>, ModelError> {
+        (**self).evaluate_while(parameters, job, keep_going)
+    }
+}
+
+/// The model of a run with its data, ready to take gradients and to evaluate. Parameters and gradient are where the kernels
+/// compute.
+pub struct Engine<K: Kernels = Cpu> {
+    model: Model<K>,
     corpus: Arc<Corpus>,
     layout: Arc<Layout>,
     run: RunConfig,
-    gradient: Vec<f32>,
+    gradient: K::Storage,
 }
 
 impl Engine {
-    /// The model of a run, with its text.
+    /// The model of a run, with its text, on the CPU.
     ///
     /// # Errors
     /// A [`ModelError`] if the configuration makes no model.
     pub fn new(run: &RunConfig, config: ModelConfig, corpus: Arc<Corpus>) -> Result<Self, ModelError> {
+        Self::with(Cpu::default(), run, config, corpus)
+    }
+}
+
+impl<K: Kernels> Engine<K> {
+    /// The model of a run, with its text, where `kernels` compute.
+    ///
+    /// # Errors
+    /// A [`ModelError`] if the configuration makes no model, or the device fails.
+    pub fn with(
+        mut kernels: K,
+        run: &RunConfig,
+        config: ModelConfig,
+        corpus: Arc<Corpus>,
+    ) -> Result<Self, ModelError> {
         let layout = Arc::new(config.layout()?);
-        let gradient = vec![0.0; layout.len()];
-        Ok(Self { model: Model::new(config, Cpu::default())?, corpus, layout, run: run.clone(), gradient })
+        let gradient = kernels.allocate(layout.len()).map_err(ModelError::device)?;
+        Ok(Self { model: Model::new(config, kernels)?, corpus, layout, run: run.clone(), gradient })
     }
 
     /// The layout of its parameters.
@@ -79,14 +128,14 @@ impl Engine {
     ///
     /// # Errors
     /// A [`ModelError`] if the device fails.
-    pub fn take_gradient(&mut self, parameters: &[f32], batch: &Batch) -> Result<StepLoss, ModelError> {
+    pub fn take_gradient(&mut self, parameters: &K::Buffer, batch: &Batch) -> Result<StepLoss, ModelError> {
         let (inputs, targets) = (batch.inputs.view(), batch.targets.view());
         let balancing = Balancing { auxiliary: self.run.model.aux_loss, capacity: self.run.capacity() };
         self.model.loss_and_grad(parameters, inputs, targets, balancing, &mut self.gradient)
     }
 
     /// The last gradient taken.
-    pub fn gradient(&self) -> &[f32] {
+    pub fn gradient(&self) -> &K::Buffer {
         &self.gradient
     }
 
@@ -96,7 +145,7 @@ impl Engine {
     /// A [`ModelError`] if the device fails.
     pub fn evaluate(
         &mut self,
-        parameters: &[f32],
+        parameters: &K::Buffer,
         job: EvaluationJob,
     ) -> Result<EvaluationReport, ModelError> {
         Ok(self.evaluate_while(parameters, job, &|| true)?.expect("it went on to the end"))
@@ -109,7 +158,7 @@ impl Engine {
     /// A [`ModelError`] if the device fails.
     pub fn evaluate_while(
         &mut self,
-        parameters: &[f32],
+        parameters: &K::Buffer,
         job: EvaluationJob,
         keep_going: &dyn Fn() -> bool,
     ) -> Result<Option<EvaluationReport>, ModelError> {
@@ -139,7 +188,15 @@ impl Engine {
     }
 }
 
-impl Compute for Engine {
+impl<K> Compute for Engine<K>
+where
+    K: Kernels + Send,
+    K::Storage: Send,
+    K::Tokens: Send,
+    K::Routing: Send,
+{
+    type Vector = K::Buffer;
+
     fn layout(&self) -> &Arc<Layout> {
         self.layout()
     }
@@ -148,17 +205,17 @@ impl Compute for Engine {
         self.batch(id)
     }
 
-    fn take_gradient(&mut self, parameters: &[f32], batch: &Batch) -> Result<StepLoss, ModelError> {
+    fn take_gradient(&mut self, parameters: &K::Buffer, batch: &Batch) -> Result<StepLoss, ModelError> {
         self.take_gradient(parameters, batch)
     }
 
-    fn gradient(&self) -> &[f32] {
+    fn gradient(&self) -> &K::Buffer {
         self.gradient()
     }
 
     fn evaluate_while(
         &mut self,
-        parameters: &[f32],
+        parameters: &K::Buffer,
         job: EvaluationJob,
         keep_going: &dyn Fn() -> bool,
     ) -> Result<Option<EvaluationReport>, ModelError> {

@@ -2,7 +2,7 @@
 //! sparsely, for differences of the server's model.
 //!
 //! [`core`] holds the exchange and the compression methods, without IO; [`model`] the decoder, written once over the
-//! trait of [`kernels`]; [`data`] the batches; [`net`] the driver that joins a server and works for it, [`storage`] what it
+//! trait of [`kernels`]; [`data`] the batches; [`site`] puts both where they compute; [`net`] the driver that joins a server and works for it, [`storage`] what it
 //! can keep on disk meanwhile.
 
 pub mod core;
@@ -11,4 +11,5 @@ pub mod engine;
 pub mod kernels;
 pub mod model;
 pub mod net;
+pub mod site;
 pub mod storage;

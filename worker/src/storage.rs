@@ -208,7 +208,7 @@ fn write(out: &mut impl Write, worker: &WorkerImage<'_>, pin: [u8; 32]) -> io::R
     out.write_all(&place)?;
     out.write_all(&push)?;
     let mut buffer = Vec::with_capacity(4 * FLOATS_AT_A_TIME);
-    for vector in [worker.theta].iter().chain(&worker.vectors) {
+    for vector in [&worker.theta].into_iter().chain(&worker.vectors) {
         for floats in vector.chunks(FLOATS_AT_A_TIME) {
             buffer.clear();
             floats.iter().for_each(|float| buffer.extend_from_slice(&float.to_le_bytes()));
@@ -314,7 +314,9 @@ mod tests {
     }
 
     fn keep(folder: &mut StateFolder, pushes: u64) {
-        folder.keep(&worker(pushes).image().unwrap()).unwrap();
+        let mut worker = worker(pushes);
+        let Ok(image) = worker.image();
+        folder.keep(&image.unwrap()).unwrap();
     }
 
     #[test]

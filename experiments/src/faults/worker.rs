@@ -1,5 +1,6 @@
 //! A worker's process: the shipped core, and a driver as small as can be.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use sanderling_common::ids::{BatchId, SessionId};
@@ -145,10 +146,10 @@ impl WorkerProcess {
         if !self.keeps || self.kept.iter().flatten().any(|kept| Some(kept.push.seq) == pending) {
             return false;
         }
-        let image = self.core.as_ref().and_then(WorkerCore::image).expect("a push is pending");
-        let WorkerImage { place, push, theta, vectors } = image;
-        let vectors = vectors.into_iter().map(<[f32]>::to_vec).collect();
-        let kept = RestoredWorker { place, push: push.clone(), theta: theta.to_vec(), vectors };
+        let Ok(image) = self.core.as_mut().expect("a push is pending").image();
+        let WorkerImage { place, push, theta, vectors } = image.expect("a push is pending");
+        let vectors = vectors.into_iter().map(Cow::into_owned).collect();
+        let kept = RestoredWorker { place, push: push.clone(), theta: theta.into_owned(), vectors };
         let place = (kept.push.seq.0 % 2) as usize;
         self.kept[place] = Some(kept);
         true
@@ -287,7 +288,7 @@ impl WorkerProcess {
             self.evaluation = None;
             return Ok(());
         };
-        let core = self.core.as_ref().expect("an evaluation is leased to a session that has begun");
+        let core = self.core.as_mut().expect("an evaluation is leased to a session that has begun");
         if core.pending().is_some() {
             return Ok(());
         }

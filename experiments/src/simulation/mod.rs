@@ -413,7 +413,7 @@ impl<'a> Simulation<'a> {
 
     fn evaluate(&mut self, worker: usize, job: EvaluationJob) -> Result<(), SimulationError> {
         let target = self.snapshots.get(&job.step).expect("snapshots are kept while they are wanted");
-        let core = &self.workers[worker].core;
+        let core = &mut self.workers[worker].core;
         let payload = self.server.aside(core.session(), target).ok_or(Refusal::UnknownSession)?;
         let Score { loss, .. } = self.task.evaluate(&core.model_aside(&payload)?, job.split)?;
         // The rest is for the books of a server.

@@ -377,6 +377,8 @@ struct Waiting {
 }
 
 impl Compute for Waiting {
+    type Vector = [f32];
+
     fn layout(&self) -> &Arc<Layout> {
         self.engine.layout()
     }

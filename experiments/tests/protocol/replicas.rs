@@ -119,7 +119,7 @@ fn assert_aside(cluster: &mut Cluster, worker: usize, target: &[f32], format: Va
     let session = cluster.members[worker].session;
     let payload = cluster.server.aside(session, &target.into()).unwrap();
     assert_eq!(cluster.server.aside(session, &target.into()).unwrap(), payload);
-    let core = &cluster.members[worker].core;
+    let core = &mut cluster.members[worker].core;
     let model = core.model_aside(&payload).unwrap();
     for tensor in cluster.layout.tensors() {
         let apart = |index: usize| (target[index] - core.theta()[index]).abs();

@@ -1,5 +1,6 @@
 //! A worker that waits for an answer, as it can be written down.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use sanderling_common::ids::{SessionId, Step};
@@ -8,7 +9,8 @@ use sanderling_common::sparse::{DecodeError, Update, decode};
 use sanderling_common::wire::Push;
 
 use super::queue::BatchQueue;
-use super::{WorkerCore, WorkerCounters, WorkerSettings, method};
+use super::replica::{Contents, HostReplica, Replica};
+use super::{WorkerCore, WorkerCounters, WorkerSettings};
 
 /// Where a worker is in its exchanges; the push that is pending has session and sequence number.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -35,9 +37,9 @@ pub struct WorkerImage<'a> {
     /// What it waits for the answer to.
     pub push: &'a Push,
     /// θ_k.
-    pub theta: &'a [f32],
+    pub theta: Cow<'a, [f32]>,
     /// What the method carries.
-    pub vectors: Vec<&'a [f32]>,
+    pub vectors: Vec<Cow<'a, [f32]>>,
 }
 
 /// The same, read back.
@@ -75,21 +77,6 @@ pub enum ImageError {
 }
 
 impl WorkerCore {
-    /// The worker as it waits for the answer to its push; `None` while it does not.
-    pub fn image(&self) -> Option<WorkerImage<'_>> {
-        let method::Accumulators { scalar, vectors } = self.method.accumulators();
-        let place = WorkerPlace {
-            layout: self.layout.hash(),
-            step: self.step,
-            view_step: self.view_step,
-            staleness: self.staleness,
-            queue: self.queue.clone(),
-            counters: self.counters,
-            scalar,
-        };
-        Some(WorkerImage { place, push: self.pending()?, theta: &self.theta, vectors })
-    }
-
     /// A worker that goes on from an image, in the same session and the same run.
     ///
     /// # Errors
@@ -99,24 +86,65 @@ impl WorkerCore {
         settings: &WorkerSettings,
         image: RestoredWorker,
     ) -> Result<Self, ImageError> {
+        let (of, method) = (layout.clone(), settings.method);
+        Self::restore_with(layout, settings, image, |theta| Ok(HostReplica::new(of, &method, theta)))
+    }
+}
+
+impl<R: Replica> WorkerCore<R> {
+    /// The worker as it waits for the answer to its push; `None` while it does not.
+    ///
+    /// # Errors
+    /// The replica's if the place where it is kept fails.
+    pub fn image(&mut self) -> Result<Option<WorkerImage<'_>>, R::Error> {
+        let Some(push) = self.push.as_ref().filter(|_| self.is_pending) else { return Ok(None) };
+        let Contents { theta, scalar, vectors } = self.replica.contents()?;
+        let place = WorkerPlace {
+            layout: self.layout.hash(),
+            step: self.step,
+            view_step: self.view_step,
+            staleness: self.staleness,
+            queue: self.queue.clone(),
+            counters: self.counters,
+            scalar,
+        };
+        Ok(Some(WorkerImage { place, push, theta, vectors }))
+    }
+
+    /// A worker that goes on from an image, in the same session and the same run, with a replica that `make` makes of θ_k.
+    ///
+    /// # Errors
+    /// An [`ImageError`] for one of another run; the replica's if the place where it is kept fails.
+    pub fn restore_with(
+        layout: Arc<Layout>,
+        settings: &WorkerSettings,
+        image: RestoredWorker,
+        make: impl FnOnce(Vec<f32>) -> Result<R, R::Error>,
+    ) -> Result<Self, R::Failure<ImageError>> {
         let RestoredWorker { place, push, theta, vectors } = image;
         let is_finite = theta.iter().all(|value| value.is_finite());
         if place.layout != layout.hash() || theta.len() != layout.len() || !is_finite {
-            return Err(ImageError::Layout);
+            return Err(ImageError::Layout.into());
         }
-        let sent = if push.skipped {
-            Update::default()
-        } else {
-            decode(&layout, 0..layout.tensors().len(), &push.payload)?
-        };
-        let mut core = Self::new(layout, settings, push.session, theta, place.step);
-        if !core.method.restore(place.scalar, vectors, sent) || !place.queue.is_sound() {
-            return Err(ImageError::Method);
+        let sent = sent(&layout, &push).map_err(ImageError::Push)?;
+        let mut replica = make(theta).map_err(R::failure::<ImageError>)?;
+        let restored = replica.restore(place.scalar, vectors, sent).map_err(R::failure::<ImageError>)?;
+        if !restored || !place.queue.is_sound() {
+            return Err(ImageError::Method.into());
         }
+        let mut core = Self::with(replica, layout, settings, push.session, place.step);
         (core.view_step, core.staleness) = (place.view_step, place.staleness);
         (core.queue, core.counters) = (place.queue, place.counters);
         (core.seq, core.is_pending) = (push.seq, true);
         core.push = Some(push);
         Ok(core)
     }
+}
+
+/// What a push sent.
+fn sent(layout: &Layout, push: &Push) -> Result<Update, DecodeError> {
+    if push.skipped {
+        return Ok(Update::default());
+    }
+    decode(layout, 0..layout.tensors().len(), &push.payload)
 }

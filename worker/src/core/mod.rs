@@ -18,12 +18,12 @@
 mod image;
 pub mod method;
 mod queue;
+pub mod replica;
 
 use std::sync::Arc;
 
 use sanderling_common::config::RunConfig;
 use sanderling_common::ids::{BatchId, Seq, SessionId, Step};
-use sanderling_common::init::parameters_hash;
 use sanderling_common::layout::Layout;
 use sanderling_common::method::MethodSettings;
 use sanderling_common::schedule::Schedule;
@@ -31,9 +31,10 @@ use sanderling_common::sparse::{DecodeError, NonFinite, Update, decode, decode_i
 use sanderling_common::wire::{Answer, BatchRange, Push, UPDATE_MAGNITUDE_MAX, Work};
 
 pub use image::{ImageError, RestoredWorker, WorkerImage, WorkerPlace};
-use method::{CompressionMethod, Direction, clip_scale};
+use method::{CompressionMethod, scale_of_norm};
 use queue::BatchQueue;
 pub use queue::LEASES_MAX;
+use replica::{HostReplica, Rates, Replica};
 
 /// What a worker needs to know of the run's configuration.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -130,18 +131,14 @@ pub enum AnswerError {
 }
 
 /// One worker's model, method and place in the exchange. See the [module](self) for the order of calls.
-pub struct WorkerCore {
+pub struct WorkerCore<R: Replica = HostReplica> {
     layout: Arc<Layout>,
     settings: WorkerSettings,
     session: SessionId,
-    /// θ_k; the server holds an exact replica of it.
-    theta: Vec<f32>,
+    /// θ_k and the method.
+    replica: R,
     /// The server step of θ_k.
     step: Step,
-    method: Box<dyn CompressionMethod>,
-    /// θ_k − u_k, empty unless the method takes gradients there.
-    view: Vec<f32>,
-    view_is_current: bool,
     /// The server step of the model that the last view was made of.
     view_step: Step,
     queue: BatchQueue,
@@ -154,6 +151,7 @@ pub struct WorkerCore {
     counters: WorkerCounters,
 }
 
+/// With everything in the host's memory.
 impl WorkerCore {
     /// A worker at the beginning of its session, with the base model `theta` of server step `step`.
     ///
@@ -166,17 +164,37 @@ impl WorkerCore {
         theta: Vec<f32>,
         step: Step,
     ) -> Self {
-        assert_eq!(theta.len(), layout.len(), "the base model is of another layout");
-        let method = method::build(&settings.method, &layout);
-        let view = if method.uses_local_view() { vec![0.0; theta.len()] } else { Vec::new() };
+        let replica = HostReplica::new(layout.clone(), &settings.method, theta);
+        Self::with(replica, layout, settings, session, step)
+    }
+
+    /// θ_k, the model as the server knows it.
+    pub fn theta(&self) -> &[f32] {
+        self.replica.theta()
+    }
+
+    /// The method, with its accumulators.
+    pub fn method(&self) -> &dyn CompressionMethod {
+        self.replica.method()
+    }
+}
+
+impl<R: Replica> WorkerCore<R> {
+    /// A worker at the beginning of its session, with a replica of the model of server step `step`.
+    pub fn with(
+        replica: R,
+        layout: Arc<Layout>,
+        settings: &WorkerSettings,
+        session: SessionId,
+        step: Step,
+    ) -> Self {
         Self {
+            layout,
             settings: *settings,
             session,
+            replica,
             step,
             view_step: step,
-            method,
-            view,
-            view_is_current: false,
             queue: BatchQueue::default(),
             seq: Seq(0),
             push: None,
@@ -184,8 +202,6 @@ impl WorkerCore {
             staleness: 0,
             difference: Update::default(),
             counters: WorkerCounters::default(),
-            layout,
-            theta,
         }
     }
 
@@ -197,11 +213,6 @@ impl WorkerCore {
     /// The layout of all flat vectors.
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
-    }
-
-    /// θ_k, the model as the server knows it.
-    pub fn theta(&self) -> &[f32] {
-        &self.theta
     }
 
     /// The server step of θ_k.
@@ -225,11 +236,6 @@ impl WorkerCore {
         self.counters
     }
 
-    /// The method, with its accumulators.
-    pub fn method(&self) -> &dyn CompressionMethod {
-        &*self.method
-    }
-
     /// The batch that the next gradient is to be of; the same one until [`handle_gradient`](Self::handle_gradient)
     /// has taken it.
     pub fn next_batch(&self) -> Option<BatchId> {
@@ -250,22 +256,10 @@ impl WorkerCore {
     ///
     /// That is θ_k or, for methods with a local view, θ_k − u_k: the worker's own unsent progress included. While a
     /// push is pending its update is in neither of the two, and is subtracted as well.
-    pub fn view(&mut self) -> &[f32] {
+    pub fn view(&mut self) -> &R::Vector {
         self.view_step = self.step;
-        if !self.method.uses_local_view() {
-            return &self.theta;
-        }
-        if !self.view_is_current {
-            let residual = self.method.residual();
-            for ((view, &theta), &u) in self.view.iter_mut().zip(&self.theta).zip(residual) {
-                *view = theta - u;
-            }
-            if self.pending().is_some_and(|push| !push.skipped) {
-                self.method.sent().subtract_from(&self.layout, &mut self.view);
-            }
-            self.view_is_current = true;
-        }
-        &self.view
+        let if_pending = self.pending().is_some_and(|push| !push.skipped);
+        self.replica.view(if_pending)
     }
 
     /// Takes in the gradient of the next batch, taken at the last [`view`](Self::view), and makes the push.
@@ -275,7 +269,8 @@ impl WorkerCore {
     /// gradient or a loss that is not finite changes nothing; it makes a push without an update.
     ///
     /// # Errors
-    /// [`Diverged`] if an accumulator overflowed, or what is to be sent is larger than a server applies.
+    /// [`Diverged`] if an accumulator overflowed, or what is to be sent is larger than a server applies; the replica's if
+    /// the place where it is kept fails.
     ///
     /// # Panics
     /// If a push is pending, `batch` is not the [`next_batch`](Self::next_batch), or the gradient is of another
@@ -283,30 +278,28 @@ impl WorkerCore {
     pub fn handle_gradient(
         &mut self,
         batch: BatchId,
-        gradient: &[f32],
+        gradient: &R::Vector,
         loss: f32,
         dropped: f32,
         tokens: u32,
         staleness: u32,
-    ) -> Result<&Push, Diverged> {
+    ) -> Result<&Push, R::Failure<Diverged>> {
         assert!(!self.is_pending, "a gradient came while a push was pending");
         assert_eq!(Some(batch), self.queue.first(), "the gradient is of another batch than the next");
-        assert_eq!(gradient.len(), self.layout.len(), "the gradient is of another layout");
         let mut payload = self.push.take().map_or_else(Vec::new, |push| push.payload);
         payload.clear();
-        let usable = clip_scale(gradient, self.settings.method.clip_norm).filter(|_| loss.is_finite());
+        let norm = self.replica.norm(gradient).map_err(R::failure::<Diverged>)?;
+        let usable = scale_of_norm(norm, self.settings.method.clip_norm).filter(|_| loss.is_finite());
         if let Some(scale) = usable {
             let entered_at = Step(self.view_step.0.saturating_add(u64::from(staleness)));
             let (rate, local_rate) = self.settings.schedule.rates(entered_at, staleness);
-            let theta = if self.method.uses_local_view() { &self.view } else { &self.theta };
-            let direction = Direction { gradient, scale, rate, local_rate, theta };
-            let stepped = self.method.step(&direction, &mut payload);
+            let stepped = self.replica.step(gradient, Rates { scale, rate, local_rate }, &mut payload);
+            let stepped = stepped.map_err(R::failure::<Diverged>)?;
             stepped.map_err(|source| Diverged::Overflow { rate, source })?;
-            let magnitude = self.method.sent().magnitude_max();
+            let magnitude = self.replica.sent().magnitude_max();
             if magnitude > UPDATE_MAGNITUDE_MAX {
-                return Err(Diverged::TooLarge { rate, magnitude });
+                return Err(Diverged::TooLarge { rate, magnitude }.into());
             }
-            self.view_is_current = false;
         } else {
             self.counters.skipped += 1;
         }
@@ -316,6 +309,7 @@ impl WorkerCore {
         self.is_pending = true;
         let every = self.settings.replica_check_every;
         let check = every > 0 && self.seq.0.is_multiple_of(every);
+        let replica_hash = check.then(|| self.replica.hash()).transpose().map_err(R::failure::<Diverged>)?;
         Ok(self.push.insert(Push {
             session: self.session,
             seq: self.seq,
@@ -325,7 +319,7 @@ impl WorkerCore {
             tokens,
             dropped,
             skipped: usable.is_none(),
-            replica_hash: check.then(|| parameters_hash(&self.layout, &self.theta)),
+            replica_hash,
             payload,
         }))
     }
@@ -334,8 +328,23 @@ impl WorkerCore {
     /// is returned.
     ///
     /// # Errors
-    /// An [`AnswerError`] if the answer makes no sense; the session cannot go on then.
-    pub fn handle_answer(&mut self, answer: &Answer) -> Result<Work, AnswerError> {
+    /// An [`AnswerError`] if the answer makes no sense; the session cannot go on then. The replica's if the place where it
+    /// is kept fails.
+    pub fn handle_answer(&mut self, answer: &Answer) -> Result<Work, R::Failure<AnswerError>> {
+        self.decode_answer(answer)?;
+        if !self.replica.add(&self.difference).map_err(R::failure::<AnswerError>)? {
+            return Err(AnswerError::NonFinite.into());
+        }
+        self.enqueue(answer.work.batches)?;
+        self.step = answer.step;
+        self.staleness = answer.staleness;
+        self.is_pending = false;
+        self.counters.answers += 1;
+        Ok(answer.work)
+    }
+
+    /// Decodes the difference in an answer to the pending push.
+    fn decode_answer(&mut self, answer: &Answer) -> Result<(), AnswerError> {
         let push = self.pending().ok_or(AnswerError::Unexpected(answer.seq))?;
         if push.seq != answer.seq {
             return Err(AnswerError::OtherPush { expected: push.seq, got: answer.seq });
@@ -344,39 +353,28 @@ impl WorkerCore {
             return Err(AnswerError::StepBack { from: self.step, to: answer.step });
         }
         let tensors = 0..self.layout.tensors().len();
-        decode_into(&self.layout, tensors.clone(), &answer.payload, &mut self.difference)?;
-        let mut finite = true;
-        self.difference.part(tensors).for_each(&self.layout, &mut self.theta, |theta, value| {
-            *theta += value;
-            finite &= theta.is_finite();
-        });
-        if !finite {
-            return Err(AnswerError::NonFinite);
-        }
-        self.enqueue(answer.work.batches)?;
-        self.step = answer.step;
-        self.staleness = answer.staleness;
-        self.is_pending = false;
-        self.view_is_current = false;
-        self.counters.answers += 1;
-        Ok(answer.work)
+        Ok(decode_into(&self.layout, tensors, &answer.payload, &mut self.difference)?)
     }
 
     /// The model of an evaluation: θ_k plus what the server sent for it aside, which leaves θ_k as it is.
     ///
     /// # Errors
-    /// An [`AnswerError`] if that cannot be decoded, or the sum overflows.
+    /// An [`AnswerError`] if that cannot be decoded, or the sum overflows; the replica's if the place where it is kept
+    /// fails.
     ///
     /// # Panics
     /// If a push is pending: the server may have another θ_k by then.
-    pub fn model_aside(&self, payload: &[u8]) -> Result<Vec<f32>, AnswerError> {
+    pub fn model_aside(&mut self, payload: &[u8]) -> Result<R::Owned, R::Failure<AnswerError>> {
         assert!(!self.is_pending, "an evaluation began while a push was pending");
+        let (first, second) = self.decode_aside(payload)?;
+        let model = self.replica.aside([&first, &second]).map_err(R::failure::<AnswerError>)?;
+        Ok(model.ok_or(AnswerError::NonFinite)?)
+    }
+
+    fn decode_aside(&self, payload: &[u8]) -> Result<(Update, Update), AnswerError> {
         let (first, second) = split_aside(payload).ok_or(AnswerError::Aside)?;
-        let mut model = self.theta.clone();
-        for part in [first, second] {
-            decode(&self.layout, 0..self.layout.tensors().len(), part)?.add_to(&self.layout, &mut model);
-        }
-        if model.iter().all(|value| value.is_finite()) { Ok(model) } else { Err(AnswerError::NonFinite) }
+        let decoded = |part| decode(&self.layout, 0..self.layout.tensors().len(), part);
+        Ok((decoded(first)?, decoded(second)?))
     }
 
     /// Queues the batches of work that was asked for outside an exchange. The server then names what the session

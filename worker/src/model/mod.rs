@@ -155,7 +155,8 @@ pub enum ModelError {
 }
 
 impl ModelError {
-    fn device(error: impl Error + Send + Sync + 'static) -> Self {
+    /// The device failed like that.
+    pub fn device(error: impl Error + Send + Sync + 'static) -> Self {
         Self::Device(Box::new(error))
     }
 }

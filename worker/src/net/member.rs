@@ -23,11 +23,13 @@ use tracing::{info, warn};
 
 use super::bulk::{BulkError, Download, parameters};
 use super::connection::Link;
-use super::{Lost, StandIn, WorkerError, WorkerOptions, WorkerReport};
-use crate::core::{Diverged, RestoredWorker, WorkerCore, WorkerSettings};
+use super::{Lost, WorkerError, WorkerOptions, WorkerReport};
+use crate::core::replica::Replica;
+use crate::core::{AnswerError, Diverged, ImageError, RestoredWorker, WorkerCore, WorkerSettings};
 use crate::data::Batch;
-use crate::engine::{Compute, Engine};
+use crate::engine::Compute;
 use crate::model::{ModelError, StepLoss};
+use crate::site::Site;
 use crate::storage::{StateError, StateFolder};
 
 /// A push that the server is still applying is asked about again after this long.
@@ -187,7 +189,8 @@ fn find_dense<'a>(mut places: impl Iterator<Item = &'a Path>, sha256: [u8; 32]) 
 }
 
 /// What a worker keeps across connections.
-pub(super) struct Member {
+pub(super) struct Member<S: Site> {
+    site: Arc<S>,
     session: SessionId,
     state: Option<Arc<Mutex<StateFolder>>>,
     settings: WorkerSettings,
@@ -201,7 +204,7 @@ pub(super) struct Member {
     /// The step of a base model that has not arrived yet.
     awaited_base: Option<Step>,
     /// Away only while a blocking thread computes with it.
-    desk: Option<Box<Desk>>,
+    desk: Option<Box<Desk<S>>>,
     evaluation: Option<EvaluationJob>,
     /// The tokens of a batch, prepared while an exchange was under way.
     prepared: Option<(BatchId, Batch)>,
@@ -210,13 +213,13 @@ pub(super) struct Member {
 }
 
 /// What a computation needs.
-struct Desk {
-    engine: Box<dyn Compute>,
-    core: Option<WorkerCore>,
+struct Desk<S: Site> {
+    engine: S::Engine,
+    core: Option<WorkerCore<S::Replica>>,
 }
 
-impl Desk {
-    fn core(&mut self) -> &mut WorkerCore {
+impl<S: Site> Desk<S> {
+    fn core(&mut self) -> &mut WorkerCore<S::Replica> {
         self.core.as_mut().expect("exchanges begin when the base model has arrived")
     }
 }
@@ -229,10 +232,10 @@ struct Computed {
     tokens: usize,
 }
 
-impl Member {
+impl<S: Site> Member<S> {
     /// Gets the text, and what the initial model is made of, and builds the model that the server describes.
     pub(super) async fn prepare(
-        link: &Link,
+        (link, site): (&Link, &Arc<S>),
         welcome: &Welcome,
         options: &WorkerOptions,
         shelf: &mut Shelf,
@@ -241,12 +244,9 @@ impl Member {
         welcome.run.validate_model(&welcome.model).map_err(WorkerError::Config)?;
         let corpus = shelf.text(link, welcome.text_sha256).await?;
         welcome.run.check_corpus(&corpus).map_err(WorkerError::Corpus)?;
-        let engine =
-            Engine::new(&welcome.run, welcome.model.clone(), corpus).map_err(WorkerError::Compute)?;
-        let engine = match &options.stand_in {
-            None => Box::new(engine),
-            Some(StandIn(make)) => make(engine),
-        };
+        let (at, run, model) = (site.clone(), welcome.run.clone(), welcome.model.clone());
+        let engine = tokio::task::spawn_blocking(move || at.engine(&run, model, corpus)).await;
+        let engine = engine.expect("building a model does not panic").map_err(WorkerError::Compute)?;
         let layout = engine.layout().clone();
         let initial = match &welcome.initial {
             Initial::Sent => None,
@@ -254,6 +254,7 @@ impl Member {
             Initial::Upcycled(upcycling) => Some(shelf.upcycled(link, (welcome, upcycling), options).await?),
         };
         Ok(Self {
+            site: site.clone(),
             initial_sha256: initial.as_ref().map(|initial| parameters_hash(&layout, initial)),
             initial,
             session: welcome.session,
@@ -277,7 +278,10 @@ impl Member {
 
     /// Goes on where another process was in the same session.
     pub(super) fn restore(&mut self, past: RestoredWorker) -> Result<(), Lost> {
-        let core = WorkerCore::restore(self.layout.clone(), &self.settings, past);
+        let (site, layout, method) = (&self.site, self.layout.clone(), &self.settings.method);
+        let make = |theta| site.replica(layout, method, theta);
+        let core = WorkerCore::restore_with(self.layout.clone(), &self.settings, past, make);
+        let core = apart::<S::Replica, _, ImageError>(core).map_err(WorkerError::Compute)?;
         let core =
             core.map_err(|error| Lost::Session(format!("what was kept on disk is of no use: {error}")))?;
         self.desk().core = Some(core);
@@ -327,13 +331,19 @@ impl Member {
                 base
             }
         };
-        let core = WorkerCore::new(self.layout.clone(), &self.settings, self.session, base, step);
-        self.desk().core = Some(core);
+        let (site, layout) = (self.site.clone(), self.layout.clone());
+        let (settings, session) = (self.settings, self.session);
+        let begun = self.blocking(move |desk| {
+            let replica = site.replica(layout.clone(), &settings.method, base).map_err(ModelError::device)?;
+            desk.core = Some(WorkerCore::with(replica, layout, &settings, session, step));
+            Ok(())
+        });
+        begun.await?;
         self.awaited_base = None;
         Ok(())
     }
 
-    fn desk(&mut self) -> &mut Desk {
+    fn desk(&mut self) -> &mut Desk<S> {
         self.desk.as_mut().expect("nothing is being computed")
     }
 
@@ -357,7 +367,7 @@ impl Member {
                 if self.computed.is_none() {
                     self.compute(options, batch).await?;
                 }
-                self.push(link)?;
+                self.push(link).await?;
             } else {
                 // The server holds its answer back for a while when there is nothing to do.
                 let request = Request::Work(self.session);
@@ -388,16 +398,24 @@ impl Member {
         Ok(())
     }
 
-    /// Runs a computation on a blocking thread.
+    /// Runs a computation on a blocking thread, under a permit where computations are rationed.
     async fn at_desk<T: Send + 'static>(
         &mut self,
         options: &WorkerOptions,
-        work: impl FnOnce(&mut Desk) -> Result<T, ModelError> + Send + 'static,
+        work: impl FnOnce(&mut Desk<S>) -> Result<T, ModelError> + Send + 'static,
     ) -> Result<T, Lost> {
         let _permit = match &options.compute_permits {
             Some(permits) => Some(acquire(permits.clone()).await),
             None => None,
         };
+        self.blocking(work).await
+    }
+
+    /// Runs on a blocking thread what is short beside a gradient, but too long for the threads that serve connections.
+    async fn blocking<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut Desk<S>) -> Result<T, ModelError> + Send + 'static,
+    ) -> Result<T, Lost> {
         let mut desk = self.desk.take().expect("one computation at a time");
         let computation = tokio::task::spawn_blocking(move || {
             let result = work(&mut desk);
@@ -413,21 +431,27 @@ impl Member {
     }
 
     /// Hands the computed gradient to the method; the push stays pending until it is answered.
-    fn push(&mut self, link: &Link) -> Result<(), Lost> {
+    async fn push(&mut self, link: &Link) -> Result<(), Lost> {
         let Computed { batch, loss, tokens } = self.computed.take().expect("a gradient was taken");
-        let desk = self.desk();
-        let core = desk.core.as_mut().expect("the base model has arrived");
-        let behind = |newest: Step| newest.0.max(core.step().0) - core.view_step().0;
-        let staleness = match link.announced_step() {
-            Some(newest) => u32::try_from(behind(newest)).unwrap_or(u32::MAX),
-            None => core.last_staleness().saturating_add(u32::try_from(behind(Step(0))).unwrap_or(u32::MAX)),
-        };
+        let staleness = self.staleness(link);
         let (loss, dropped) = (loss.cross_entropy as f32, loss.dropped as f32);
         let tokens = u32::try_from(tokens).expect("the configuration bounds a batch");
-        let pushed = core.handle_gradient(batch, desk.engine.gradient(), loss, dropped, tokens, staleness);
-        match pushed {
-            Ok(_) => Ok(()),
-            Err(diverged) => Err(Lost::Diverged(diverged)),
+        let pushed = self.blocking(move |desk| {
+            let core = desk.core.as_mut().expect("the base model has arrived");
+            let gradient = desk.engine.gradient();
+            let pushed = core.handle_gradient(batch, gradient, loss, dropped, tokens, staleness);
+            apart::<S::Replica, _, Diverged>(pushed.map(|_| ()))
+        });
+        pushed.await?.map_err(Lost::Diverged)
+    }
+
+    /// τ of a gradient that was taken at the last view, as well as it is known.
+    fn staleness(&mut self, link: &Link) -> u32 {
+        let core = self.desk().core();
+        let behind = |newest: Step| newest.0.max(core.step().0) - core.view_step().0;
+        match link.announced_step() {
+            Some(newest) => u32::try_from(behind(newest)).unwrap_or(u32::MAX),
+            None => core.last_staleness().saturating_add(u32::try_from(behind(Step(0))).unwrap_or(u32::MAX)),
         }
     }
 
@@ -435,8 +459,12 @@ impl Member {
     async fn keep(&mut self, options: &WorkerOptions) -> Result<(), Lost> {
         let Some(state) = self.state.clone() else { return Ok(()) };
         let kept = self.at_desk(options, move |desk| {
-            let (image, mut state) = (desk.core().image().expect("a push is pending"), lock(&state));
-            Ok(if state.keeps(image.push) { Ok(()) } else { state.keep(&image) })
+            let (core, mut state) = (desk.core(), lock(&state));
+            if core.pending().is_some_and(|push| state.keeps(push)) {
+                return Ok(Ok(()));
+            }
+            let image = core.image().map_err(ModelError::device)?;
+            Ok(state.keep(&image.expect("a push is pending")))
         });
         Ok(kept.await?.map_err(WorkerError::State)?)
     }
@@ -469,7 +497,10 @@ impl Member {
         computed?;
         match reply? {
             Reply::Answer(answer) => {
-                let work = self.desk().core().handle_answer(&answer);
+                let handled = move |desk: &mut Desk<S>| {
+                    apart::<S::Replica, _, AnswerError>(desk.core().handle_answer(&answer))
+                };
+                let work = self.blocking(handled).await?;
                 report.exchanges += 1;
                 report.skipped += u64::from(skipped);
                 let work = work.map_err(|error| Lost::Session(error.to_string()))?;
@@ -528,7 +559,7 @@ impl Member {
         let (stop, is_over) = (stop.clone(), link.run_is_over());
         let keep_going = move || !*stop.borrow() && !is_over();
         let evaluated = self.at_desk(options, move |desk| {
-            Ok(match desk.core().model_aside(&payload) {
+            Ok(match apart::<S::Replica, _, AnswerError>(desk.core().model_aside(&payload))? {
                 Ok(model) => Ok(desk.engine.evaluate_while(&model, job, &keep_going)?),
                 Err(error) => Err(error),
             })
@@ -540,6 +571,14 @@ impl Member {
         // A new evaluation may have come with the answer.
         self.evaluation = self.evaluation.filter(|next| next.id != job.id);
         Ok(())
+    }
+}
+
+/// Tells what the exchange says from a failure of the place where the replica is.
+fn apart<R: Replica, T, E>(outcome: Result<T, R::Failure<E>>) -> Result<Result<T, E>, ModelError> {
+    match outcome {
+        Ok(value) => Ok(Ok(value)),
+        Err(failure) => R::cause(failure).map(Err).map_err(ModelError::device),
     }
 }
 

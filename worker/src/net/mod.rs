@@ -7,7 +7,6 @@ mod bulk;
 mod connection;
 mod member;
 
-use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,7 +23,8 @@ use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
 use crate::core::Diverged;
-use crate::engine::{Compute, Engine};
+pub use crate::site::StandIn;
+use crate::site::{Host, Site};
 use crate::storage::StateError;
 use connection::{Link, Reception};
 use member::{Member, Shelf};
@@ -63,16 +63,6 @@ pub struct WorkerOptions {
     /// A folder in which the worker keeps what another process needs to go on in its session, before every push: 4 bytes
     /// per parameter for the model and for each vector of the method.
     pub state_dir: Option<PathBuf>,
-}
-
-/// Makes what computes of the engine that a run describes.
-#[derive(Clone)]
-pub struct StandIn(pub Arc<dyn Fn(Engine) -> Box<dyn Compute> + Send + Sync>);
-
-impl fmt::Debug for StandIn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("StandIn")
-    }
 }
 
 impl Default for WorkerOptions {
@@ -197,10 +187,21 @@ impl From<WorkerError> for Lost {
 pub async fn work(
     join: &JoinString,
     options: &WorkerOptions,
+    stop: watch::Receiver<bool>,
+) -> Result<WorkerReport, WorkerError> {
+    let host = Host { stand_in: options.stand_in.clone() };
+    work_at(&Arc::new(host), join, options, stop).await
+}
+
+/// As [`work`], at this site.
+async fn work_at<S: Site>(
+    site: &Arc<S>,
+    join: &JoinString,
+    options: &WorkerOptions,
     mut stop: watch::Receiver<bool>,
 ) -> Result<WorkerReport, WorkerError> {
     let mut report = WorkerReport::default();
-    let mut member: Option<Member> = None;
+    let mut member: Option<Member<S>> = None;
     let mut shelf = Shelf::open(options.state_dir.as_deref(), join.pin)?;
     let mut backoff = BACKOFF_FIRST;
     let mut last_contact = Instant::now();
@@ -208,7 +209,7 @@ pub async fn work(
     loop {
         let exchanges_before = report.exchanges;
         let state = (&mut member, &mut shelf, &mut last_contact);
-        let outcome = connected(join, options, state, &mut report, &stop).await;
+        let outcome = connected((join, site), options, state, &mut report, &stop).await;
         if report.exchanges > exchanges_before {
             (backoff, diverged_sessions) = (BACKOFF_FIRST, 0);
         }
@@ -259,10 +260,10 @@ pub async fn work(
 }
 
 /// Works over one connection. Returns when told to stop.
-async fn connected(
-    join: &JoinString,
+async fn connected<S: Site>(
+    (join, site): (&JoinString, &Arc<S>),
     options: &WorkerOptions,
-    (slot, shelf, last_contact): (&mut Option<Member>, &mut Shelf, &mut Instant),
+    (slot, shelf, last_contact): (&mut Option<Member<S>>, &mut Shelf, &mut Instant),
     report: &mut WorkerReport,
     stop: &watch::Receiver<bool>,
 ) -> Result<(), Lost> {
@@ -279,7 +280,7 @@ async fn connected(
         Reception::Finished => return Err(Lost::Finished),
     };
     let exchanges_before = report.exchanges;
-    let outcome = taken_in(&mut link, &welcome, options, (slot, shelf), report, stop).await;
+    let outcome = taken_in((&mut link, site), &welcome, options, (slot, shelf), report, stop).await;
     // A server that has no room gives no sign of life, nor does one whose sessions are of no use.
     if report.exchanges > exchanges_before || matches!(outcome, Err(Lost::ForNow(_))) {
         *last_contact = Instant::now();
@@ -292,11 +293,11 @@ async fn connected(
 }
 
 /// Works for a server that has said welcome.
-async fn taken_in(
-    link: &mut Link,
+async fn taken_in<S: Site>(
+    (link, site): (&mut Link, &Arc<S>),
     welcome: &Welcome,
     options: &WorkerOptions,
-    (slot, shelf): (&mut Option<Member>, &mut Shelf),
+    (slot, shelf): (&mut Option<Member<S>>, &mut Shelf),
     report: &mut WorkerReport,
     stop: &watch::Receiver<bool>,
 ) -> Result<(), Lost> {
@@ -307,7 +308,7 @@ async fn taken_in(
     }
     let member = match slot {
         Some(member) => member,
-        None => slot.insert(Member::prepare(link, welcome, options, shelf).await?),
+        None => slot.insert(Member::prepare((link, site), welcome, options, shelf).await?),
     };
     if let Some(past) = shelf.take_past() {
         member.restore(past)?;

@@ -38,6 +38,8 @@ impl Synthetic {
 }
 
 impl Compute for Synthetic {
+    type Vector = [f32];
+
     fn layout(&self) -> &Arc<Layout> {
         self.engine.layout()
     }

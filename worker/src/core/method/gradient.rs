@@ -24,10 +24,14 @@ fn sum_of_squares(values: &[f32]) -> f64 {
     sums.iter().sum()
 }
 
-/// The factor that brings the gradient down to `clip_norm` (1 if it is no longer than that, or `clip_norm` is 0), or
-/// `None` if the gradient may not be used: an entry is not finite, or the norm exceeds [`GRADIENT_NORM_MAX`].
-pub fn clip_scale(gradient: &[f32], clip_norm: f32) -> Option<f32> {
-    let norm = sum_of_squares(gradient).sqrt();
+/// The Euclidean norm, summed in float64; not finite just when an entry is not.
+pub fn gradient_norm(gradient: &[f32]) -> f64 {
+    sum_of_squares(gradient).sqrt()
+}
+
+/// The factor that brings a gradient of this norm down to `clip_norm` (1 if it is no longer than that, or `clip_norm` is
+/// 0), or `None` if the gradient may not be used: an entry is not finite, or the norm exceeds [`GRADIENT_NORM_MAX`].
+pub fn scale_of_norm(norm: f64, clip_norm: f32) -> Option<f32> {
     if !norm.is_finite() {
         return None;
     }
@@ -36,6 +40,11 @@ pub fn clip_scale(gradient: &[f32], clip_norm: f32) -> Option<f32> {
         return Some((clip_norm / norm) as f32);
     }
     (norm <= GRADIENT_NORM_MAX).then_some(1.0)
+}
+
+/// [`scale_of_norm`] of the gradient's [`gradient_norm`].
+pub fn clip_scale(gradient: &[f32], clip_norm: f32) -> Option<f32> {
+    scale_of_norm(gradient_norm(gradient), clip_norm)
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ use sanderling_common::sparse::{Compression, Compressor, NonFinite, Update};
 
 pub use dgc_async::DgcAsync;
 pub use dgs_adam::DgsAdam;
-pub use gradient::{GRADIENT_NORM_MAX, clip_scale};
+pub use gradient::{GRADIENT_NORM_MAX, clip_scale, gradient_norm, scale_of_norm};
 pub use sa_momentum::SaMomentum;
 
 /// One gradient on its way into a method. All slices are flat vectors of the whole layout.
