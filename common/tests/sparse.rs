@@ -5,8 +5,8 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use sanderling_common::layout::Layout;
 use sanderling_common::sparse::{
-    Compression, Compressor, DecodeError, Entries, NonFinite, Selector, Update, ValueFormat, decode, kept,
-    payload_bytes_max,
+    Compression, Compressor, DecodeError, Entries, NonFinite, Selection, Selector, Update, ValueFormat,
+    decode, kept, payload_bytes_max,
 };
 
 const FORMATS: [ValueFormat; 4] = [ValueFormat::F32, ValueFormat::Bf16, ValueFormat::Int8, ValueFormat::Sign];
@@ -213,6 +213,42 @@ proptest! {
             if let Entries::Sparse { values, .. } = difference {
                 prop_assert!(values.iter().all(|&value| value != 0.0));
             }
+        }
+    }
+
+    #[test]
+    fn what_was_selected_elsewhere_is_encoded_alike(
+        (layout, mut values) in vector(),
+        compression in compression(),
+        factor in prop::sample::select(vec![1.0_f32, 0.0, 0.3, f32::MAX]),
+        bad in prop::option::of((any::<prop::sample::Index>(), prop::sample::select(vec![f32::NAN, f32::INFINITY]))),
+    ) {
+        if let Some((at, bad)) = bad {
+            let at = at.index(values.len());
+            values[at] = bad;
+        }
+        let (mut indices, mut selected) = (Vec::new(), Vec::new());
+        for tensor in layout.tensors() {
+            let (count, tensor) = (compression.entries(tensor.len), &values[tensor.range()]);
+            if count == tensor.len() {
+                selected.extend_from_slice(tensor);
+            } else {
+                let top = top_k_by_sorting(tensor, count);
+                selected.extend(top.iter().map(|&index| tensor[index as usize]));
+                indices.extend(top);
+            }
+        }
+        let selection = Selection { indices: &indices, values: &selected };
+        let (mut payload, mut update) = (vec![7], Update::default());
+        let encoded = selection.encode_into(&layout, compression, factor, &mut payload, &mut update);
+        let (mut expected_payload, mut expected) = (vec![7], Update::default());
+        let tensors = 0..layout.tensors().len();
+        let outcome = Compressor::new(compression)
+            .compress_into(&layout, tensors, &values, factor, &mut expected_payload, &mut expected);
+        prop_assert_eq!(encoded, outcome);
+        prop_assert_eq!(payload, expected_payload);
+        if outcome.is_ok() {
+            assert_same_bits(&update, &expected);
         }
     }
 

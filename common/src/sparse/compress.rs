@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::layout::Layout;
-use crate::sparse::{Compression, Selector, Update, ValueFormat, codec, kept, rice, values};
+use crate::sparse::{Compression, Selector, Update, ValueFormat, codec, rice, values};
 
 /// A vector that cannot be sent, because an entry to be sent is infinite or not a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -133,28 +133,14 @@ impl Compressor {
             Some(_) => update.values.extend(self.indices.iter().map(at_index)),
             None => update.values.extend(source.iter().map(|value| factor * value)),
         }
-        let values = &mut update.values[values_start..];
-        if !values::all_finite(values) {
-            return false;
-        }
-        match plan {
-            Some(plan) => {
-                codec::encode_sparse(&self.indices, plan, values, format, payload);
-                update.indices.extend_from_slice(&self.indices);
-            }
-            None => codec::encode_dense(values, format, payload),
-        }
-        update.end_tensor(source.len(), plan.is_none());
-        true
+        let indices = plan.map(|plan| (&self.indices[..], plan));
+        append_block(source.len(), indices, values_start, format, (payload, update))
     }
 
     /// Leaves the selected indices in `self.indices` and says how to code them; `None` sends the tensor whole.
     fn select(&mut self, source: &[f32], format: ValueFormat) -> Option<rice::Plan> {
         let (count, zeros) = match self.policy {
-            Policy::Top { compression, zeros } if source.len() <= compression.dense_below => {
-                (source.len(), zeros)
-            }
-            Policy::Top { compression, zeros } => (kept(source.len(), compression.keep), zeros),
+            Policy::Top { compression, zeros } => (compression.entries(source.len()), zeros),
             Policy::Nonzero => (source.len(), false),
         };
         let whole = count == source.len();
@@ -179,4 +165,80 @@ impl Compressor {
         let shorter_whole = whole && codec::dense_bytes(source.len(), format) <= sparse_bytes;
         (!shorter_whole).then_some(plan)
     }
+}
+
+/// Appends the block of a tensor whose values `update` has from `values_start` on, sparse if there are indices; returns
+/// whether the values are finite, and appends nothing to the payload if not.
+fn append_block(
+    tensor_len: usize,
+    indices: Option<(&[u32], rice::Plan)>,
+    values_start: usize,
+    format: ValueFormat,
+    (payload, update): (&mut Vec<u8>, &mut Update),
+) -> bool {
+    let values = &mut update.values[values_start..];
+    if !values::all_finite(values) {
+        return false;
+    }
+    match indices {
+        Some((indices, plan)) => {
+            codec::encode_sparse(indices, plan, values, format, payload);
+            update.indices.extend_from_slice(indices);
+        }
+        None => codec::encode_dense(values, format, payload),
+    }
+    update.end_tensor(tensor_len, indices.is_none());
+    true
+}
+
+/// What a [`Compressor::new`] would send of a vector, selected by somebody else: by the device that has the vector.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Selection<'a> {
+    /// Of each tensor that is not sent whole, the indices of its [`entries`](Compression::entries) largest magnitudes,
+    /// ascending; one tensor after the other.
+    pub indices: &'a [u32],
+    /// The values there, and all those of the tensors that are sent whole.
+    pub values: &'a [f32],
+}
+
+impl Selection<'_> {
+    /// As [`Compressor::compress_into`] for all tensors of the layout, with the same bytes.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// If there are not as many entries as the compression keeps, or indices lie outside their tensors.
+    pub fn encode_into(
+        &self,
+        layout: &Layout,
+        compression: Compression,
+        factor: f32,
+        payload: &mut Vec<u8>,
+        update: &mut Update,
+    ) -> Result<(), NonFinite> {
+        let (mut indices, mut values) = (self.indices, self.values);
+        let payload_start = payload.len();
+        update.reset(0);
+        for (number, tensor) in layout.tensors().iter().enumerate() {
+            let count = compression.entries(tensor.len);
+            let own =
+                (count < tensor.len).then(|| cut(&mut indices, count)).map(|own| (own, rice::plan(own)));
+            let values_start = update.values.len();
+            update.values.extend(cut(&mut values, count).iter().map(|value| factor * value));
+            if !append_block(tensor.len, own, values_start, compression.format, (payload, update)) {
+                payload.truncate(payload_start);
+                return Err(NonFinite { tensor: number });
+            }
+        }
+        assert!(indices.is_empty() && values.is_empty(), "more was selected than is kept");
+        Ok(())
+    }
+}
+
+/// Cuts the first `count` elements off.
+fn cut<'a, T>(rest: &mut &'a [T], count: usize) -> &'a [T] {
+    let (head, tail) = rest.split_at_checked(count).expect("as much was selected as is kept");
+    *rest = tail;
+    head
 }

@@ -33,7 +33,7 @@ mod values;
 
 pub use aside::{aside_bytes_max, join_aside, split_aside};
 pub use codec::{DecodeError, decode, decode_into, payload_bytes_max};
-pub use compress::{Compressor, NonFinite};
+pub use compress::{Compressor, NonFinite, Selection};
 pub use select::Selector;
 pub use update::{Entries, Update, UpdatePart};
 
@@ -71,6 +71,13 @@ pub struct Compression {
     pub dense_below: usize,
     /// How values travel.
     pub format: ValueFormat,
+}
+
+impl Compression {
+    /// How many entries are sent of a tensor of `len` elements. If it is all of them, they go without indices.
+    pub fn entries(&self, len: usize) -> usize {
+        if len <= self.dense_below { len } else { kept(len, self.keep) }
+    }
 }
 
 /// k = max(1, ⌊R·n⌋), computed in float64 (algorithms: step 3 of DGS).

@@ -129,6 +129,16 @@ impl Update {
         self.values.len()
     }
 
+    /// All values, one tensor's after the other.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// The indices of all tensors that are not sent whole, one tensor's after the other.
+    pub fn indices(&self) -> &[u32] {
+        &self.indices
+    }
+
     /// The largest magnitude of a value; 0 if none is sent.
     pub fn magnitude_max(&self) -> f32 {
         // Every value is finite.
