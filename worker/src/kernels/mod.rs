@@ -19,6 +19,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod method;
 
 use std::error::Error;
 use std::ops::{DerefMut, Range};

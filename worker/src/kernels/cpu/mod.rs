@@ -7,6 +7,7 @@ mod attention;
 mod bias;
 mod cross_entropy;
 mod gate;
+mod method;
 mod norm;
 mod products;
 mod rotary;
@@ -21,6 +22,7 @@ use std::ops::Range;
 use ndarray::ArrayView2;
 use pulp::Arch;
 
+pub use self::method::{CpuMethod, Entries};
 pub use self::router::Routing;
 use super::{
     AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
