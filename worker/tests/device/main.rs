@@ -6,6 +6,7 @@ mod twins;
 
 use proptest::prelude::*;
 use sanderling_worker::kernels::cpu::CpuMethod;
+use sanderling_worker::kernels::cuda::{Cuda, Precision};
 
 use twins::{Course, course, same_as_the_host};
 
@@ -20,5 +21,16 @@ proptest! {
 fn every_method_format_and_rate_comes_to_what_the_host_comes_to() {
     for course in Course::all() {
         same_as_the_host(&course, CpuMethod::default);
+    }
+}
+
+/// The kernels of a GPU, on the CPU.
+#[test]
+fn emulated_kernels_come_to_what_the_host_comes_to() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let device = Cuda::emulated(precision).unwrap();
+        for course in Course::all() {
+            same_as_the_host(&course, || device.beside());
+        }
     }
 }

@@ -19,6 +19,8 @@ pub enum Unit {
     CrossEntropy,
     /// Choice of experts, and the ways to slots and back.
     Router,
+    /// Accumulators, selection and entries of the methods.
+    Method,
     /// Products over sorted tokens.
     Experts,
     /// The same for Hopper.
@@ -32,13 +34,14 @@ pub enum Unit {
 
 impl Unit {
     /// Every unit; attention of two widths of heads that take different ways.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Pointwise,
         Self::Norm,
         Self::Rotary,
         Self::Embedding,
         Self::CrossEntropy,
         Self::Router,
+        Self::Method,
         Self::Experts,
         Self::Hopper,
         Self::Attention { head_dim: 64 },
@@ -59,6 +62,7 @@ impl Unit {
             Self::Embedding => "embedding",
             Self::CrossEntropy => "cross_entropy",
             Self::Router => "router",
+            Self::Method => "method",
             Self::Experts => "experts",
             Self::Hopper => "experts_hopper",
             Self::Attention { .. } => "attention",
@@ -73,6 +77,7 @@ impl Unit {
             Self::Embedding => &[include_str!("embedding.cu")],
             Self::CrossEntropy => &[include_str!("cross_entropy.cu")],
             Self::Router => &[include_str!("router.cu")],
+            Self::Method => &[include_str!("method.cu")],
             Self::Experts => &[include_str!("experts.cu")],
             Self::Hopper => &[include_str!("experts_hopper.cu")],
             Self::Attention { .. } => &[

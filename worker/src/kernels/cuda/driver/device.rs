@@ -204,6 +204,15 @@ impl Driver for Device {
         self.wait()
     }
 
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), CudaError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: both ranges lie in allocations, see the buffers.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(failed("copying on the GPU"))
+    }
+
     fn zero(&self, address: Address, bytes: usize) -> Result<(), CudaError> {
         if bytes == 0 {
             return Ok(());

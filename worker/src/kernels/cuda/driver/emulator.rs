@@ -199,6 +199,16 @@ impl Driver for Emulator {
         Ok(())
     }
 
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), CudaError> {
+        if bytes > 0 {
+            let from = std::ptr::with_exposed_provenance::<u8>(from as usize);
+            let to = std::ptr::with_exposed_provenance_mut::<u8>(to as usize);
+            // SAFETY: as in `upload`; the ranges are of two allocations.
+            unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
+        }
+        Ok(())
+    }
+
     fn zero(&self, address: Address, bytes: usize) -> Result<(), CudaError> {
         if bytes > 0 {
             let to = std::ptr::with_exposed_provenance_mut::<u8>(address as usize);

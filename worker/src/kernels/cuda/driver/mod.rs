@@ -188,6 +188,11 @@ pub trait Driver: Debug + Send + Sync {
     /// # Errors
     /// If the device failed.
     fn download(&self, from: Address, bytes: &mut [u8]) -> Result<(), CudaError>;
+    /// Copies bytes from one place of the device to another that does not overlap it.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), CudaError>;
     /// Sets bytes to zero.
     ///
     /// # Errors
