@@ -12,6 +12,7 @@ use sanderling_common::join::{JoinError, JoinString};
 use sanderling_common::report::one_sentence;
 use sanderling_transport::{ClientIdentity, stop_on_interrupt};
 use sanderling_worker::net::{WorkerOptions, WorkerReport, work};
+use sanderling_worker::site::{DeviceOptions, PlaceError};
 use tokio::sync::watch;
 use tracing::{info, level_filters::LevelFilter};
 
@@ -28,6 +29,9 @@ Examples:
   sanderling-worker --join-file /shared/join        # waits until the server has written it
   sanderling-worker --join 'sanderling://192.0.2.7:4433?pin=…' --certificate node-1.pem --key node-1.key
   sanderling-worker --join-file join --state-dir /var/lib/sanderling/worker-1
+  sanderling-worker --join-file join --device cuda              # on the first GPU, in bf16
+  sanderling-worker --join-file join --device cuda:1 --precision f32
+  sanderling-worker --join-file join --device auto              # on the CPU where there is no GPU
   SANDERLING_JOIN='sanderling://…' sanderling-worker -v"
 )]
 struct Arguments {
@@ -57,6 +61,9 @@ struct Arguments {
     /// the session must still be there, so start it again within the run's lease_ms
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Where it computes.
+    #[command(flatten)]
+    device: DeviceOptions,
     /// Say more (-v), or everything (-vv)
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -99,13 +106,18 @@ fn main() -> ExitCode {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line is to be mended; 1: anything else.
-            ExitCode::from(if error.is::<JoinError>() { 2 } else { 1 })
+            let is_of_command_line = error.is::<JoinError>()
+                || matches!(error.downcast_ref::<PlaceError>(), Some(PlaceError::Precision));
+            ExitCode::from(if is_of_command_line { 2 } else { 1 })
         }
     }
 }
 
 #[tokio::main]
 async fn run(arguments: &Arguments) -> anyhow::Result<WorkerReport> {
+    // Before anything else: what is missing is said at once, not when a server is found.
+    let (place, said) = arguments.device.open()?;
+    info!("{said}");
     let stop =
         stop_on_interrupt(|| info!("stopping after the gradient under way; Ctrl-C again to stop at once"));
     let give_up_after = Duration::from_secs(arguments.give_up_after_s);
@@ -124,6 +136,7 @@ async fn run(arguments: &Arguments) -> anyhow::Result<WorkerReport> {
         dense: arguments.dense.clone(),
         state_dir: arguments.state_dir.clone(),
         identity: identity(arguments)?,
+        place,
         ..WorkerOptions::default()
     };
     Ok(work(&join, &options, stop).await?)

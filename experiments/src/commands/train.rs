@@ -14,6 +14,7 @@ use sanderling_server::net::{Outcome, Server};
 use sanderling_server::progress::ProgressView;
 use sanderling_transport::stop_on_interrupt;
 use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport, work};
+use sanderling_worker::site::{DeviceOptions, Place};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::warn;
@@ -47,12 +48,16 @@ Examples:
   sanderling train --text novel.txt --steps 10000
   sanderling train --text novel.tok                  # subwords: see sanderling tokenize --help
   sanderling train --workers 32
+  sanderling train --workers 1 --device cuda         # on the first GPU; auto: on the CPU where there is none
   sanderling train --method dgs --momentum 0.7       # the published algorithm
   sanderling train --config runs/NAME/run.toml --seed 2")]
 pub struct Arguments {
     /// What is trained.
     #[command(flatten)]
     run: RunOptions,
+    /// Where the workers compute.
+    #[command(flatten)]
+    device: DeviceOptions,
 }
 
 /// Runs the command.
@@ -65,6 +70,7 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
         // It would keep its own workers out.
         anyhow::ensure!(value.is_empty(), "{key} is for sanderling-server; train starts its own workers");
     }
+    let place = arguments.device.open()?;
     // It lives until the report is made: it is what listens for signals.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.context("cannot start the runtime")?;
@@ -72,12 +78,16 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
         let stop =
             stop_on_interrupt(|| warn!("stopping early; Ctrl-C again to stop at once, without a checkpoint"));
         let server = Server::start(run, None)?;
-        serve_with_workers(server, stop).await
+        serve_with_workers(server, place, stop).await
     })?;
     report(&outcome)
 }
 
-async fn serve_with_workers(server: Server, stop: watch::Receiver<bool>) -> anyhow::Result<Outcome> {
+async fn serve_with_workers(
+    server: Server,
+    (place, said): (Place, String),
+    stop: watch::Receiver<bool>,
+) -> anyhow::Result<Outcome> {
     let run = server.run().clone();
     let mut view = ProgressView::new(run.training.steps);
     view.say(&format!(
@@ -90,8 +100,9 @@ async fn serve_with_workers(server: Server, stop: watch::Receiver<bool>) -> anyh
         run.run.seed,
         server.folder().display()
     ));
+    view.say(&said);
     let (stop_workers, workers_stop) = watch::channel(false);
-    let mut workers = start_workers(server.local_join(), run.run.workers, &workers_stop);
+    let mut workers = start_workers(server.local_join(), run.run.workers, place, &workers_stop);
     let outcome = {
         let over = server.over();
         let serving = server.serve(stop, |progress| view.update(progress));
@@ -136,11 +147,12 @@ async fn first_failure(workers: &mut JoinSet<Result<WorkerReport, WorkerError>>)
 fn start_workers(
     join: &JoinString,
     count: u32,
+    place: Place,
     stop: &watch::Receiver<bool>,
 ) -> JoinSet<Result<WorkerReport, WorkerError>> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let compute_permits = Some(Arc::new(Semaphore::new(cores)));
-    let options = WorkerOptions { compute_permits, ..WorkerOptions::default() };
+    let options = WorkerOptions { compute_permits, place, ..WorkerOptions::default() };
     let mut workers = JoinSet::new();
     for _ in 0..count {
         let (join, options, stop) = (join.clone(), options.clone(), stop.clone());

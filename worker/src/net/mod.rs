@@ -24,7 +24,7 @@ use tracing::{info, warn};
 
 use crate::core::Diverged;
 pub use crate::site::StandIn;
-use crate::site::{Host, Site};
+use crate::site::{Host, Place, Site};
 use crate::storage::StateError;
 use connection::{Link, Reception};
 use member::{Member, Shelf};
@@ -58,7 +58,9 @@ pub struct WorkerOptions {
     pub dense: Option<PathBuf>,
     /// The client certificate to present to a server that admits workers by one.
     pub identity: Option<Arc<ClientIdentity>>,
-    /// What computes in place of the engine that a run describes; for measurements, which know what a step costs.
+    /// Where the worker computes, and keeps its model and what it accumulates.
+    pub place: Place,
+    /// What computes in place of the engine that a run describes on the CPU; for measurements, which know what a step costs.
     pub stand_in: Option<StandIn>,
     /// A folder in which the worker keeps what another process needs to go on in its session, before every push: 4 bytes
     /// per parameter for the model and for each vector of the method.
@@ -72,6 +74,7 @@ impl Default for WorkerOptions {
             compute_permits: None,
             dense: None,
             identity: None,
+            place: Place::Cpu,
             stand_in: None,
             state_dir: None,
         }
@@ -189,8 +192,13 @@ pub async fn work(
     options: &WorkerOptions,
     stop: watch::Receiver<bool>,
 ) -> Result<WorkerReport, WorkerError> {
-    let host = Host { stand_in: options.stand_in.clone() };
-    work_at(&Arc::new(host), join, options, stop).await
+    match &options.place {
+        Place::Cpu => {
+            let host = Host { stand_in: options.stand_in.clone() };
+            work_at(&Arc::new(host), join, options, stop).await
+        }
+        Place::Gpu(gpu) => work_at(gpu, join, options, stop).await,
+    }
 }
 
 /// As [`work`], at this site.

@@ -101,9 +101,10 @@ impl Selection {
     fn new(driver: &Arc<dyn Driver>, layout: &Layout, compression: Compression) -> Result<Self, CudaError> {
         let tensors = layout.tensors();
         let spans_of = |len: usize| len.div_ceil(SPAN);
-        let of_spans = tensors.iter().enumerate().flat_map(|(number, tensor)| {
-            std::iter::repeat_n(int(number), spans_of(tensor.len))
-        });
+        let of_spans = tensors
+            .iter()
+            .enumerate()
+            .flat_map(|(number, tensor)| std::iter::repeat_n(int(number), spans_of(tensor.len)));
         let span_tensor: Vec<i32> = of_spans.collect();
         let spans = span_tensor.len();
         // Whoever sends everything selects nothing.
@@ -215,23 +216,42 @@ impl Cuda {
         let (sum, arguments): (Sum, Vec<Argument>) = match accumulate {
             Accumulate::Sum { rate, u } => {
                 let u = floats_at_mut(u, len);
-                let arguments = arguments![
-                    table, span_tensor, histograms, gradient, theta, u, scale, weight_decay, rate
-                ];
+                let arguments =
+                    arguments![table, span_tensor, histograms, gradient, theta, u, scale, weight_decay, rate];
                 (Sum { address: u, name: "accumulate_momentum" }, arguments.to_vec())
             }
             Accumulate::Momentum { momentum, u, r } => {
                 let (u, r) = (floats_at_mut(u, len), floats_at_mut(r, len));
                 let arguments = arguments![
-                    table, span_tensor, histograms, gradient, theta, u, r, scale, weight_decay, momentum
+                    table,
+                    span_tensor,
+                    histograms,
+                    gradient,
+                    theta,
+                    u,
+                    r,
+                    scale,
+                    weight_decay,
+                    momentum
                 ];
                 (Sum { address: r, name: "accumulate_dgc" }, arguments.to_vec())
             }
             Accumulate::Normalised { beta2, correction, epsilon, rate, u, v } => {
                 let (u, v) = (floats_at_mut(u, len), floats_at_mut(v, len));
                 let arguments = arguments![
-                    table, span_tensor, histograms, gradient, theta, u, v, scale, weight_decay, rate, beta2,
-                    correction, epsilon
+                    table,
+                    span_tensor,
+                    histograms,
+                    gradient,
+                    theta,
+                    u,
+                    v,
+                    scale,
+                    weight_decay,
+                    rate,
+                    beta2,
+                    correction,
+                    epsilon
                 ];
                 (Sum { address: u, name: "accumulate_adam" }, arguments.to_vec())
             }
@@ -263,9 +283,8 @@ impl Cuda {
             self.launch(Unit::Method, "select_scan", flat(entries.tensors(), 1024), arguments);
         }
         let (indices, values) = (entries.indices.address(), entries.values.address());
-        let arguments = arguments![
-            table, span_tensor, sum, thresholds, above, inside, indices, values, largest, 1.0_f32
-        ];
+        let arguments =
+            arguments![table, span_tensor, sum, thresholds, above, inside, indices, values, largest, 1.0_f32];
         self.launch(Unit::Method, "select_write", of_spans, arguments);
     }
 

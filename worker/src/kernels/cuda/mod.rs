@@ -28,6 +28,7 @@ mod source;
 mod timing;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -51,14 +52,24 @@ const SHARED_BYTES_LARGE: u32 = 120 * 1024;
 pub const WITHOUT_VARIABLE: &str = "SANDERLING_CUDA_WITHOUT";
 
 /// What products multiply. Sums are `f32` always, and so are the parameters that are trained.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum Precision {
-    /// `f32`.
+    /// Single precision.
     F32,
-    /// `f32` rounded to 10 bits of mantissa, on tensor cores.
+    /// Single precision rounded to 10 bits of mantissa, on tensor cores.
     Tf32,
     /// bfloat16, on tensor cores, and between the operations too.
     Bf16,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Tf32 => "tf32",
+            Self::Bf16 => "bf16",
+        })
+    }
 }
 
 /// [`Kernels`](super::Kernels) on an NVIDIA GPU.
