@@ -29,7 +29,7 @@ fn every_method_format_and_rate_comes_to_what_the_host_comes_to() {
 fn emulated_kernels_come_to_what_the_host_comes_to() {
     for precision in [Precision::F32, Precision::Bf16] {
         let device = Cuda::emulated(precision).unwrap();
-        for course in Course::all() {
+        for course in Course::all().chain(Course::long()) {
             same_as_the_host(&course, || device.beside());
         }
     }

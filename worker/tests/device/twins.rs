@@ -51,6 +51,15 @@ impl Course {
         Self { lens, method, share: 0.25, exchanges: 6, overlap: true, ties: false, seed: 1 }
     }
 
+    /// Tensors of several spans of a kernel, and ties across them; few kinds, as emulated kernels take their time.
+    pub(crate) fn long() -> impl Iterator<Item = Self> {
+        [Method::Dgs, Method::DgcAsync, Method::DgsAdam].into_iter().map(|method| {
+            let course = Self::of(method, ValueFormat::Int8);
+            let ties = method != Method::DgsAdam;
+            Self { lens: vec![150_001, 9, 20_000], exchanges: 2, ties, ..course }
+        })
+    }
+
     /// One of every method and format; every one comes with and without what is on or off.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
         let kinds = Method::ALL.into_iter().flat_map(|method| FORMATS.map(|format| (method, format)));
