@@ -8,6 +8,7 @@ mod cache;
 mod pass;
 mod plan;
 mod rope;
+mod too_large;
 mod workspace;
 
 use std::error::Error;
@@ -19,6 +20,8 @@ use sanderling_common::model_config::{FeedForward, ModelConfig, ModelConfigError
 pub use self::cache::Cache;
 use self::pass::Pass;
 use self::plan::Plan;
+pub(crate) use self::too_large::GB;
+pub use self::too_large::TooLarge;
 pub use self::workspace::StepMemory;
 use self::workspace::{Activations, Gradients};
 use crate::kernels::{AttentionShape, Kernels, RouterStatistics};
@@ -149,6 +152,9 @@ pub enum ModelError {
         /// (batch, time) of the targets.
         targets: (usize, usize),
     },
+    /// The device has not enough memory for it.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
     /// The device failed.
     #[error("the compute device failed")]
     Device(#[source] Box<dyn Error + Send + Sync>),

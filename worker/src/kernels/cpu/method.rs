@@ -48,7 +48,9 @@ impl Entries {
 impl CpuMethod {
     fn select(&mut self, source: &[f32], compression: Compression, entries: &mut Entries) {
         let Entries { layout, counts, indices, values } = entries;
-        (counts.clear(), indices.clear(), values.clear());
+        counts.clear();
+        indices.clear();
+        values.clear();
         for tensor in layout.tensors() {
             let (count, source) = (compression.entries(tensor.len), &source[tensor.range()]);
             counts.push(count);
@@ -157,7 +159,8 @@ impl MethodKernels for CpuMethod {
 
     fn write(&mut self, update: &Update, entries: &mut Entries) -> Result<(), Infallible> {
         assert_eq!(update.tensors(), 0..entries.layout.tensors().len(), "an update of some tensors only");
-        (entries.counts.clear(), entries.indices.clear());
+        entries.counts.clear();
+        entries.indices.clear();
         for ((_, sent), tensor) in update.iter().zip(entries.layout.tensors()) {
             entries.counts.push(sent.len());
             match sent {

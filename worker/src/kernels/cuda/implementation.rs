@@ -285,11 +285,11 @@ impl Kernels for Cuda {
     }
 
     fn permute(&mut self, routing: &Routing, width: usize, x: &Buffer, sorted: &mut Buffer) {
-        self.to_slots(routing, width, x, sorted);
+        self.sort_rows(routing, width, x, sorted);
     }
 
     fn unpermute(&mut self, routing: &Routing, width: usize, sorted: &Buffer, out: &mut Buffer) {
-        self.from_slots(routing, width, sorted, out);
+        self.sum_slots(routing, width, sorted, out);
     }
 
     fn embed(&mut self, params: &Buffer, table: Weights, rows: usize, tokens: &Tokens, out: &mut Buffer) {

@@ -97,6 +97,17 @@ fn reserve(memory: &mut Memory, driver: &Arc<dyn Driver>, bytes: usize) -> Resul
     Ok(())
 }
 
+/// What selecting from vectors of a layout takes, and what is selected, in bytes.
+pub fn selection_bytes(layout: &Layout, compression: Compression) -> usize {
+    let of_tensor = |len: usize| {
+        let (count, spans) = (compression.entries(len), len.div_ceil(SPAN));
+        let selects =
+            if count < len { spans * SPAN_CHUNKS * (LIST + 2) + BINS + THRESHOLD + count } else { 0 };
+        4 * (selects + count + spans + 1) + 8 * TENSOR_FIELDS
+    };
+    layout.tensors().iter().map(|tensor| of_tensor(tensor.len)).sum()
+}
+
 impl Selection {
     fn new(driver: &Arc<dyn Driver>, layout: &Layout, compression: Compression) -> Result<Self, CudaError> {
         let tensors = layout.tensors();

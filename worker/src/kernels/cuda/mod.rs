@@ -37,7 +37,7 @@ use self::driver::{Argument, Driver, Kernel, Launch, Module, Scalar};
 pub use self::driver::{CompileError, Library, Properties, compile_to_ptx, missing_library};
 pub use self::error::CudaError;
 pub use self::memory::MemoryNeeded;
-pub use self::method::Entries;
+pub use self::method::{Entries, selection_bytes};
 pub use self::routing::Routing;
 use self::scratch::Scratch;
 pub use self::source::{Source, Target, Unit};

@@ -148,7 +148,7 @@ impl Cuda {
         Ok(f64::from_ne_bytes(bytes))
     }
 
-    pub(super) fn to_slots(&mut self, routing: &Routing, width: usize, x: &Buffer, sorted: &mut Buffer) {
+    pub(super) fn sort_rows(&mut self, routing: &Routing, width: usize, x: &Buffer, sorted: &mut Buffer) {
         let RouterShape { rows, top_k, .. } = routing.shape;
         let name = if x.scalar() == Scalar::Float { "permute_float" } else { "permute_act" };
         let x = x.at(0..rows * width);
@@ -157,7 +157,7 @@ impl Cuda {
         self.launch(Unit::Router, name, flat(rows, slot_threads(width)), arguments);
     }
 
-    pub(super) fn from_slots(&mut self, routing: &Routing, width: usize, sorted: &Buffer, out: &mut Buffer) {
+    pub(super) fn sum_slots(&mut self, routing: &Routing, width: usize, sorted: &Buffer, out: &mut Buffer) {
         let RouterShape { rows, top_k, .. } = routing.shape;
         let name = if out.scalar() == Scalar::Float { "unpermute_float" } else { "unpermute_act" };
         let sorted = self.activations_at(sorted, routing.slots() * width);
