@@ -10,8 +10,10 @@ use sanderling_common::sparse::{Compression, Compressor, ValueFormat, decode, jo
 use sanderling_common::wire::{Answer, BatchRange, EvaluationJob, Split, Work};
 use sanderling_worker::core::{WorkerCore, WorkerSettings};
 use sanderling_worker::engine::Compute;
-use sanderling_worker::kernels::cuda::{Cuda, Precision};
+use sanderling_worker::kernels::cuda::{Cuda, CudaError, Precision};
 use sanderling_worker::site::{Gpu, Host, Site};
+
+use crate::kernels;
 
 const EXCHANGES: u64 = 3;
 
@@ -79,20 +81,31 @@ fn assert_near(a: f32, b: f32, tolerance: f32) {
     assert!((a - b).abs() <= tolerance * b.abs(), "{a} and {b}");
 }
 
-#[test]
-fn a_worker_on_an_emulated_gpu_trains_like_one_on_the_cpu() {
+/// Compares a worker at a place with one on the CPU, in each precision that there are kernels of.
+fn trains_like_the_cpu(make: impl Fn(Precision) -> Result<Cuda, CudaError>) {
     let host = live(&Host::default());
     assert!(host.losses[EXCHANGES as usize - 1] != host.losses[0]);
-    for (precision, tolerance) in [(Precision::F32, 1e-3), (Precision::Bf16, 2e-2)] {
-        let gpu = live(&Gpu::new(Cuda::emulated(precision).unwrap()));
+    for (precision, tolerance) in [(Precision::F32, 1e-3), (Precision::Tf32, 5e-3), (Precision::Bf16, 2e-2)] {
+        let Some(cuda) = kernels(make(precision)) else { continue };
+        let gpu = live(&Gpu::new(cuda));
         assert_eq!(gpu.losses.len(), host.losses.len());
         for (&loss, &expected) in gpu.losses.iter().zip(&host.losses) {
             assert_near(loss, expected, tolerance);
         }
         assert_near(gpu.evaluated, host.evaluated, tolerance);
-        // The model of the first hash has been trained already, on gradients that are not the same bits.
+        // The models differ as the gradients do, and so do their hashes.
         let hashed = |hashes: &[Option<[u8; 32]>]| hashes.iter().map(Option::is_some).collect::<Vec<_>>();
         assert_eq!(hashed(&gpu.hashes), hashed(&host.hashes));
         assert!(gpu.bytes.iter().zip(&host.bytes).all(|(&a, &b)| a.abs_diff(b) * 10 <= b));
     }
+}
+
+#[test]
+fn a_worker_on_an_emulated_gpu_trains_like_one_on_the_cpu() {
+    trains_like_the_cpu(Cuda::emulated);
+}
+
+#[test]
+fn a_worker_on_a_gpu_trains_like_one_on_the_cpu() {
+    trains_like_the_cpu(|precision| Cuda::new(0, precision));
 }

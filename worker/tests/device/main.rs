@@ -1,13 +1,17 @@
 //! A worker whose model and method are on a device against one that has them on the host: the same bits, whatever comes.
+//!
+//! The same bodies run on plain loops, on kernels emulated by a C++ compiler, and on a GPU where there is one; the last two
+//! say so loudly when they are skipped.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "a test says that it is skipped")]
 
 mod exchange;
 mod twins;
 
 use proptest::prelude::*;
 use sanderling_worker::kernels::cpu::CpuMethod;
-use sanderling_worker::kernels::cuda::{Cuda, Precision};
+use sanderling_worker::kernels::cuda::{Cuda, CudaError, Precision};
 
 use twins::{Course, course, same_as_the_host};
 
@@ -25,13 +29,32 @@ fn every_method_format_and_rate_comes_to_what_the_host_comes_to() {
     }
 }
 
-/// The kernels of a GPU, on the CPU.
+/// The kernels in a place, or a loud word that there are none.
+fn kernels(made: Result<Cuda, CudaError>) -> Option<Cuda> {
+    made.inspect_err(|error| println!("SKIPPED: {error}")).ok()
+}
+
+fn all_courses(device: &Cuda) {
+    for course in Course::all().chain(Course::long()) {
+        same_as_the_host(&course, || device.beside());
+    }
+}
+
 #[test]
 fn emulated_kernels_come_to_what_the_host_comes_to() {
     for precision in [Precision::F32, Precision::Bf16] {
-        let device = Cuda::emulated(precision).unwrap();
-        for course in Course::all().chain(Course::long()) {
-            same_as_the_host(&course, || device.beside());
+        if let Some(device) = kernels(Cuda::emulated(precision)) {
+            all_courses(&device);
+        }
+    }
+}
+
+#[test]
+fn a_gpu_comes_to_what_the_host_comes_to() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        if let Some(device) = kernels(Cuda::new(0, precision)) {
+            all_courses(&device);
+            same_as_the_host(&Course::large(), || device.beside());
         }
     }
 }

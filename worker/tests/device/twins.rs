@@ -60,6 +60,14 @@ impl Course {
         })
     }
 
+    /// As many elements as a model has, for devices that are fast.
+    pub(crate) fn large() -> Self {
+        let course = Self::of(Method::DgsAdam, ValueFormat::Int8);
+        let mut course = Self { lens: vec![8_388_608, 2_000, 3_000_001], exchanges: 3, ..course };
+        course.method.compression.keep = 0.01;
+        course
+    }
+
     /// One of every method and format; every one comes with and without what is on or off.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
         let kinds = Method::ALL.into_iter().flat_map(|method| FORMATS.map(|format| (method, format)));
