@@ -176,8 +176,8 @@ fn norms(place: Place, precision: Precision) {
         let (x, delta) = (pair.floats(rows * width, 1.0), pair.activations(rows * width, 1.0));
         let (mut y, mut inverse) = (pair.activations(rows * width, 1.0), pair.floats(rows, 1.0));
         let mut sum = pair.floats(rows * width, 1.0);
-        let (cuda_inputs, cpu_inputs): ((&Buffer, &Buffer), (&[f32], &[f32])) =
-            ((&x.cuda, &delta.cuda), (&x.cpu, &delta.cpu));
+        let cuda_inputs = (&*x.cuda, &*delta.cuda);
+        let cpu_inputs = (&x.cpu[..], &delta.cpu[..]);
         let (cuda, cpu) = (&mut pair.cuda, &mut pair.cpu);
         cuda.add_rms_norm(norm, &params.cuda, cuda_inputs, &mut sum.cuda, &mut y.cuda, &mut inverse.cuda);
         cpu.add_rms_norm(norm, &params.cpu, cpu_inputs, &mut sum.cpu, &mut y.cpu, &mut inverse.cpu);

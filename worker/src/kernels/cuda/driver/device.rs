@@ -210,7 +210,8 @@ impl Driver for Device {
         }
         self.bind()?;
         // SAFETY: both ranges lie in allocations, see the buffers.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(failed("copying on the GPU"))
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
+            .map_err(failed("copying on the GPU"))
     }
 
     fn zero(&self, address: Address, bytes: usize) -> Result<(), CudaError> {
