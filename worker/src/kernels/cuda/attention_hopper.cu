@@ -85,7 +85,12 @@ struct EmulateArrivals {
     unsigned phase;
 };
 static_assert(sizeof(EmulateArrivals) == sizeof(unsigned long long), "a barrier holds it");
-static EmulateBarrier emulate_warpgroups[8];
+static thread_local EmulateBarrier emulate_named[8];
+// Spoiled at the start of a block, as all that is thread_local.
+inline EmulateBarrier& emulate_barrier(int index, int threads) {
+    if (emulate_named[index].alive != threads) emulate_named[index] = {0, threads, 0};
+    return emulate_named[index];
+}
 __device__ __forceinline__ void barrier_init(unsigned long long* barrier, int arrivals) {
     *(EmulateArrivals*)barrier = {(unsigned short)arrivals, (unsigned short)arrivals, 0};
 }
@@ -100,9 +105,15 @@ __device__ __forceinline__ void barrier_wait(unsigned long long* barrier, int pa
     while ((((volatile EmulateArrivals*)barrier)->phase & 1) == (unsigned)parity) emulate_yield();
 }
 __device__ __forceinline__ void warpgroup_sync() {
-    EmulateBarrier& barrier = emulate_warpgroups[threadIdx.x / WARPGROUP];
-    barrier.alive = WARPGROUP;
-    emulate_wait(barrier);
+    emulate_wait(emulate_barrier(threadIdx.x / WARPGROUP, WARPGROUP));
+}
+__device__ __forceinline__ void turn_wait(int warpgroup) {
+    emulate_wait(emulate_barrier(warpgroup + 4, 2 * WARPGROUP));
+}
+__device__ __forceinline__ void turn_give(int warpgroup) {
+    EmulateBarrier& barrier = emulate_barrier(warpgroup + 4, 2 * WARPGROUP);
+    emulate_block.progress = true;
+    if (++barrier.waiting == barrier.alive) barrier.waiting = 0, barrier.generation++;
 }
 template <int REGISTERS>
 __device__ __forceinline__ void fewer_registers() {}
@@ -217,6 +228,13 @@ __device__ __forceinline__ void barrier_wait(unsigned long long* barrier, int pa
 // All threads of the warpgroup.
 __device__ __forceinline__ void warpgroup_sync() {
     asm volatile("bar.sync %0, 128;" ::"r"((int)threadIdx.x / WARPGROUP + 1) : "memory");
+}
+// A warpgroup waits until another has given it the turn.
+__device__ __forceinline__ void turn_wait(int warpgroup) {
+    asm volatile("bar.sync %0, 256;" ::"r"(warpgroup + 5) : "memory");
+}
+__device__ __forceinline__ void turn_give(int warpgroup) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(warpgroup + 5) : "memory");
 }
 // What the warpgroup that fetches gives up, the others take.
 template <int REGISTERS>

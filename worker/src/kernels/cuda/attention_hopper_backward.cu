@@ -116,13 +116,19 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, 1) attention_backward
             }
             as_operand(operand, p);
             accumulate(dv, operand, gradients);
-            products_wait<KEYS_WARPGROUPS == 3 ? 0 : 1>();
+            products_wait<1>();
             settle(ds);
 #pragma unroll
             for (int n = 0; n < PASS_ROWS / 8; ++n) {
                 const float4 pairs = *(const float4*)(row_saved + n * 8);
 #pragma unroll
-                for (int c = 0; c < 4; ++c) ds[0][n][c] = p[0][n][c] * (ds[0][n][c] - (c % 2 ? pairs.w : pairs.y));
+                for (int c = 0; c < 4; ++c) {
+                    // The probability as it was rounded, where the registers are short.
+                    const unsigned both = operand[n / 2][n % 2 * 2 + c / 2];
+                    const float probability =
+                        KEYS_WARPGROUPS == 2 ? p[0][n][c] : c % 2 ? high_bf16(both) : low_bf16(both);
+                    ds[0][n][c] = probability * (ds[0][n][c] - (c % 2 ? pairs.w : pairs.y));
+                }
             }
             as_operand(ds_operand, ds);
             accumulate(dk, ds_operand, queries);

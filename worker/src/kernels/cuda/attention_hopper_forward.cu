@@ -4,9 +4,13 @@
 
 constexpr int FORWARD_WARPGROUPS = DEPTH == 64 ? 3 : 2;
 constexpr int FORWARD_ROWS = FORWARD_WARPGROUPS * OWN_ROWS, FORWARD_THREADS = (FORWARD_WARPGROUPS + 1) * WARPGROUP;
-constexpr int FORWARD_KEYS = 128, FORWARD_STAGES = 2;
-// Tiles that are on their way while one more is asked for. With two stages a third would never be published.
-constexpr int FORWARD_LAG = 2;
+// What is fetched is published FORWARD_LAG tiles later. The others wait for a block's keys while they hold the block before
+// and the values of the one before that, so that less than three stages would never be published.
+constexpr int FORWARD_KEYS = 128, FORWARD_STAGES = DEPTH == 64 ? 4 : 3, FORWARD_LAG = 2;
+// Whether warpgroups begin products by turns, so that the exponentials of one fall into the products of the others.
+#ifndef FORWARD_TURNS
+#define FORWARD_TURNS 0
+#endif
 
 // Scores become probabilities but for the sums, which are found on the way; what was summed with the maxima before is to
 // be multiplied by `rescale`.
@@ -42,8 +46,9 @@ __device__ __forceinline__ void forward_softmax(
 
 // out = softmax(q·kᵀ/√HEAD_DIM, causal)·v, and the maximal score and the inverse sum of each row.
 //
-// launch: grid (ceil(time / FORWARD_ROWS), heads, batch), block FORWARD_THREADS, shared (FORWARD_ROWS + 4·128)·HEAD_DIM·2 +
-// 1024 bytes. FORWARD_ROWS and threads are 192 and 512 for a head_dim of 64, 128 and 384 for 128.
+// launch: grid (ceil(time / FORWARD_ROWS), heads, batch), block FORWARD_THREADS, shared (FORWARD_ROWS +
+// FORWARD_STAGES·256)·HEAD_DIM·2 + 1024 bytes. Rows, threads and stages are 192, 512 and 4 for a head_dim of 64, and 128, 384
+// and 3 for 128.
 extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1) attention_forward(
     const act* qkv, act* out, float* statistics, int time, int heads, int kv_heads) {
     DYNAMIC_SHARED(act, shared);
@@ -94,11 +99,16 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1) attention_forwa
     tiles_wait<0>();
     warpgroup_sync();
 
+    const int next = warpgroup + 1 < FORWARD_WARPGROUPS ? warpgroup + 1 : 0;
+    if (FORWARD_TURNS && next == 0 && blocks > 1) turn_give(0);
     float sum[1][DEPTH / 8][4] = {}, max[2] = {-infinity(), -infinity()}, total[2] = {}, rescale[2];
     unsigned probabilities[KEYS / 16][4];
     int item = 0;
     // Keys that come after all of the warpgroup's queries: never more than one block.
-    if (own_first + OWN_ROWS <= (blocks - 1) * KEYS) key_ring.release(0), value_ring.release(0), item = 1;
+    if (own_first + OWN_ROWS <= (blocks - 1) * KEYS) {
+        key_ring.release(0), value_ring.release(0), item = 1;
+        if (FORWARD_TURNS) turn_wait(warpgroup), turn_give(next);
+    }
     {
         // The block of the diagonal: the only one with keys to hide, and all queries see some of it.
         float p[1][KEYS / 8][4];
@@ -126,9 +136,12 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1) attention_forwa
 #pragma unroll 1
     for (; item < blocks; ++item) {
         float p[1][KEYS / 8][4];
+        if (FORWARD_TURNS) turn_wait(warpgroup);
         scores(p, own, keys + item % FORWARD_STAGES * TILE);
         value_ring.wait(item - 1);
         accumulate(sum, probabilities, values + (item - 1) % FORWARD_STAGES * TILE);
+        // Nobody waits for the turn after the last.
+        if (FORWARD_TURNS && (next != 0 || item + 1 < blocks)) turn_give(next);
         products_wait<1>();
         settle(p);
         key_ring.release(item);
