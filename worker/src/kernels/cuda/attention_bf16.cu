@@ -2,7 +2,7 @@
 //
 // Each warp of a block owns some rows of the block's resident matrices (queries, or keys in the pass for dk and dv) and
 // goes through the other matrices' rows, which come in by cp.async into one of two buffers while the other is computed
-// with. The tiles and their products are those of attention_tiles.cu or attention_hopper.cu.
+// with. The tiles and their products are those of attention_tiles.cu.
 
 #if ACT_BF16 && !ATTENTION_HOPPER
 
