@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, 1) attention_backward
         fetch(ring, items, [&](int item) {
             act* const to = stages + item % PASS_STAGES * 2 * PASS_TILE;
             const int thread = threadIdx.x % WARPGROUP;
-            load_tile<PASS_ROWS>(to, Rows<const act>{at.queries.data + (head - kv_head * shared_by) * HEAD_DIM, at.queries.stride, time}, query);
+            load_tile<PASS_ROWS>(to, Head<const act>(qkv, sequence, time, head, kv_head, heads, kv_heads).queries, query);
             load_tile<PASS_ROWS>(to + PASS_TILE, output_rows(dout, sequence, time, head, heads), query);
             // Past the end are zeros, and the gradients there are too, so that nothing comes of them.
             if (thread < PASS_ROWS) {
