@@ -1,7 +1,8 @@
 // Causal grouped-query attention, fused as FlashAttention-2 is: forward, backward, and against a cache.
 //
-// The translation unit is this file, attention_tiles.cu, attention_hopper.cu, attention_bf16.cu, attention_bf16_backward.cu
-// and attention_float.cu, in this order. It is for one head_dim: besides the prelude's, the host defines
+// The translation unit is this file, attention_tiles.cu, attention_bf16.cu and attention_bf16_backward.cu,
+// attention_hopper.cu, attention_hopper_forward.cu and attention_hopper_backward.cu, and attention_float.cu, in this order:
+// of the three groups the defines leave one. It is for one head_dim: besides the prelude's, the host defines
 //   HEAD_DIM          elements of a head, even, 2 to 256; what 16 does not divide is padded with zeros in shared memory
 //   SMALL_SHARED      1 where a block cannot have 120 KB of shared memory: smaller tiles for head_dims past 64
 //   ATTENTION_HOPPER  1 for sm_90a with bf16 activations and a head_dim of 64 or 128, where wgmma can be used

@@ -33,13 +33,16 @@ impl Tile {
 }
 
 impl Tiles {
-    /// `attention_hopper.cu`.
+    /// `attention_hopper_forward.cu` and `attention_hopper_backward.cu`.
     fn hopper(head_dim: usize) -> Self {
         let row_bytes = head_dim * 2;
+        // Warpgroups of 64 rows, and one that fetches: wide heads leave registers for two.
+        let tile = |rows, bytes| Tile { rows, threads: 2 * rows + 128, bytes };
+        let (rows, stages) = if head_dim == 64 { (192, 4) } else { (128, 3) };
         Self {
-            forward: Tile { rows: 192, threads: 384, bytes: (192 + 4 * 64) * row_bytes + 1024 },
-            keys: Tile { rows: 128, threads: 256, bytes: (2 * 128 + 4 * 64) * row_bytes + 2048 },
-            queries: Tile { rows: 192, threads: 384, bytes: (2 * 192 + 4 * 64) * row_bytes + 1024 },
+            forward: tile(rows, (rows + stages * 256) * row_bytes + 1024),
+            keys: tile(rows, (2 * rows + 8 * 64) * row_bytes + 3072),
+            queries: tile(192, (2 * 192 + 8 * 64) * row_bytes + 1024),
             key_parts: 1,
         }
     }

@@ -2,9 +2,9 @@
 //
 // Each warp of a block owns some rows of the block's resident matrices (queries, or keys in the pass for dk and dv) and
 // goes through the other matrices' rows, which come in by cp.async into one of two buffers while the other is computed
-// with. The tiles and their products are those of attention_tiles.cu or attention_hopper.cu.
+// with. The tiles and their products are those of attention_tiles.cu.
 
-#if ACT_BF16
+#if ACT_BF16 && !ATTENTION_HOPPER
 
 constexpr int QUERY_ROWS = QUERY_TILES * FORWARD_THREADS / 2;
 
@@ -74,7 +74,7 @@ __device__ __forceinline__ void multiply(float (&sum)[TILES][N][4], const float 
 //
 // launch: grid (ceil(time / QUERY_ROWS), heads, batch). With D = HEAD_DIM rounded up to 16: block 128, shared
 // (QUERY_ROWS + 4·FORWARD_KEYS)·(D + 8)·2 bytes, QUERY_ROWS = 128 if D ≤ 128 and not (SMALL_SHARED and D > 64), else 64,
-// FORWARD_KEYS = 64 if D ≤ 128, else 32. For Hopper: block 384, shared (192 + 4·64)·D·2 + 1024 bytes, QUERY_ROWS = 192.
+// FORWARD_KEYS = 64 if D ≤ 128, else 32.
 extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT) attention_forward(
     const act* qkv, act* out, float* statistics, int time, int heads, int kv_heads) {
     DYNAMIC_SHARED(act, shared);
@@ -93,59 +93,13 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT) attentio
 
     load_tile<QUERY_ROWS, THREADS>(queries, at.queries, first);
     load_tile<KEYS, THREADS>(buffers, at.keys, 0);
-#if !ATTENTION_HOPPER
     load_tile<KEYS, THREADS>(buffers + KEYS * STRIDE, at.values, 0);
-#endif
     cp_async_commit();
 
     float sum[TILES][DEPTH / 8][4] = {}, max[TILES][2], total[TILES][2];
 #pragma unroll
     for (int i = 0; i < TILES * 2; ++i) max[i / 2][i % 2] = -infinity(), total[i / 2][i % 2] = 0.0f;
 
-#if ATTENTION_HOPPER
-    // The products of a block's scores and of the block's before with its values are under way together, so that
-    // exponentials are taken while values are multiplied: values come in one block after their keys.
-    const int last = own_first / TOGETHER * TOGETHER + TOGETHER - 1;
-    unsigned probabilities[4][4];
-    float p[TILES][KEYS / 8][4], rescale[TILES][2];
-    const auto load_next = [&](int key) {
-        act* const to = buffers + key / KEYS % 2 * BUFFER;
-        act* const other = buffers + (1 - key / KEYS % 2) * BUFFER;
-        tiles_wait();
-        __syncthreads();
-        if (key + KEYS < end) load_tile<KEYS, THREADS>(other, at.keys, key + KEYS);
-        if (key < end) load_tile<KEYS, THREADS>(to + KEYS * STRIDE, at.values, key);
-        cp_async_commit();
-    };
-    load_next(0);
-    // Nothing skips the first block, so that all maxima become finite.
-    scores(p, own, buffers);
-    products_wait<0>();
-    settle(p);
-    softmax(p, max, total, rescale, own_first, 0);
-    as_operand(probabilities, p);
-    for (int key = KEYS; key < end + KEYS; key += KEYS) {
-        load_next(key);
-        const act* const keys = buffers + key / KEYS % 2 * BUFFER;
-        const act* const values_before = buffers + (1 - key / KEYS % 2) * BUFFER + KEYS * STRIDE;
-        if (key <= last && key < end) {
-            scores(p, own, keys);
-            accumulate(sum, probabilities, values_before);
-            products_wait<1>();
-            settle(p);
-            softmax(p, max, total, rescale, own_first, key);
-            settle(p);
-            products_wait<0>();
-            settle(sum);
-            multiply(sum, rescale);
-            as_operand(probabilities, p);
-        } else if (key - KEYS <= last) {
-            accumulate(sum, probabilities, values_before);
-            products_wait<0>();
-            settle(sum);
-        }
-    }
-#else
     for (int key = 0; key < end; key += KEYS) {
         const int buffer = key / KEYS % 2;
         const act* const keys = buffers + buffer * BUFFER;
@@ -172,7 +126,6 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT) attentio
         products_wait<0>();
         settle(sum);
     }
-#endif
 
 #pragma unroll
     for (int m = 0; m < TILES; ++m) {

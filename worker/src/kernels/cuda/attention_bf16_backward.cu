@@ -1,6 +1,6 @@
 // Attention with bf16 activations: the backward pass, in two kernels, over the same tiles as the forward pass.
 
-#if ACT_BF16
+#if ACT_BF16 && !ATTENTION_HOPPER
 
 // Keys of a block in the pass for dk and dv, queries of one in the pass for dq.
 constexpr int KEY_ROWS = KEY_TILES * KEYS_THREADS / 2;

@@ -1,7 +1,6 @@
 // Tiles of attention with bf16 activations, and their products by mma.sync: every device since Ampere.
 //
-// A tile is rows of one head in shared memory, DEPTH elements each and STRIDE apart; rows past the end are zeros. What
-// attention_bf16.cu and attention_bf16_backward.cu use of this file, attention_hopper.cu has for Hopper.
+// A tile is rows of one head in shared memory, DEPTH elements each and STRIDE apart; rows past the end are zeros.
 
 #if ACT_BF16 && !ATTENTION_HOPPER
 

@@ -83,9 +83,11 @@ impl Unit {
             Self::Attention { .. } => &[
                 include_str!("attention.cu"),
                 include_str!("attention_tiles.cu"),
-                include_str!("attention_hopper.cu"),
                 include_str!("attention_bf16.cu"),
                 include_str!("attention_bf16_backward.cu"),
+                include_str!("attention_hopper.cu"),
+                include_str!("attention_hopper_forward.cu"),
+                include_str!("attention_hopper_backward.cu"),
                 include_str!("attention_float.cu"),
             ],
         }
