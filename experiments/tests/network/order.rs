@@ -49,7 +49,7 @@ async fn compare(method: &str) {
     // A constant rate: what a worker heard of the server's step when it took its gradient in is not written down.
     let scene = scene.with(&format!(
         "[training]\nmethod = '{method}'\nrate_scaling = 'constant'\nlearning_rate = 0.002\nwarmup_steps = 0\n\
-         final_rate_fraction = 1.0\n[server]\nshards = 2\nkeep_journal = true\nstate_dir = '{}'",
+         warmup_exchanges = 0\nfinal_rate_fraction = 1.0\n[server]\nshards = 2\nkeep_journal = true\nstate_dir = '{}'",
         state.display()
     ));
     let serving = Serving::start(&scene);
@@ -67,7 +67,8 @@ async fn compare(method: &str) {
     assert_eq!(pushes, 150);
     let told = told.0.lock().unwrap();
     for (number, (real, told)) in real.iter().zip(&*told).enumerate() {
-        assert_eq!(real, told, "record {number}");
+        // Payloads are too long to be looked at.
+        assert!(real == told, "record {number} differs");
     }
     assert_eq!(real.len(), told.len());
     // It was evaluated once, at the end, so that the best model is the last.
