@@ -126,14 +126,6 @@ __device__ __forceinline__ void barrier_wait(unsigned long long* barrier, int pa
 __device__ __forceinline__ void warpgroup_sync() {
     emulate_wait(emulate_barrier(threadIdx.x / WARPGROUP, WARPGROUP));
 }
-__device__ __forceinline__ void turn_wait(int warpgroup) {
-    emulate_wait(emulate_barrier(warpgroup + 4, 2 * WARPGROUP));
-}
-__device__ __forceinline__ void turn_give(int warpgroup) {
-    EmulateBarrier& barrier = emulate_barrier(warpgroup + 4, 2 * WARPGROUP);
-    emulate_block.progress = true;
-    if (++barrier.waiting == barrier.alive) barrier.waiting = 0, barrier.generation++;
-}
 template <int REGISTERS>
 __device__ __forceinline__ void fewer_registers() {}
 template <int REGISTERS>
@@ -260,13 +252,6 @@ __device__ __forceinline__ void barrier_wait(unsigned long long* barrier, int pa
 __device__ __forceinline__ void warpgroup_sync() {
     asm volatile("bar.sync %0, 128;" ::"r"((int)threadIdx.x / WARPGROUP + 1) : "memory");
 }
-// A warpgroup waits until another has given it the turn.
-__device__ __forceinline__ void turn_wait(int warpgroup) {
-    asm volatile("bar.sync %0, 256;" ::"r"(warpgroup + 5) : "memory");
-}
-__device__ __forceinline__ void turn_give(int warpgroup) {
-    asm volatile("bar.arrive %0, 256;" ::"r"(warpgroup + 5) : "memory");
-}
 // What the warpgroup that fetches gives up, the others take.
 template <int REGISTERS>
 __device__ __forceinline__ void fewer_registers() {
@@ -336,28 +321,6 @@ __device__ __forceinline__ void scores(float (&c)[1][N][4], const act* a_tile, c
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
         wgmma_tiles(c, further(a, k / 64 * OWN_ROWS * 128 + k % 64 * 2), further(b, k / 64 * N * 8 * 128 + k % 64 * 2), k > 0);
-    }
-    wgmma_commit();
-}
-
-// The warp's rows of the warpgroup's tile, as operands.
-struct Fragments {
-    unsigned a[DEPTH / 16][4];
-
-    __device__ __forceinline__ void load(const act* own) {
-        const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP % 4 * 16 + lane % 16;
-#pragma unroll
-        for (int k = 0; k < DEPTH / 16; ++k) ldmatrix_x4(a[k], own + chunk_at<OWN_ROWS>(row, k * 2 + lane / 16));
-    }
-};
-template <int N>
-__device__ __forceinline__ void scores(float (&c)[1][N][4], const Fragments& a, const act* b_tile) {
-    const Operand b = operand_along_depth(b_tile);
-    settle(c);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < DEPTH; k += 16) {
-        wgmma_registers_along_depth(c, a.a[k / 16], further(b, k / 64 * N * 8 * 128 + k % 64 * 2), k > 0);
     }
     wgmma_commit();
 }

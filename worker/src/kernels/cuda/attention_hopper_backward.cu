@@ -3,18 +3,7 @@
 #if ACT_BF16 && ATTENTION_HOPPER
 
 // Keys of a block in the pass for dk and dv, queries of one in the pass for dq.
-// Warpgroups for heads of 64 in the pass for dk and dv. Two of them have registers for KEYS_RS 1.
-#ifndef KEYS_WG
-#define KEYS_WG 3
-#endif
-// Whether a warpgroup keeps its own keys and values, or queries and gradients, in registers: less to read from shared memory.
-#ifndef KEYS_RS
-#define KEYS_RS 0
-#endif
-#ifndef QUERIES_RS
-#define QUERIES_RS 0
-#endif
-constexpr int KEYS_WARPGROUPS = DEPTH == 64 ? KEYS_WG : 2, QUERIES_WARPGROUPS = 3;
+constexpr int KEYS_WARPGROUPS = DEPTH == 64 ? 3 : 2, QUERIES_WARPGROUPS = 3;
 constexpr int KEY_ROWS = KEYS_WARPGROUPS * OWN_ROWS, KEYS_THREADS = (KEYS_WARPGROUPS + 1) * WARPGROUP;
 constexpr int QUERY_ROWS = QUERIES_WARPGROUPS * OWN_ROWS, QUERIES_THREADS = (QUERIES_WARPGROUPS + 1) * WARPGROUP;
 // Rows of the other side at a time.
@@ -88,10 +77,6 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, 1) attention_backward
 
     const int pair = threadIdx.x % 4, own_key = threadIdx.x / WARP % 4 * 16 + threadIdx.x % WARP / 4;
     const float scale = score_scale2();
-#if KEYS_RS
-    Fragments key_fragments, value_fragments;
-    key_fragments.load(own_keys), value_fragments.load(own_values);
-#endif
     float dk[1][DEPTH / 8][4] = {}, dv[1][DEPTH / 8][4] = {};
     int query = first;
 #pragma unroll 1
@@ -104,13 +89,8 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, 1) attention_backward
             // Everything is transposed: rows are keys, columns queries.
             float p[1][PASS_ROWS / 8][4], ds[1][PASS_ROWS / 8][4];
             unsigned operand[PASS_ROWS / 16][4], ds_operand[PASS_ROWS / 16][4];
-#if KEYS_RS
-            scores(p, key_fragments, queries);
-            scores(ds, value_fragments, gradients);
-#else
             scores(p, own_keys, queries);
             scores(ds, own_values, gradients);
-#endif
             products_wait<1>();
             settle(p);
 #pragma unroll
@@ -208,10 +188,6 @@ extern "C" __global__ void __launch_bounds__(QUERIES_THREADS, 1) attention_backw
     warpgroup_sync();
 
     const float scale = score_scale2();
-#if QUERIES_RS
-    Fragments query_fragments, gradient_fragments;
-    query_fragments.load(own_queries), gradient_fragments.load(own_gradients);
-#endif
     float dq[1][DEPTH / 8][4] = {};
     // The warpgroup's last block is the one of the diagonal. Those after it are fewer than the ring's places: nobody waits
     // for their release.
@@ -222,13 +198,8 @@ extern "C" __global__ void __launch_bounds__(QUERIES_THREADS, 1) attention_backw
         float p[1][PASS_ROWS / 8][4], ds[1][PASS_ROWS / 8][4];
         unsigned operand[PASS_ROWS / 16][4];
         ring.wait(item);
-#if QUERIES_RS
-        scores(p, query_fragments, keys);
-        scores(ds, gradient_fragments, keys + PASS_TILE);
-#else
         scores(p, own_queries, keys);
         scores(ds, own_gradients, keys + PASS_TILE);
-#endif
         products_wait<1>();
         settle(p);
 #pragma unroll

@@ -7,10 +7,6 @@ constexpr int FORWARD_ROWS = FORWARD_WARPGROUPS * OWN_ROWS, FORWARD_THREADS = (F
 // What is fetched is published FORWARD_LAG tiles later. The others wait for a block's keys while they hold the block before
 // and the values of the one before that, so that less than three stages would never be published.
 constexpr int FORWARD_KEYS = 128, FORWARD_STAGES = DEPTH == 64 ? 4 : 3, FORWARD_LAG = 2;
-// Whether warpgroups begin products by turns, so that the exponentials of one fall into the products of the others.
-#ifndef FORWARD_TURNS
-#define FORWARD_TURNS 0
-#endif
 
 // Scores become probabilities but for the sums, which are found on the way; what was summed with the maxima before is to
 // be multiplied by `rescale`.
@@ -99,15 +95,12 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1) attention_forwa
     tiles_wait<0>();
     warpgroup_sync();
 
-    const int next = warpgroup + 1 < FORWARD_WARPGROUPS ? warpgroup + 1 : 0;
-    if (FORWARD_TURNS && next == 0 && blocks > 1) turn_give(0);
     float sum[1][DEPTH / 8][4] = {}, max[2] = {-infinity(), -infinity()}, total[2] = {}, rescale[2];
     unsigned probabilities[KEYS / 16][4];
     int item = 0;
     // Keys that come after all of the warpgroup's queries: never more than one block.
     if (own_first + OWN_ROWS <= (blocks - 1) * KEYS) {
         key_ring.release(0), value_ring.release(0), item = 1;
-        if (FORWARD_TURNS) turn_wait(warpgroup), turn_give(next);
     }
     {
         // The block of the diagonal: the only one with keys to hide, and all queries see some of it.
@@ -136,12 +129,9 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1) attention_forwa
 #pragma unroll 1
     for (; item < blocks; ++item) {
         float p[1][KEYS / 8][4];
-        if (FORWARD_TURNS) turn_wait(warpgroup);
         scores(p, own, keys + item % FORWARD_STAGES * TILE);
         value_ring.wait(item - 1);
         accumulate(sum, probabilities, values + (item - 1) % FORWARD_STAGES * TILE);
-        // Nobody waits for the turn after the last.
-        if (FORWARD_TURNS && (next != 0 || item + 1 < blocks)) turn_give(next);
         products_wait<1>();
         settle(p);
         key_ring.release(item);
