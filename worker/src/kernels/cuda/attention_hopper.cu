@@ -57,25 +57,6 @@ __device__ __forceinline__ void wgmma_tiles(float (&c)[1][N][4], Operand left, O
     }
 }
 template <int N>
-__device__ __forceinline__ void wgmma_registers_along_depth(
-    float (&c)[1][N][4], const unsigned (&a)[4], Operand right, bool add) {
-    const int lane = threadIdx.x % WARP;
-    unsigned quad[4][4];
-    for (int i = 0; i < 16; ++i) quad[i / 4][i % 4] = __shfl_sync(FULL_WARP, a[i % 4], lane / 4 * 4 + i / 4);
-    for (int n = 0; n < N; ++n) {
-        for (int i = 0; i < 4; ++i) {
-            const int column = n * 8 + lane % 4 * 2 + i % 2;
-            float sum = add ? c[0][n][i] : 0.0f;
-            for (int k = 0; k < 16; ++k) {
-                const unsigned pair = quad[k % 8 / 2][i / 2 + k / 8 * 2];
-                sum += (k % 2 ? high_bf16(pair) : low_bf16(pair)) *
-                       swizzled(right, column / 8 * 1024 + column % 8 * 128 + k * 2);
-            }
-            c[0][n][i] = sum;
-        }
-    }
-}
-template <int N>
 __device__ __forceinline__ void wgmma_registers(float (&c)[1][N][4], const unsigned (&a)[4], Operand right) {
     const int lane = threadIdx.x % WARP;
     unsigned quad[4][4];
@@ -178,18 +159,6 @@ __device__ __forceinline__ void wgmma_tiles(float (&c)[1][16][4], Operand left, 
         "%64, %65, p, 1, 1, 0, 0;\n}"
         : SUMS_4(0), SUMS_4(4), SUMS_4(8), SUMS_4(12)
         : "l"(descriptor(left)), "l"(descriptor(right)), "r"((int)add));
-}
-// The same with left in registers, a warp's part as mma has it.
-__device__ __forceinline__ void wgmma_registers_along_depth(
-    float (&c)[1][8][4], const unsigned (&a)[4], Operand right, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-        : SUMS_4(0), SUMS_4(4)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(right)), "r"((int)add));
 }
 // c (64 × 8·N) += a (64 × 16, registers, a warp's part as mma has it) · right (16 × 8·N, shared).
 __device__ __forceinline__ void wgmma_registers(float (&c)[1][8][4], const unsigned (&a)[4], Operand right) {
