@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use sanderling_common::config::cli::RunOptions;
@@ -30,6 +31,9 @@ const SAMPLE_CHARACTERS: usize = 400;
 
 /// Tokens of it, where a token is more than a character.
 const SAMPLE_TOKENS: usize = 150;
+
+/// Workers that were told to stop may take this long over what they compute.
+const WORKERS_WAIT: Duration = Duration::from_secs(30);
 
 /// What the sample goes on from.
 const SAMPLE_PROMPT: &str = "\n";
@@ -79,8 +83,11 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
             stop_on_interrupt(|| warn!("stopping early; Ctrl-C again to stop at once, without a checkpoint"));
         let server = Server::start(run, None)?;
         serve_with_workers(server, place, stop).await
-    })?;
-    report(&outcome)
+    });
+    let reported = outcome.and_then(|outcome| report(&outcome));
+    // To drop the runtime is to wait without end for threads that a GPU has left waiting.
+    runtime.shutdown_timeout(WORKERS_WAIT);
+    reported
 }
 
 async fn serve_with_workers(
@@ -110,8 +117,16 @@ async fn serve_with_workers(
     };
     view.finish();
     stop_workers.send_replace(true);
-    while workers.join_next().await.is_some() {}
+    wait_for_workers(&mut workers, WORKERS_WAIT).await;
     outcome
+}
+
+/// Waits for workers that were told to stop. The run is decided without them: those that hang are left behind.
+async fn wait_for_workers(workers: &mut JoinSet<Result<WorkerReport, WorkerError>>, patience: Duration) {
+    let all = async { while workers.join_next().await.is_some() {} };
+    if tokio::time::timeout(patience, all).await.is_err() {
+        warn!("workers did not end within {} s and are left behind: {}", patience.as_secs(), workers.len());
+    }
 }
 
 /// The outcome of `serving`, or the first failure of a worker before the run is `over`: in one process a worker that is
@@ -260,6 +275,15 @@ mod tests {
         let serving = std::future::pending::<Result<(), WorkerError>>();
         let error = serve_beside(serving, std::future::pending(), &mut workers).await.unwrap_err();
         assert!(error.downcast_ref::<WorkerError>().is_some(), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_hangs_is_left_behind() {
+        let mut workers = JoinSet::new();
+        workers.spawn(async { Ok(WorkerReport::default()) });
+        workers.spawn(std::future::pending());
+        wait_for_workers(&mut workers, Duration::from_millis(20)).await;
+        assert_eq!(workers.len(), 1, "only the one that hangs");
     }
 
     #[tokio::test]

@@ -2,11 +2,13 @@
 //! is admitted and what is too much.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "a test says that it is skipped")]
 
 mod admission;
 mod beginnings;
 mod durability;
 mod faults;
+mod gpu;
 mod limits;
 mod order;
 mod peer;

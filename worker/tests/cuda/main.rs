@@ -12,3 +12,4 @@ mod device;
 mod fixtures;
 mod operations;
 mod random;
+mod shared;

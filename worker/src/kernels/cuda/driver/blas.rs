@@ -20,9 +20,18 @@ const ALIGNMENT_MAX: u64 = 256;
 #[derive(Debug)]
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
+    shared: Mutex<Shared>,
+}
+
+/// What all products share, whatever thread queues them. The lock is held until a product is queued: it may be several
+/// launches, which hand on in the workspace what they come to (parts of a split sum, and the counters by which blocks wait
+/// for each other), and no launch of another product may come between them. A block whose counter was overwritten would
+/// wait for ever.
+#[derive(Debug)]
+struct Shared {
     workspace: cuda_sys::CUdeviceptr,
     /// `None`: there is nothing for such a product.
-    plans: Mutex<HashMap<Key, Option<Plan>>>,
+    plans: HashMap<Key, Option<Plan>>,
 }
 
 /// Everything about a product but its addresses, of which only the alignment matters.
@@ -173,18 +182,18 @@ impl Blas {
             operation: "asking for the products' workspace",
             reason: format!("{:?}", error.0),
         })?;
-        Ok(Self { handle, workspace, plans: Mutex::default() })
+        Ok(Self { handle, shared: Mutex::new(Shared { workspace, plans: HashMap::new() }) })
     }
 
     /// Queues a product; false if cuBLASLt has none of such sizes and addresses.
     pub(super) fn product(&self, product: &Product, stream: cuda_sys::CUstream) -> Result<bool, CudaError> {
         let key = Key::new(product);
-        let known = self.plans.lock().expect("nothing panics while it holds the lock").get(&key).copied();
-        let plan = match known {
-            Some(plan) => plan,
+        let mut shared = self.shared.lock().expect("nothing panics while it holds the lock");
+        let plan = match shared.plans.get(&key) {
+            Some(&plan) => plan,
             None => {
                 let plan = key.plan(self.handle)?;
-                self.plans.lock().expect("nothing panics while it holds the lock").insert(key, plan);
+                shared.plans.insert(key, plan);
                 plan
             }
         };
@@ -192,7 +201,8 @@ impl Blas {
         let (alpha, beta) = (1.0f32, if product.add { 1.0f32 } else { 0.0 });
         let d = product.d as *mut c_void;
         // SAFETY: the addresses are those of allocations of at least the sizes that the plan was made for, and the plan
-        // lives as long as the handle. The workspace is used by one product after the other, in one queue.
+        // lives as long as the handle. The workspace is used by one product after the other, in one queue, to which
+        // nobody else adds a product while the lock is held.
         unsafe {
             result::matmul(
                 self.handle,
@@ -208,7 +218,7 @@ impl Blas {
                 d,
                 plan.d,
                 &raw const plan.algorithm,
-                self.workspace as *mut c_void,
+                shared.workspace as *mut c_void,
                 WORKSPACE_BYTES,
                 stream.cast(),
             )
@@ -219,11 +229,10 @@ impl Blas {
 
     /// Gives everything back; nothing may be asked of it afterwards.
     pub(super) fn destroy(&self) {
-        let plans: Vec<_> =
-            self.plans.lock().map_or_else(|_| Vec::new(), |mut plans| plans.drain().collect());
+        let mut shared = self.shared.lock().expect("nothing panics while it holds the lock");
         // SAFETY: all of these were made by this and are used no more. A failure would leave memory to the process's end.
         unsafe {
-            for plan in plans.into_iter().filter_map(|(_, plan)| plan) {
+            for plan in shared.plans.drain().filter_map(|(_, plan)| plan) {
                 let _ = result::destroy_matmul_desc(plan.operation);
                 [plan.a, plan.b, plan.d]
                     .map(|layout| result::destroy_matrix_layout(layout))
@@ -231,7 +240,7 @@ impl Blas {
                     .for_each(drop);
             }
             let _ = result::destroy_handle(self.handle);
-            let _ = cuda::free_sync(self.workspace);
+            let _ = cuda::free_sync(shared.workspace);
         }
     }
 }

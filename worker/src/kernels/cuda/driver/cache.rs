@@ -10,6 +10,7 @@ const HASH_BYTES: usize = 32;
 
 /// Where a compiled unit is kept: named by everything that it was made of.
 pub(super) struct Entry {
+    name: String,
     file: Option<PathBuf>,
 }
 
@@ -20,8 +21,14 @@ impl Entry {
         hash.update(format!("nvrtc {major}.{minor}\n"));
         options.iter().for_each(|option| hash.update(format!("{option}\n")));
         hash.update(text);
-        let file = directory().map(|directory| directory.join(format!("{}.cubin", hex(&hash.finalize()))));
-        Self { file }
+        let name = hex(&hash.finalize());
+        let file = directory().map(|directory| directory.join(format!("{name}.cubin")));
+        Self { name, file }
+    }
+
+    /// What tells this unit from all others.
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 
     /// What is kept there, if it is whole.

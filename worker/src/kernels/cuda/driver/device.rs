@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::{result, sys};
 
@@ -31,6 +31,8 @@ pub(crate) struct Device {
     context: sys::CUcontext,
     stream: sys::CUstream,
     blas: Blas,
+    /// The units that are loaded, by the names of their cache entries.
+    modules: Mutex<HashMap<String, Module>>,
     /// The dynamic shared memory that each kernel has been allowed.
     allowed: Mutex<HashMap<Kernel, u32>>,
 }
@@ -79,7 +81,8 @@ impl Device {
             .map_err(failed("making a queue"))?;
         let blas = Blas::new()?;
         let held_bytes = AtomicUsize::new(0);
-        Ok(Self { properties, held_bytes, device, context, stream, blas, allowed: Mutex::default() })
+        let (modules, allowed) = (Mutex::default(), Mutex::default());
+        Ok(Self { properties, held_bytes, device, context, stream, blas, modules, allowed })
     }
 
     /// Makes the context the calling thread's.
@@ -99,6 +102,26 @@ impl Device {
         // SAFETY: the code is what NVRTC made, whole (its hash was compared), and is copied by the call.
         let module = unsafe { result::module::load_data(code.as_ptr().cast()) };
         Ok(Module(module.map_err(failed("loading kernels"))? as usize))
+    }
+
+    /// Loads a unit from the cache, or compiles it.
+    fn load_unit(source: &Source, architecture: &str, entry: &Entry) -> Result<Module, CudaError> {
+        if let Some(module) = entry.read().and_then(|code| Self::load_code(&code).ok()) {
+            return Ok(module);
+        }
+        match compile::compile_to_cubin(source, architecture) {
+            Ok(code) => {
+                entry.write(&code);
+                Self::load_code(&code)
+            }
+            // A GPU that is newer than the compiler runs what the driver makes of the newest it knows.
+            Err(error) if error.status.contains("INVALID_OPTION") => {
+                let mut code = compile::compile_to_ptx(source, "compute_90")?;
+                code.push(0);
+                Self::load_code(&code)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Allows a kernel the dynamic shared memory of a launch.
@@ -234,22 +257,14 @@ impl Driver for Device {
         let architecture = self.architecture();
         let options = compile::options(source, &architecture);
         let entry = Entry::new(&source.text, &options, compile::version());
-        if let Some(module) = entry.read().and_then(|code| Self::load_code(&code).ok()) {
+        // Workers that begin together want the same units in the same order: one of them compiles, the others wait for it.
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&module) = modules.get(entry.name()) {
             return Ok(module);
         }
-        match compile::compile_to_cubin(source, &architecture) {
-            Ok(code) => {
-                entry.write(&code);
-                Self::load_code(&code)
-            }
-            // A GPU that is newer than the compiler runs what the driver makes of the newest it knows.
-            Err(error) if error.status.contains("INVALID_OPTION") => {
-                let mut code = compile::compile_to_ptx(source, "compute_90")?;
-                code.push(0);
-                Self::load_code(&code)
-            }
-            Err(error) => Err(error.into()),
-        }
+        let module = Self::load_unit(source, &architecture, &entry)?;
+        modules.insert(entry.name().to_owned(), module);
+        Ok(module)
     }
 
     fn kernel(&self, module: Module, name: &str) -> Result<Kernel, CudaError> {

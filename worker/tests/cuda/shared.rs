@@ -1,0 +1,87 @@
+//! Several threads that queue products on one device at the same time, each with a handle of its own.
+
+use std::thread;
+
+use sanderling_worker::kernels::cuda::{Cuda, Precision};
+use sanderling_worker::kernels::{Kernels, Weights, Write};
+
+use crate::device::{Place, everywhere, kernels};
+use crate::random::Random;
+
+/// Rows, outputs and inputs. Small results of long sums are those that cuBLASLt splits: several launches a product, which
+/// share its workspace.
+const SHAPES: [(usize, usize, usize); 2] = [(7, 24, 64), (16, 8, 260)];
+const SHAPES_LARGE: [(usize, usize, usize); 6] =
+    [(64, 64, 16384), (8, 256, 8192), (2048, 4, 128), (128, 128, 4096), (256, 65, 2048), (2048, 384, 128)];
+
+/// How much is multiplied.
+#[derive(Clone, Copy)]
+struct Load {
+    shapes: &'static [(usize, usize, usize)],
+    threads: usize,
+    /// Times that the products of a shape are looked at, and queued before they are.
+    rounds: usize,
+    repeats: usize,
+}
+
+/// What all products of the shapes come to, and how often they came to something else in more rounds.
+fn products(mut cuda: Cuda, load: Load) -> (Vec<Vec<f32>>, usize) {
+    let mut random = Random::new(11);
+    let (mut first, mut others) = (Vec::new(), 0);
+    let mut upload = |cuda: &mut Cuda, len: usize, parameters: bool| {
+        let made = if parameters { cuda.allocate_factors(len) } else { cuda.allocate_activations(len) };
+        let (mut buffer, values) = (made.unwrap(), random.exact(len, 1.0));
+        cuda.upload(&values, &mut buffer);
+        buffer
+    };
+    for &(rows, outputs, inputs) in load.shapes {
+        let weights = Weights { offset: 0, outputs, inputs };
+        let params = upload(&mut cuda, outputs * inputs, true);
+        let x = upload(&mut cuda, rows * inputs, false);
+        let dy = upload(&mut cuda, rows * outputs, false);
+        let mut y = cuda.allocate_activations(rows * outputs).unwrap();
+        let mut dx = cuda.allocate_activations(rows * inputs).unwrap();
+        let mut gradient = cuda.allocate(outputs * inputs).unwrap();
+        for round in 0..load.rounds {
+            for _ in 0..load.repeats {
+                cuda.product(&params, weights, rows, &x, &mut y, Write::Replace);
+                cuda.product_input_gradient(&params, weights, rows, &dy, &mut dx, Write::Replace);
+                cuda.product_weight_gradient(&mut gradient, weights, rows, &dy, &x);
+            }
+            let results = [&y, &dx, &gradient].map(|buffer| {
+                let mut values = vec![f32::NAN; buffer.len()];
+                cuda.download(buffer, &mut values).unwrap();
+                values
+            });
+            if round == 0 {
+                first.extend(results);
+            } else {
+                let expected = &first[first.len() - results.len()..];
+                others +=
+                    expected.iter().zip(&results).filter(|(expected, result)| expected != result).count();
+            }
+        }
+    }
+    (first, others)
+}
+
+fn threads_get_the_same_products(place: Place, precision: Precision) {
+    let Some(cuda) = kernels(place, precision) else { return };
+    let load = match place {
+        Place::Emulator => Load { shapes: &SHAPES, threads: 3, rounds: 2, repeats: 1 },
+        Place::Gpu => Load { shapes: &SHAPES_LARGE, threads: 8, rounds: 40, repeats: 8 },
+    };
+    let (alone, others) = products(cuda.beside(), load);
+    assert_eq!(others, 0, "a product that is repeated comes to the same");
+    thread::scope(|scope| {
+        let threads: Vec<_> =
+            (0..load.threads).map(|_| scope.spawn(|| products(cuda.beside(), load))).collect();
+        for thread in threads {
+            let (together, others) = thread.join().unwrap();
+            let same = alone.iter().zip(&together).filter(|(alone, together)| alone == together).count();
+            assert_eq!((same, others), (alone.len(), 0), "products beside those of other threads");
+        }
+    });
+}
+
+everywhere!(threads_get_the_same_products);
