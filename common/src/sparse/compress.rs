@@ -32,7 +32,7 @@ enum Policy {
 }
 
 impl Compressor {
-    /// Sends the [`kept`] largest magnitudes of each tensor (ties to the lower index), always that many, and
+    /// Sends the [`kept`](super::kept) largest magnitudes of each tensor (ties to the lower index), always that many, and
     /// tensors of up to `dense_below` elements whole.
     ///
     /// # Panics
