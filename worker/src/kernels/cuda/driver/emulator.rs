@@ -40,7 +40,7 @@ struct Units {
 }
 
 struct Loaded {
-    library: Library,
+    code: Library,
     launch: LaunchFunction,
 }
 
@@ -139,7 +139,7 @@ impl Emulator {
         // SAFETY: the function has that type in emulate.hpp, and lives as long as the library, which is never dropped.
         let launch = unsafe { library.get::<LaunchFunction>(b"emulate_launch\0") };
         let launch = *launch.map_err(|error| failed(error.to_string()))?;
-        Ok(Loaded { library, launch })
+        Ok(Loaded { code: library, launch })
     }
 }
 
@@ -239,7 +239,7 @@ impl Driver for Emulator {
         let units = units().lock().unwrap_or_else(PoisonError::into_inner);
         let loaded = &units.loaded[module.0];
         // SAFETY: only the address is taken here; the library is never dropped.
-        let symbol = unsafe { loaded.library.get::<unsafe extern "C" fn()>(name.as_bytes()) };
+        let symbol = unsafe { loaded.code.get::<unsafe extern "C" fn()>(name.as_bytes()) };
         let symbol = symbol
             .map_err(|error| CudaError::NoKernel { name: name.to_owned(), reason: error.to_string() })?;
         let address = *symbol as *const c_void as usize;
