@@ -6,68 +6,21 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(clippy::print_stdout, reason = "a test prints the deviations it found")]
 
-use std::path::{Path, PathBuf};
+mod fixture;
 
-use ndarray::{Array2, Array3, s};
-use safetensors::SafeTensors;
+use ndarray::{Array3, s};
 use sanderling_common::capacity::{Capacity, CapacityConvention};
-use sanderling_common::checkpoint;
-use sanderling_common::model_config::{FeedForward, ModelConfig};
+use sanderling_common::model_config::FeedForward;
 use sanderling_worker::kernels::cpu::Cpu;
 use sanderling_worker::model::{Balancing, EvalSums, Model};
 
+use fixture::Fixture;
+
 const TOLERANCE: f64 = 1e-4;
 
-struct Fixture {
-    name: &'static str,
-    config: ModelConfig,
-    params: Vec<f32>,
-    reference: Vec<u8>,
-}
-
-impl Fixture {
-    fn load(name: &'static str) -> Self {
-        let directory: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hf").join(name);
-        let (config, params) = checkpoint::load(&directory).unwrap();
-        let reference = std::fs::read(directory.join("reference.safetensors")).unwrap();
-        Self { name, config, params, reference }
-    }
-
-    fn reference(&self, name: &str) -> Vec<f32> {
-        let file = SafeTensors::deserialize(&self.reference).unwrap();
-        let bytes = file.tensor(name).unwrap().data().to_vec();
-        bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
-    }
-
-    /// The reference's gradient of one of our tensors, by the name it has there: Qwen2-MoE's files have another name
-    /// for what Mixtral's call `block_sparse_moe`.
-    fn gradient(&self, tensor: &str) -> Vec<f32> {
-        let mut name = tensor.to_owned();
-        if self.config.shared_expert.is_some() {
-            let names = [
-                ("block_sparse_moe", "mlp"),
-                (".w1.", ".gate_proj."),
-                (".w2.", ".down_proj."),
-                (".w3.", ".up_proj."),
-            ];
-            for (ours, theirs) in names {
-                name = name.replace(ours, theirs);
-            }
-        }
-        self.reference(&format!("grad.{name}"))
-    }
-
-    fn input_ids(&self) -> Array2<u32> {
-        let file = SafeTensors::deserialize(&self.reference).unwrap();
-        let tensor = file.tensor("input_ids").unwrap();
-        let ids = tensor.data().chunks_exact(8);
-        let ids = ids.map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap()) as u32).collect();
-        Array2::from_shape_vec((tensor.shape()[0], tensor.shape()[1]), ids).unwrap()
-    }
-
-    fn model(&self, kernels: Cpu) -> Model<Cpu> {
-        Model::new(self.config.clone(), kernels).unwrap()
-    }
+/// The model of a fixture.
+fn model_of(fixture: &Fixture, kernels: Cpu) -> Model<Cpu> {
+    Model::new(fixture.config.clone(), kernels).unwrap()
 }
 
 /// |a − b| / |b| in the Euclidean norm.
@@ -80,7 +33,7 @@ fn relative(a: &[f32], b: &[f32]) -> f64 {
 
 fn check(name: &'static str, kernels: fn() -> Cpu) {
     let fixture = Fixture::load(name);
-    let mut model = fixture.model(kernels());
+    let mut model = model_of(&fixture, kernels());
     let ids = fixture.input_ids();
     let (inputs, targets) = (ids.slice(s![.., ..-1]), ids.slice(s![.., 1..]));
 
@@ -167,7 +120,7 @@ fn qwen2_moe_auxiliary_loss() {
 fn check_auxiliary_loss(name: &'static str) {
     let fixture = Fixture::load(name);
     let FeedForward::Moe { experts, top_k, .. } = fixture.config.feed_forward else { panic!("a mixture") };
-    let mut model = fixture.model(Cpu::new());
+    let mut model = model_of(&fixture, Cpu::new());
     let ids = fixture.input_ids();
     // The targets do not matter to the router.
     let sums = model.evaluate(&fixture.params, ids.view(), ids.view()).unwrap();
@@ -186,7 +139,7 @@ fn check_auxiliary_loss(name: &'static str) {
 fn evaluation_agrees_with_training() {
     for name in ["llama-gqa", "mixtral-e8t2"] {
         let fixture = Fixture::load(name);
-        let mut model = fixture.model(Cpu::new());
+        let mut model = model_of(&fixture, Cpu::new());
         let ids = fixture.input_ids();
         let (inputs, targets) = (ids.slice(s![.., ..-1]), ids.slice(s![.., 1..]));
         let mut grad = vec![0.0; model.parameters()];
@@ -214,7 +167,7 @@ fn evaluation_agrees_with_training() {
 fn single_losses_and_logits_are_those_of_the_batch() {
     for name in ["llama-gqa", "mixtral-e8t2"] {
         let fixture = Fixture::load(name);
-        let mut model = fixture.model(Cpu::new());
+        let mut model = model_of(&fixture, Cpu::new());
         let ids = fixture.input_ids();
         let (inputs, targets) = (ids.slice(s![.., ..-1]), ids.slice(s![.., 1..]));
         let sums = model.evaluate(&fixture.params, inputs, targets).unwrap();

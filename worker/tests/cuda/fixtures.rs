@@ -1,66 +1,16 @@
 //! The model against `transformers`, as `model_fixtures.rs` has it for the CPU.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
-use ndarray::{Array2, ArrayView2, s};
-use safetensors::SafeTensors;
+use ndarray::{ArrayView2, s};
 use sanderling_common::capacity::{Capacity, CapacityConvention};
-use sanderling_common::checkpoint;
-use sanderling_common::model_config::ModelConfig;
 use sanderling_worker::kernels::Kernels;
 use sanderling_worker::kernels::cpu::Cpu;
 use sanderling_worker::kernels::cuda::{MemoryNeeded, Precision};
 use sanderling_worker::model::{Balancing, Model};
 
 use crate::device::{Place, everywhere, kernels, relative, tolerance};
-
-struct Fixture {
-    config: ModelConfig,
-    params: Vec<f32>,
-    reference: Vec<u8>,
-}
-
-impl Fixture {
-    fn load(name: &'static str) -> Self {
-        let sources = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-        let folder = std::env::var_os("SANDERLING_FIXTURES").map_or_else(sources, PathBuf::from);
-        let directory = folder.join("hf").join(name);
-        let (config, params) = checkpoint::load(&directory).unwrap();
-        Self { config, params, reference: std::fs::read(directory.join("reference.safetensors")).unwrap() }
-    }
-
-    fn reference(&self, name: &str) -> Vec<f32> {
-        let file = SafeTensors::deserialize(&self.reference).unwrap();
-        let bytes = file.tensor(name).unwrap().data().to_vec();
-        bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
-    }
-
-    /// The reference's gradient of one of our tensors: see `model_fixtures.rs`.
-    fn gradient(&self, tensor: &str) -> Vec<f32> {
-        let mut name = tensor.to_owned();
-        if self.config.shared_expert.is_some() {
-            let names = [
-                ("block_sparse_moe", "mlp"),
-                (".w1.", ".gate_proj."),
-                (".w2.", ".down_proj."),
-                (".w3.", ".up_proj."),
-            ];
-            for (ours, theirs) in names {
-                name = name.replace(ours, theirs);
-            }
-        }
-        self.reference(&format!("grad.{name}"))
-    }
-
-    fn input_ids(&self) -> Array2<u32> {
-        let file = SafeTensors::deserialize(&self.reference).unwrap();
-        let tensor = file.tensor("input_ids").unwrap();
-        let ids = tensor.data().chunks_exact(8);
-        let ids = ids.map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap()) as u32).collect();
-        Array2::from_shape_vec((tensor.shape()[0], tensor.shape()[1]), ids).unwrap()
-    }
-}
+use crate::fixture::Fixture;
 
 const HALF: Option<Capacity> = Some(Capacity { factor: 0.5, convention: CapacityConvention::Slots });
 
@@ -87,13 +37,13 @@ fn check(name: &'static str, place: Place, precision: Precision) {
     assert!(loss < tolerance, "the loss differs by {loss}");
     let mut values = vec![0.0; fixture.params.len()];
     model.kernels_mut().download(&grad, &mut values).unwrap();
-    check_gradients(name, &fixture, &values, precision);
+    check_gradients(&fixture, &values, precision);
 }
 
 /// Of floats every tensor is within the tolerance. With rounded factors the whole gradient is, and each tensor within
 /// twice as much, or five times for the experts of a layer taken together and for its router: a token whose two likeliest
 /// experts are nearly equal may go to the other one, and a fixture has few tokens.
-fn check_gradients(name: &str, fixture: &Fixture, values: &[f32], precision: Precision) {
+fn check_gradients(fixture: &Fixture, values: &[f32], precision: Precision) {
     let (layout, tolerance) = (fixture.config.layout().unwrap(), tolerance(precision));
     let mut groups: BTreeMap<String, (Vec<f32>, Vec<f32>)> = BTreeMap::new();
     for tensor in layout.tensors() {
@@ -118,7 +68,8 @@ fn check_gradients(name: &str, fixture: &Fixture, values: &[f32], precision: Pre
         deviations.max_by(|a, b| (a.0 / allowed(a.1)).total_cmp(&(b.0 / allowed(b.1)))).unwrap();
     let (found, expected): (Vec<_>, Vec<_>) = groups.values().cloned().unzip();
     let whole = relative(&found.concat(), &expected.concat());
-    println!("{name}: gradient {whole:.1e}, worst of {} parts {worst:.1e} ({group})", groups.len());
+    let (name, parts) = (fixture.name, groups.len());
+    println!("{name}: gradient {whole:.1e}, worst of {parts} parts {worst:.1e} ({group})");
     assert!(whole < tolerance, "the gradient differs by {whole}");
     assert!(worst < allowed(group), "the gradient of {group} differs by {worst}");
 }

@@ -9,6 +9,8 @@
 
 mod compile;
 mod device;
+#[path = "../fixture/mod.rs"]
+mod fixture;
 mod fixtures;
 mod operations;
 mod random;
