@@ -3,9 +3,8 @@
 //
 // A block has three warpgroups. The first one's first thread asks for slices as soon as their places in the ring are
 // free; the other two multiply, each 64 × 256 of the block's tile of 128 × 256, and store. Blocks live as long as the
-// launch and take tiles in turn, so that slices of the next tile are on their way while one is stored. Two blocks may
-// form a cluster (HOPPER_CLUSTER 2): they compute tiles one above the other and each fetches half of the right operand
-// for both.
+// launch and take tiles in turn, so that slices of the next tile are on their way while one is stored. Clusters of two
+// blocks that share the right operand were tried, and were slower: 470 to 550 TFLOP/s against 610 to 780 on an H200.
 //
 // Slices are boxes of 64 × 64 elements, each row of a box 128 bytes, swizzled by the copy engine as wgmma reads it. What
 // is outside an operand is zero. A box of activations may reach into the next expert's slots: for the first two products
@@ -18,14 +17,6 @@
 #error "experts_hopper.cu is for activations of bfloat16"
 #endif
 
-#ifndef HOPPER_CLUSTER
-#define HOPPER_CLUSTER 1
-#endif
-// Slices that the second consumer stays behind the first, so that one multiplies while the other stores.
-#ifndef HOPPER_LAG
-#define HOPPER_LAG 0
-#endif
-
 // A CUtensorMap, which the host encodes: see the launch below.
 struct alignas(64) TensorMap {
     unsigned char bytes[128];
@@ -34,8 +25,8 @@ struct alignas(64) TensorMap {
 constexpr int HOPPER_ROWS = 128, HOPPER_COLUMNS = 256, HOPPER_DEPTH = 64, HOPPER_STAGES = 4;
 constexpr int HOPPER_THREADS = 384, HOPPER_CONSUMER_WARPS = 8;
 constexpr int HOPPER_EXPERTS = 256; // the most experts
-// Row tiles of a cluster that share columns of the right operand in the second-level cache.
-constexpr int HOPPER_GROUP = 16 / HOPPER_CLUSTER;
+// Row tiles that share columns of the right operand in the second-level cache.
+constexpr int HOPPER_GROUP = 16;
 constexpr int BOX = 64, BOX_BYTES = BOX * BOX * 2;
 constexpr int LEFT_BYTES = HOPPER_ROWS * HOPPER_DEPTH * 2, RIGHT_BYTES = HOPPER_COLUMNS * HOPPER_DEPTH * 2;
 constexpr int RING_STAGE_BYTES = LEFT_BYTES + RIGHT_BYTES;
@@ -45,7 +36,7 @@ constexpr int HOPPER_OUTPUT_FLOAT = 1, HOPPER_OUTPUT_ADD = 2; // as in experts.c
 struct HopperShared {
     unsigned long long full[HOPPER_STAGES], empty[HOPPER_STAGES];
     int starts[HOPPER_EXPERTS + 1];
-    int first_tile[HOPPER_EXPERTS + 1]; // tiles of a cluster's height before each expert's, and all
+    int first_tile[HOPPER_EXPERTS + 1]; // row tiles before each expert's, and all
 };
 static_assert(
     1024 + HOPPER_STAGES * RING_STAGE_BYTES + sizeof(HopperShared) <= 199936, "the launch below says 199936 bytes");
@@ -67,14 +58,6 @@ __device__ __forceinline__ void barrier_expect(unsigned barrier, int bytes) {
 __device__ __forceinline__ void barrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives at the same barrier of a block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(unsigned barrier, int block) {
-    asm volatile(
-        "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-        "r"(block)
-        : "memory");
-}
 // Waits for the end of the barrier's phase of that parity.
 __device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
     unsigned done = 0;
@@ -91,51 +74,29 @@ __device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
             : "memory");
     }
 }
-// Makes barriers just initialised known to the copy engine and the cluster.
+// Makes barriers just initialised known to the copy engine.
 __device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Makes this thread's writes to shared memory known to wgmma and the copy engine.
 __device__ __forceinline__ void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-// The second consumer waits for the first, which does not.
-__device__ __forceinline__ void lag_arrive() { asm volatile("bar.arrive 2, 256;" ::: "memory"); }
-__device__ __forceinline__ void lag_wait() { asm volatile("bar.sync 2, 256;" ::: "memory"); }
 // What the producer gives up, the consumers take.
 __device__ __forceinline__ void producer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
 __device__ __forceinline__ void consumer_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
 
-// A box of a matrix (y, x) or, with `z`, of one of many, to shared memory; `everywhere` to all blocks of the cluster.
-template <bool everywhere>
+// A box of a matrix (y, x) or, with `z`, of one of many, to shared memory.
 __device__ __forceinline__ void load_box(unsigned to, const TensorMap& map, unsigned barrier, int x, int y) {
-    if (everywhere)
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-            "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-            "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"((unsigned short)((1 << HOPPER_CLUSTER) - 1))
-            : "memory");
-    else
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
-                "r"(to),
-            "l"(&map), "r"(barrier), "r"(x), "r"(y)
-            : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            to),
+        "l"(&map), "r"(barrier), "r"(x), "r"(y)
+        : "memory");
 }
-template <bool everywhere>
 __device__ __forceinline__ void load_box(unsigned to, const TensorMap& map, unsigned barrier, int x, int y, int z) {
-    if (everywhere)
-        asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-            "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
-            "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"((unsigned short)((1 << HOPPER_CLUSTER) - 1))
-            : "memory");
-    else
-        asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
-            "[%2];" ::"r"(to),
-            "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
-            : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+        : "memory");
 }
 
 // Everything before: writes to shared memory by the copy engine, and to registers of the sums.
@@ -214,9 +175,8 @@ struct HopperTiles {
     int index;
 
     __device__ __forceinline__ HopperTiles(const HopperShared& shared, int experts, int rows, int columns)
-        : shared(shared), experts(experts), index(blockIdx.x / HOPPER_CLUSTER) {
-        const int height = HOPPER_ROWS * HOPPER_CLUSTER;
-        row_tiles = product == WEIGHT_GRADIENT ? (rows + height - 1) / height : shared.first_tile[experts];
+        : shared(shared), experts(experts), index(blockIdx.x) {
+        row_tiles = product == WEIGHT_GRADIENT ? (rows + HOPPER_ROWS - 1) / HOPPER_ROWS : shared.first_tile[experts];
         column_tiles = (columns + HOPPER_COLUMNS - 1) / HOPPER_COLUMNS;
         tiles = row_tiles * column_tiles * (product == WEIGHT_GRADIENT ? experts : 1);
     }
@@ -245,23 +205,23 @@ struct HopperTiles {
             tile.expert = low;
             row_tile -= shared.first_tile[low];
         }
-        tile.row = (row_tile * HOPPER_CLUSTER + blockIdx.x % HOPPER_CLUSTER) * HOPPER_ROWS;
+        tile.row = row_tile * HOPPER_ROWS;
         tile.first_slot = shared.starts[tile.expert];
         tile.slots = shared.starts[tile.expert + 1] - tile.first_slot;
-        index += gridDim.x / HOPPER_CLUSTER;
+        index += gridDim.x;
         return true;
     }
 };
 
 // The first warp notes where the experts' slots and tiles start.
 __device__ __forceinline__ void note_experts(const int* starts, int experts, HopperShared& shared) {
-    const int lane = threadIdx.x, height = HOPPER_ROWS * HOPPER_CLUSTER;
+    const int lane = threadIdx.x;
     int before = 0;
     for (int first = 0; first < experts; first += WARP) {
         const int expert = first + lane;
         const int from = starts[expert < experts ? expert : experts];
         const int slots = expert < experts ? starts[expert + 1] - from : 0;
-        int through = (slots + height - 1) / height;
+        int through = (slots + HOPPER_ROWS - 1) / HOPPER_ROWS;
 #pragma unroll
         for (int offset = 1; offset < WARP; offset *= 2) {
             const int lower = __shfl_up_sync(FULL_WARP, through, offset);
@@ -378,12 +338,11 @@ __device__ __forceinline__ void hopper_product(
     if (threadIdx.x == WARP) {
         for (int stage = 0; stage < HOPPER_STAGES; stage++) {
             barrier_init(full + stage * 8, 1);
-            barrier_init(empty + stage * 8, HOPPER_CONSUMER_WARPS * HOPPER_CLUSTER);
+            barrier_init(empty + stage * 8, HOPPER_CONSUMER_WARPS);
         }
         barrier_fence();
     }
     __syncthreads();
-    if (HOPPER_CLUSTER > 1) cluster_sync();
 
     HopperTiles<product> tiles(shared, experts, rows, columns);
     HopperTile tile;
@@ -402,21 +361,20 @@ __device__ __forceinline__ void hopper_product(
                     for (int box = 0; box < HOPPER_ROWS / BOX; box++) {
                         const int side = tile.row + box * BOX;
                         if (product == WEIGHT_GRADIENT)
-                            load_box<false>(left + box * BOX_BYTES, left_map, barrier, side, tile.first_slot + at);
+                            load_box(left + box * BOX_BYTES, left_map, barrier, side, tile.first_slot + at);
                         else
-                            load_box<false>(left + box * BOX_BYTES, left_map, barrier, at, tile.first_slot + side);
+                            load_box(left + box * BOX_BYTES, left_map, barrier, at, tile.first_slot + side);
                     }
 #pragma unroll
-                    for (int i = 0; i < HOPPER_COLUMNS / BOX / HOPPER_CLUSTER; i++) {
-                        const int box = i * HOPPER_CLUSTER + blockIdx.x % HOPPER_CLUSTER;
+                    for (int box = 0; box < HOPPER_COLUMNS / BOX; box++) {
                         const int side = tile.column + box * BOX;
                         const unsigned to = right + box * BOX_BYTES;
                         if (product == WEIGHT_GRADIENT)
-                            load_box<HOPPER_CLUSTER != 1>(to, right_map, barrier, side, tile.first_slot + at);
+                            load_box(to, right_map, barrier, side, tile.first_slot + at);
                         else if (product == INPUT_GRADIENT)
-                            load_box<HOPPER_CLUSTER != 1>(to, right_map, barrier, side, at, tile.expert);
+                            load_box(to, right_map, barrier, side, at, tile.expert);
                         else
-                            load_box<HOPPER_CLUSTER != 1>(to, right_map, barrier, at, side, tile.expert);
+                            load_box(to, right_map, barrier, at, side, tile.expert);
                     }
                     stage = stage + 1 == HOPPER_STAGES ? 0 : stage + 1;
                     parity ^= stage == 0;
@@ -429,13 +387,8 @@ __device__ __forceinline__ void hopper_product(
         const unsigned long long lefts = descriptor<left_side_contiguous>(ring + consumer * BOX_BYTES);
         const unsigned long long rights = descriptor<right_side_contiguous>(ring + LEFT_BYTES);
         float c[128];
-        bool lags = HOPPER_LAG > 0;
         while (tiles.next(tile)) {
             const int length = product == WEIGHT_GRADIENT ? tile.slots : depth;
-            if (lags && consumer == 1) {
-                lag_wait();
-                lags = false;
-            }
             if (length == 0) {
 #pragma unroll
                 for (int i = 0; i < 128; i++) c[i] = 0.0f;
@@ -450,10 +403,6 @@ __device__ __forceinline__ void hopper_product(
                     for (int i = threadIdx.x - 128; i < rest * (RING_STAGE_BYTES / BOX_BYTES); i += 256)
                         slice[(i / rest + 1) * (BOX_BYTES / 16) - 1 - i % rest] = make_uint4(0, 0, 0, 0);
                     shared_fence();
-                    if (lags) {
-                        lag_arrive();
-                        lags = false;
-                    }
                     consumers_sync();
                 }
                 const unsigned long long left = lefts + stage * (RING_STAGE_BYTES / 16);
@@ -465,18 +414,10 @@ __device__ __forceinline__ void hopper_product(
                         c, left + i * depth_step<left_side_contiguous>(),
                         right + i * depth_step<right_side_contiguous>(), at > 0 || i > 0);
                 wgmma_commit();
-                if (lags && at == (HOPPER_LAG - 1) * HOPPER_DEPTH) {
-                    lag_arrive();
-                    lags = false;
-                }
                 // The slice before has been read.
                 if (at > 0) {
                     wgmma_wait<1>();
-                    if (HOPPER_CLUSTER == 1) {
-                        if (lane == 0) barrier_arrive(empty + last * 8);
-                    } else {
-                        if (lane < HOPPER_CLUSTER) barrier_arrive_at(empty + last * 8, lane);
-                    }
+                    if (lane == 0) barrier_arrive(empty + last * 8);
                 }
                 last = stage;
                 stage = stage + 1 == HOPPER_STAGES ? 0 : stage + 1;
@@ -484,17 +425,7 @@ __device__ __forceinline__ void hopper_product(
             }
             wgmma_wait<0>();
             wgmma_hold(c);
-            if (length > 0) {
-                if (HOPPER_CLUSTER == 1) {
-                    if (lane == 0) barrier_arrive(empty + last * 8);
-                } else {
-                    if (lane < HOPPER_CLUSTER) barrier_arrive_at(empty + last * 8, lane);
-                }
-            }
-            if (lags) {
-                lag_arrive();
-                lags = false;
-            }
+            if (length > 0 && lane == 0) barrier_arrive(empty + last * 8);
             const int row = tile.row + consumer * 64 + threadIdx.x % 128 / WARP * 16 + lane / 4;
             const int rows_here = product == WEIGHT_GRADIENT ? rows : tile.slots;
             const long long offset = product == WEIGHT_GRADIENT ? tile.expert * output.stride
@@ -514,19 +445,12 @@ __device__ __forceinline__ void hopper_product(
             }
         }
     }
-    // Until both are done, a block of a cluster may get slices and arrivals from the other.
-    if (HOPPER_CLUSTER > 1) cluster_sync();
 }
 
-#if HOPPER_CLUSTER > 1
-#define HOPPER_KERNEL \
-    extern "C" __global__ void __cluster_dims__(HOPPER_CLUSTER, 1, 1) __launch_bounds__(HOPPER_THREADS, 1)
-#else
 #define HOPPER_KERNEL extern "C" __global__ void __launch_bounds__(HOPPER_THREADS, 1)
-#endif
 
-// launch, all three: grid (multiprocessors, rounded down to a multiple of HOPPER_CLUSTER; fewer do, if there are fewer
-// tiles), block 384, shared 199936 bytes, no scratch; experts at least 1 and at most 256.
+// launch, all three: grid (multiprocessors; fewer do, if there are fewer tiles), block 384, shared 199936 bytes, no
+// scratch; experts at least 1 and at most 256.
 // Tensor maps (cuTensorMapEncodeTiled): type BFLOAT16, no interleave, SWIZZLE_128B, L2_PROMOTION_L2_256B, OOB_FILL_NONE,
 // all element strides 1;
 //   of activations (slots, width): rank 2, sizes {width, slots}, strides {2·width} bytes, box {64, 64}

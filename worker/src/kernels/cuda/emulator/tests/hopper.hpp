@@ -2,7 +2,7 @@
 // swizzle, and wgmma, which reads by descriptors as PTX defines their layouts.
 //
 // What the device may do at any time is done at the worst one: boxes arrive at once, and wgmma reads only when it is waited
-// for, so that a slice that is given back too early is seen. One block, no clusters.
+// for, so that a slice that is given back too early is seen.
 
 #ifndef SANDERLING_HOPPER_HPP
 #define SANDERLING_HOPPER_HPP
@@ -25,7 +25,6 @@ struct EmulateArrivals {
 };
 static std::map<unsigned, EmulateArrivals> emulate_arrivals;
 static EmulateBarrier emulate_consumers;
-static int emulate_ahead; // threads of the first consumer that the second need wait for no more
 
 inline unsigned shared_address(const void* shared) { return (unsigned)((const char*)shared - emulate_block.shared); }
 inline char* emulate_shared(unsigned address) { return emulate_block.shared + address; }
@@ -36,10 +35,8 @@ inline void emulate_flip(EmulateArrivals& barrier) {
     barrier.pending = barrier.count;
     emulate_block.progress = true;
 }
-// A block starts with these.
 inline void barrier_init(unsigned barrier, int arrivals) {
     emulate_arrivals[barrier] = {arrivals, arrivals, 0, 0};
-    emulate_ahead = 0;
 }
 inline void barrier_arrive(unsigned barrier) {
     EmulateArrivals& arrivals = emulate_arrivals.at(barrier);
@@ -47,7 +44,6 @@ inline void barrier_arrive(unsigned barrier) {
     arrivals.pending--;
     emulate_flip(arrivals);
 }
-inline void barrier_arrive_at(unsigned, int) { emulate_fail("a cluster"); }
 inline void barrier_expect(unsigned barrier, int bytes) {
     emulate_arrivals.at(barrier).bytes += bytes;
     barrier_arrive(barrier);
@@ -59,25 +55,16 @@ inline void barrier_fence() {}
 inline void shared_fence() {}
 inline void producer_registers() {}
 inline void consumer_registers() {}
-inline void cluster_sync() { emulate_fail("a cluster"); }
 inline void consumers_sync() {
     emulate_consumers.alive = 256;
     emulate_wait(emulate_consumers);
-}
-inline void lag_arrive() {
-    emulate_ahead++;
-    emulate_block.progress = true;
-}
-inline void lag_wait() {
-    while (emulate_ahead < 128) emulate_yield();
 }
 
 // The 16 bytes of a row of 128 change places by the row's number.
 inline unsigned emulate_swizzle(unsigned address) { return address ^ (address >> 7 & 7) << 4; }
 
-template <bool everywhere, typename Map>
+template <typename Map>
 void load_box(unsigned to, const Map& map, unsigned barrier, int x, int y, int z = 0) {
-    if (everywhere) emulate_fail("a cluster");
     if (to % 1024 != 0) emulate_fail("a swizzled box that does not start at a multiple of 1024 bytes");
     const EmulateTensor& tensor = *(const EmulateTensor*)&map;
     for (int row = 0; row < 64; row++)
