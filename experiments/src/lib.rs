@@ -3,6 +3,7 @@
 //! The only crate that sees both server and worker.
 
 pub mod adamw;
+pub mod bench;
 pub mod card;
 pub mod chaos;
 pub mod commands;

@@ -7,7 +7,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use sanderling::commands::{
     UsageError, chaos, eval, export, generate, inspect, simulate, tokenize, train, upcycle,
 };
-use sanderling::reproduce;
+use sanderling::{bench, reproduce};
 use sanderling_common::config::cli::{RunOptionsError, with_defaults};
 use sanderling_common::report::one_sentence;
 use sanderling_server::net::ServerError;
@@ -53,6 +53,14 @@ enum Command {
     /// Run a published result again, at a scale that fits a desk: table, plots, verdict
     #[command(subcommand)]
     Reproduce(Reproduction),
+    /// Measure how fast this machine is
+    #[command(subcommand)]
+    Bench(Bench),
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    Model(bench::ModelArguments),
 }
 
 #[derive(Debug, Subcommand)]
@@ -96,6 +104,7 @@ fn main() -> ExitCode {
         Command::ChaosWorker(arguments) => sanderling::chaos::join(&arguments),
         Command::BandwidthServer(arguments) => reproduce::bandwidth_server(&arguments),
         Command::BandwidthWorkers(arguments) => reproduce::bandwidth_workers(&arguments),
+        Command::Bench(Bench::Model(arguments)) => bench::model(&arguments),
         Command::Reproduce(what) => match what {
             Reproduction::Recipe(arguments) => reproduce::recipe(&arguments),
             Reproduction::Methods(arguments) => reproduce::methods(&arguments),

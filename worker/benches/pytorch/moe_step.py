@@ -1,4 +1,4 @@
-"""What PyTorch takes for the work of `cargo bench -p sanderling-worker --bench cuda_model`.
+"""What PyTorch takes for the work of `sanderling bench model --device cuda`.
 
     python moe_step.py --case e8t2 --batch 8 --quick
 

@@ -20,6 +20,7 @@
 pub mod cpu;
 pub mod cuda;
 pub mod method;
+pub mod timed;
 
 use std::error::Error;
 use std::ops::{DerefMut, Range};
@@ -275,8 +276,12 @@ pub trait Kernels {
     /// # Errors
     /// If the device has not that much memory.
     fn allocate_routing(&mut self, shape: RouterShape) -> Result<Self::Routing, Self::Error>;
+    /// Copies host values to a buffer, from its element `first` on.
+    fn upload_at(&mut self, values: &[f32], buffer: &mut Self::Buffer, first: usize);
     /// Copies host values to the start of a buffer.
-    fn upload(&mut self, values: &[f32], buffer: &mut Self::Buffer);
+    fn upload(&mut self, values: &[f32], buffer: &mut Self::Buffer) {
+        self.upload_at(values, buffer, 0);
+    }
     /// Copies token ids, row by row, to the device.
     fn upload_tokens(&mut self, ids: ArrayView2<'_, u32>, tokens: &mut Self::Tokens);
     /// Copies the start of a buffer to the host, after all operations before it.

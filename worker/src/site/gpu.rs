@@ -30,6 +30,11 @@ impl Gpu {
         Self { cuda }
     }
 
+    /// Kernels of one's own there.
+    pub fn kernels(&self) -> Cuda {
+        self.cuda.beside()
+    }
+
     /// What a run takes with batches of so many sequences, in bytes.
     fn needed(&self, run: &RunConfig, config: &ModelConfig, batch: usize) -> Result<usize, ModelConfigError> {
         let of_model = MemoryNeeded::new(config, self.cuda.precision(), batch * run.model.context)?;

@@ -77,8 +77,8 @@ impl Kernels for Cpu {
         Ok(Routing::new(shape))
     }
 
-    fn upload(&mut self, values: &[f32], buffer: &mut [f32]) {
-        buffer[..values.len()].copy_from_slice(values);
+    fn upload_at(&mut self, values: &[f32], buffer: &mut [f32], first: usize) {
+        buffer[first..first + values.len()].copy_from_slice(values);
     }
 
     fn upload_tokens(&mut self, ids: ArrayView2<'_, u32>, tokens: &mut Vec<u32>) {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use ndarray::ArrayView2;
 
-use super::buffer::{Memory, decode};
+use super::buffer::{Memory, decode, encode};
 use super::driver::Scalar;
 use super::{Buffer, Cuda, CudaError, Routing, Tokens};
 use crate::kernels::{
@@ -46,8 +46,10 @@ impl Kernels for Cuda {
         Routing::new(&self.driver, shape)
     }
 
-    fn upload(&mut self, values: &[f32], buffer: &mut Buffer) {
-        self.upload_at(values, buffer, 0);
+    fn upload_at(&mut self, values: &[f32], buffer: &mut Buffer, first: usize) {
+        let bytes = encode(values, buffer.scalar());
+        let uploaded = self.driver.upload(&bytes, buffer.at_mut(first..first + values.len()));
+        self.attempt(uploaded);
     }
 
     fn upload_tokens(&mut self, ids: ArrayView2<'_, u32>, tokens: &mut Tokens) {

@@ -41,7 +41,6 @@ pub use self::method::{Entries, selection_bytes};
 pub use self::routing::Routing;
 use self::scratch::Scratch;
 pub use self::source::{Source, Target, Unit};
-pub use self::timing::Spent;
 use self::timing::Timing;
 
 /// Shared memory of a block below which attention takes smaller tiles, in bytes.
@@ -158,13 +157,6 @@ impl Cuda {
     pub fn wait(&mut self) -> Result<(), CudaError> {
         self.driver.wait().and(Ok(())).map_err(|error| self.failure.take().unwrap_or(error))?;
         self.failure.take().map_or(Ok(()), Err)
-    }
-
-    /// Copies host values to a buffer, from one of its elements on.
-    pub fn upload_at(&mut self, values: &[f32], buffer: &mut Buffer, first: usize) {
-        let bytes = buffer::encode(values, buffer.scalar());
-        let uploaded = self.driver.upload(&bytes, buffer.at_mut(first..first + values.len()));
-        self.attempt(uploaded);
     }
 
     /// The type of activations and of the factors of products.

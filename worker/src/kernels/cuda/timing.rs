@@ -1,9 +1,8 @@
 //! How long each kernel takes, by marks in the queue before and after it.
 
-use std::collections::BTreeMap;
-
 use super::driver::{Driver, Mark};
 use super::{Cuda, CudaError};
+use crate::kernels::timed::{Clocked, SpentByKernel};
 
 /// Pairs of marks that are waited for at a time.
 const PENDING_MAX: usize = 4096;
@@ -12,16 +11,7 @@ const PENDING_MAX: usize = 4096;
 #[derive(Debug, Default)]
 pub(super) struct Timing {
     pending: Vec<(&'static str, Mark, Mark)>,
-    spent: BTreeMap<&'static str, Spent>,
-}
-
-/// What a kernel took.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Spent {
-    /// All calls together, in milliseconds.
-    pub ms: f64,
-    /// How many there were.
-    pub calls: u64,
+    spent: SpentByKernel,
 }
 
 impl Timing {
@@ -47,19 +37,19 @@ impl Timing {
     }
 }
 
-impl Cuda {
-    /// Begins to measure every kernel from now on. The marks cost some microseconds each.
-    pub fn start_timing(&mut self) {
+/// The marks cost some microseconds each.
+impl Clocked for Cuda {
+    fn start_timing(&mut self) {
         self.timing = Some(Timing::default());
     }
 
-    /// What each kernel took since [`start_timing`](Self::start_timing), which ends.
-    ///
-    /// # Errors
-    /// If the device failed.
-    pub fn stop_timing(&mut self) -> Result<BTreeMap<&'static str, Spent>, CudaError> {
-        let Some(mut timing) = self.timing.take() else { return Ok(BTreeMap::new()) };
+    fn stop_timing(&mut self) -> Result<SpentByKernel, CudaError> {
+        let Some(mut timing) = self.timing.take() else { return Ok(SpentByKernel::new()) };
         timing.settle(self.driver.as_ref())?;
         Ok(timing.spent)
+    }
+
+    fn wait(&mut self) -> Result<(), CudaError> {
+        Self::wait(self)
     }
 }

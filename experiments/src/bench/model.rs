@@ -1,0 +1,244 @@
+//! `sanderling bench model`: the speed of a training step.
+
+use std::io::Write;
+
+use anyhow::{bail, ensure};
+use sanderling_common::config::RunConfig;
+use sanderling_common::model_config::ModelConfig;
+use sanderling_worker::kernels::cuda::{Cuda, MemoryNeeded, Precision};
+use sanderling_worker::kernels::timed::{Clocked, TimedCpu};
+use sanderling_worker::model::forward_flops_per_token;
+use sanderling_worker::site::{DeviceOptions, Place};
+
+use super::report::{Peak, Report};
+use super::shape::{Shape, expert_layer};
+use super::step::{Measured, measure_layer, measure_model};
+use crate::commands::{UsageError, say};
+
+/// Memory that scratch, cuBLASLt's workspace and the driver take beside what is estimated, in bytes.
+const RESERVE_BYTES: usize = 3 << 30;
+
+/// The most sequences that a batch is tried with.
+const BATCH_MAX: usize = 1024;
+
+/// Sequences of the layer's tokens, unless one asks for others.
+const LAYER_BATCH: usize = 4;
+
+const GB: f64 = 1e9;
+
+/// Measure a training step: tokens/s, share of the device's peak (MFU), and what each kernel takes
+///
+/// A step is the forward and the backward pass with the gradient of every parameter; a method's step is not part of it.
+/// FLOPs count products and attention, forward and backward as three times forward, active parameters only.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  sanderling bench model                                        # the default model on one CPU core
+  sanderling bench model --device cuda                          # dense, e8t2 and layer, with batches as large as fit
+  sanderling bench model --device cuda --shape e8t2 --batch 4 --json | jq .mfu_causal")]
+pub struct Arguments {
+    /// What is measured, several times for several [default: on the CPU default, on a GPU dense, e8t2 and layer]
+    #[arg(long, value_enum)]
+    shape: Vec<Shape>,
+    /// Sequences of a batch [default: on the CPU as many as `train` has, or 1; on a GPU as many as fit; 4 for layer]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    batch: Option<u16>,
+    /// Tokens of a sequence [default: 128 for default, 4096 for the others]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    context: Option<u32>,
+    /// Layers of the model [default: 4 for default, 16 for dense and e8t2]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    layers: Option<u16>,
+    /// Steps that are measured, after two that are not
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// The device's peak in TFLOP/s, where it is not known [default: NVIDIA's figure for A100, H100 and H200]
+    #[arg(long, value_name = "TFLOPS")]
+    peak: Option<f64>,
+    /// Where and how precisely.
+    #[command(flatten)]
+    device: DeviceOptions,
+    /// Print a line of JSON per shape
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever keeps a step from being measured, in a sentence.
+pub fn model(arguments: &Arguments) -> anyhow::Result<()> {
+    if let Some(peak) = arguments.peak {
+        let is_peak = peak.is_finite() && peak > 0.0;
+        ensure!(is_peak, UsageError(format!("--peak {peak} is no speed; it is a number of TFLOP/s")));
+    }
+    let (place, _) = arguments.device.open()?;
+    let shapes: &[Shape] = match (&arguments.shape[..], &place) {
+        ([], Place::Cpu) => &[Shape::Default],
+        ([], Place::Gpu(_)) => &[Shape::Dense, Shape::E8t2, Shape::Layer],
+        (shapes, _) => shapes,
+    };
+    for &shape in shapes {
+        match &place {
+            Place::Cpu => on_cpu(arguments, shape)?,
+            Place::Gpu(gpu) => on_gpu(arguments, shape, gpu.kernels())?,
+        }
+    }
+    Ok(())
+}
+
+impl Arguments {
+    fn context(&self, shape: Shape) -> usize {
+        self.context.map_or(shape.context(), |context| context as usize)
+    }
+
+    fn batch(&self) -> Option<usize> {
+        self.batch.map(usize::from)
+    }
+
+    fn config(&self, shape: Shape) -> Option<ModelConfig> {
+        shape.config(self.layers.map(usize::from), self.context(shape))
+    }
+
+    /// What a step with so many sequences takes, in bytes.
+    fn needed(&self, shape: Shape, precision: Precision, batch: usize) -> anyhow::Result<usize> {
+        let rows = batch * self.context(shape);
+        Ok(match self.config(shape) {
+            Some(config) => MemoryNeeded::new(&config, precision, rows)?.bytes(),
+            None => expert_layer(rows).bytes(precision),
+        })
+    }
+}
+
+fn on_cpu(arguments: &Arguments, shape: Shape) -> anyhow::Result<()> {
+    let batch = arguments.batch().unwrap_or(match shape {
+        Shape::Default => RunConfig::default().data.batch_size as usize,
+        Shape::Dense | Shape::E8t2 | Shape::Layer => 1,
+    });
+    let needed_bytes = arguments.needed(shape, Precision::F32, batch)?;
+    announce(shape, batch, needed_bytes, None);
+    let measured = step(arguments, shape, batch, TimedCpu::default())?;
+    let device = "one core of the CPU".to_owned();
+    let peak = arguments.peak.map(given);
+    tell(arguments, shape, batch, (device, Precision::F32), peak, needed_bytes, &measured)
+}
+
+fn on_gpu(arguments: &Arguments, shape: Shape, cuda: Cuda) -> anyhow::Result<()> {
+    let (precision, free_bytes) = (cuda.precision(), cuda.free_bytes()?);
+    let fits = |batch: usize| {
+        arguments.needed(shape, precision, batch).is_ok_and(|needed| needed + RESERVE_BYTES <= free_bytes)
+    };
+    let largest = || (1..=BATCH_MAX).take_while(|&batch| fits(batch)).last();
+    let batch = match (arguments.batch(), shape) {
+        (Some(batch), _) => batch,
+        (None, Shape::Layer) => LAYER_BATCH,
+        (None, _) => largest().unwrap_or(1),
+    };
+    let needed_bytes = arguments.needed(shape, precision, batch)?;
+    announce(shape, batch, needed_bytes, Some(free_bytes));
+    if needed_bytes > free_bytes {
+        let remedy = largest().map_or("not even --batch 1 would fit".to_owned(), |largest| {
+            format!("--batch {largest} would fit")
+        });
+        bail!(
+            "{} with a batch of {batch} needs about {:.1} GB of the GPU's memory, and {:.1} GB are free; {remedy}",
+            shape.name(),
+            needed_bytes as f64 / GB,
+            free_bytes as f64 / GB
+        );
+    }
+    let device = cuda.properties().name.clone();
+    let peak = arguments.peak.map(given).or_else(|| known_peak(&device, precision));
+    let measured = step(arguments, shape, batch, cuda)?;
+    tell(arguments, shape, batch, (device, precision), peak, needed_bytes, &measured)
+}
+
+/// Says what is about to be done; nobody is left to tell when standard error is closed.
+fn announce(shape: Shape, batch: usize, needed_bytes: usize, free_bytes: Option<usize>) {
+    let free = free_bytes.map_or(String::new(), |free| format!(", of {:.1} GB free", free as f64 / GB));
+    let name = shape.name();
+    let _ = writeln!(
+        std::io::stderr(),
+        "{name}: a batch of {batch} takes about {:.2} GB{free}",
+        needed_bytes as f64 / GB
+    );
+}
+
+fn step<K: Clocked>(
+    arguments: &Arguments,
+    shape: Shape,
+    batch: usize,
+    kernels: K,
+) -> anyhow::Result<Measured> {
+    let steps = u64::from(arguments.steps);
+    match arguments.config(shape) {
+        Some(config) => measure_model(kernels, &config, batch, steps),
+        None => measure_layer(kernels, expert_layer(batch * arguments.context(shape)), steps),
+    }
+}
+
+fn tell(
+    arguments: &Arguments,
+    shape: Shape,
+    batch: usize,
+    (device, precision): (String, Precision),
+    peak: Option<Peak>,
+    needed_bytes: usize,
+    measured: &Measured,
+) -> anyhow::Result<()> {
+    let context = arguments.context(shape);
+    let tokens = batch * context;
+    let (what, flops) = match arguments.config(shape) {
+        Some(config) => {
+            let flops = |causal| 3.0 * tokens as f64 * forward_flops_per_token(&config, context, causal);
+            let parameters = config.layout()?.len();
+            (format!("{parameters} parameters, batch {batch} × {context}"), (flops(true), flops(false)))
+        }
+        None => {
+            let layer = expert_layer(tokens);
+            let what = format!(
+                "{} × {}, {} experts, top-{}",
+                layer.hidden_size, layer.intermediate_size, layer.experts, layer.top_k
+            );
+            (what, (layer.flops(), layer.flops()))
+        }
+    };
+    let precision = precision.to_string();
+    let report =
+        Report { shape: shape.name(), what, device, precision, tokens, flops, peak, needed_bytes, measured };
+    if arguments.json { say(&format!("{}\n", report.json())) } else { say(&format!("{}\n", report.text())) }
+}
+
+fn given(tflops: f64) -> Peak {
+    Peak { flops: tflops * 1e12, source: "--peak" }
+}
+
+/// Dense FLOP/s of the tensor cores (of the plain ones for float32), by NVIDIA's data sheets.
+fn known_peak(name: &str, precision: Precision) -> Option<Peak> {
+    let (bf16, f32) = match name {
+        name if name.contains("H100 PCIe") => (756.0, 51.0),
+        name if name.contains("H100") || name.contains("H200") || name.contains("GH200") => (989.4, 67.0),
+        name if name.contains("A100") => (312.0, 19.5),
+        _ => return None,
+    };
+    let tflops = match precision {
+        Precision::Bf16 => bf16,
+        Precision::Tf32 => bf16 / 2.0,
+        Precision::F32 => f32,
+    };
+    Some(Peak { flops: tflops * 1e12, source: "NVIDIA's data sheet" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peaks_are_known_of_some_cards() {
+        let peak = |name, precision| known_peak(name, precision).map(|peak| peak.flops / 1e12);
+        assert_eq!(peak("NVIDIA H200", Precision::Bf16), Some(989.4));
+        assert_eq!(peak("NVIDIA H100 PCIe", Precision::Tf32), Some(378.0));
+        assert_eq!(peak("NVIDIA A100-SXM4-80GB", Precision::F32), Some(19.5));
+        assert_eq!(peak("NVIDIA GeForce RTX 4090", Precision::Bf16), None);
+    }
+}
