@@ -3,7 +3,7 @@
 use sanderling_common::layout::Layout;
 
 /// The settings of AdamW (Loshchilov and Hutter, 2019).
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct AdamWSettings {
     /// Decay of the first moment.
     pub beta1: f64,

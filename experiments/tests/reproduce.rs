@@ -6,15 +6,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// A reproduction in its short form.
+fn command(folder: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sanderling"));
+    command.arg("reproduce").args(arguments).args(["--quick", "--out"]).arg(folder);
+    command
+}
+
 /// Runs a reproduction in its short form with so many evaluations; returns its report.
 fn reproduce(folder: &Path, arguments: &[&str]) -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_sanderling"))
-        .arg("reproduce")
-        .args(arguments)
-        .args(["--quick", "--out"])
-        .arg(folder)
-        .output()
-        .unwrap();
+    let output = command(folder, arguments).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{arguments:?}: {said}");
     let report = fs::read_to_string(folder.join("README.md")).unwrap();
@@ -52,11 +53,29 @@ fn twice(arguments: &[&str], runs: usize) -> String {
         report.lines().filter(|line| !line.starts_with("Made in")).map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(without_time(&again), without_time(&first));
-    for entry in fs::read_dir(folder.path().join("configurations")).unwrap() {
-        let text = fs::read_to_string(entry.unwrap().path()).unwrap();
-        sanderling_common::config::parse(&text).unwrap().resolve().unwrap();
-    }
+    configurations(folder.path());
     first
+}
+
+/// Every resolved configuration can be read, and the run files among them be trained.
+fn configurations(folder: &Path) {
+    let mut resolved = 0;
+    for entry in fs::read_dir(folder.join("configurations")).unwrap() {
+        let path = entry.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        if path.extension().unwrap() == "toml" {
+            let run = sanderling_common::config::parse(&text).unwrap().resolve().unwrap();
+            assert_eq!(run.run.name, name);
+        } else {
+            let all: serde_json::Value = serde_json::from_str(&text).unwrap();
+            // AdamW has no method, and a classifier of digits is no decoder.
+            assert_eq!(all["adamw"].is_object(), all["training"].is_null(), "{name}: {all}");
+            assert_eq!(all["model"]["classifier"].is_object(), all["subject"] == "digits", "{name}: {all}");
+            resolved += 1;
+        }
+    }
+    assert!(resolved > 0);
 }
 
 #[test]
@@ -83,12 +102,15 @@ fn staleness_shows_its_distributions() {
 fn methods_are_all_searched_alike() {
     let report =
         twice(&["methods", "--subject", "digits", "--steps", "8"], 13 + 4 * (1 + 2 + 3 * 2 + 3 * 2 * 2));
-    assert!(report.contains("dgs ≥ dgc-async") && report.contains("Lower momentum"), "{report}");
+    assert!(
+        report.contains("dgs ≥ dgc-async") && report.contains("A lower momentum is better for 8 workers"),
+        "{report}"
+    );
 }
 
 #[test]
 fn the_recipe_is_held_against_adamw() {
-    let report = twice(&["recipe", "--steps", "8"], 2 * 3 + 2);
+    let report = twice(&["recipe", "--steps", "8"], 3 * 3 + 2);
     assert!(report.contains("data-parallel AdamW, 8") && report.contains("no worse than"), "{report}");
 }
 
@@ -109,6 +131,60 @@ fn upcycling_runs_under_asynchronous_workers() {
     let folder = tempfile::tempdir().unwrap();
     let report = reproduce(folder.path(), &["upcycling", "--steps", "8", "--workers", "8"]);
     assert!(report.contains("8 asynchronous workers"), "{report}");
+    assert!(report.contains("% above AdamW's at as many gradient evaluations. At most 0.5 %"), "{report}");
+}
+
+/// Two processes share the work of a folder, and either has the whole report.
+#[test]
+fn two_processes_make_every_run_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = ["quantisation", "--steps", "16"];
+    let reports = std::thread::scope(|scope| {
+        let both = [0, 1].map(|_| scope.spawn(|| reproduce(folder.path(), &arguments)));
+        both.map(|one| one.join().unwrap())
+    });
+    let tables = reports.map(|report| report.lines().filter(|line| line.starts_with('|')).count());
+    assert_eq!(tables, [12, 12]);
+    let mut specs: Vec<String> = results(folder.path()).iter().map(|run| run["spec"].to_string()).collect();
+    specs.sort();
+    specs.dedup();
+    assert_eq!((specs.len(), results(folder.path()).len()), (10, 10));
+}
+
+#[test]
+fn a_folder_of_another_reproduction_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    reproduce(folder.path(), &["secondary", "--steps", "8"]);
+    let report = fs::read_to_string(folder.path().join("README.md")).unwrap();
+    let output = command(folder.path(), &["quantisation", "--steps", "8"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        !output.status.success() && said.contains("holds the results of `reproduce secondary`"),
+        "{said}"
+    );
+    assert_eq!(fs::read_to_string(folder.path().join("README.md")).unwrap(), report);
+}
+
+/// Ctrl-C ends it with a sentence, and what is finished is kept.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_keeps_what_is_finished() {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    let folder = tempfile::tempdir().unwrap();
+    reproduce(folder.path(), &["secondary", "--steps", "8"]);
+    let made = results(folder.path());
+    let mut command = command(folder.path(), &["secondary", "--steps", "10000000"]);
+    let child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let claims = || fs::read_dir(folder.path().join("claims")).unwrap().count();
+    while claims() == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("the runs that are finished are kept"), "{said}");
+    assert_eq!(results(folder.path()), made);
 }
 
 /// A folder of another process's results that ends in the middle of a line is gone on with.

@@ -26,8 +26,29 @@ const FONT: &[u8] = include_bytes!("../../assets/DejaVuSans-subset.ttf");
 /// What a plot without points says.
 const NOTHING: &str = "nothing was evaluated";
 
-/// A series: its name, its colour and its points.
-type Series<'a> = (&'a str, RGBColor, Vec<(f64, f64)>);
+/// A series: its name, its look and its points.
+type Series<'a> = (&'a str, Look, Vec<(f64, f64)>);
+
+/// How a line is told from the others.
+#[derive(Clone, Copy)]
+struct Look {
+    colour: RGBColor,
+    is_dashed: bool,
+}
+
+impl Look {
+    fn solid(colour: RGBColor) -> Self {
+        Self { colour, is_dashed: false }
+    }
+
+    /// Of the lines of a picture in their order: the colours, and when they are used up the colours again, dashed.
+    fn of(place: usize) -> Self {
+        Self { colour: COLOURS[place % COLOURS.len()], is_dashed: place >= COLOURS.len() }
+    }
+}
+
+/// Lengths of a dash and of the gap after it, in pixels.
+const DASH: (u32, u32) = (8, 5);
 
 /// What the axes are.
 #[derive(Clone, Copy)]
@@ -66,11 +87,8 @@ pub fn plot_curves(
     (x, y): (&str, &str),
     curves: &[Curve],
 ) -> Result<(), PlotError> {
-    let colours = COLOURS.iter().cycle();
-    let series: Vec<Series<'_>> = curves
-        .iter()
-        .zip(colours)
-        .map(|(curve, &colour)| (curve.name.as_str(), colour, curve.points.clone()))
+    let series: Vec<Series<'_>> = (curves.iter().enumerate())
+        .map(|(place, curve)| (curve.name.as_str(), Look::of(place), curve.points.clone()))
         .collect();
     let axes = Axes { x, y };
     let drawn = if path.extension().is_some_and(|extension| extension == "png") {
@@ -107,8 +125,8 @@ pub fn plot_losses(
         std::iter::once(0).chain(ends.clone()).zip(ends).map(|(start, end)| million(start + end) / 2.0);
     let training = middles.zip(evaluations).filter_map(|(x, e)| Some((x, e.train_loss?))).collect();
     let series: [Series<'_>; 2] = [
-        ("training, mean between evaluations", RGBColor(150, 160, 170), training),
-        ("validation", RGBColor(0, 110, 160), validation),
+        ("training, mean between evaluations", Look::solid(RGBColor(150, 160, 170)), training),
+        ("validation", Look::solid(RGBColor(0, 110, 160)), validation),
     ];
     let y = format!("cross-entropy, nats per {unit}");
     let axes = Axes { x: "training tokens, millions", y: &y };
@@ -168,14 +186,17 @@ where
         .axis_desc_style(("sans-serif", 17))
         .light_line_style(TRANSPARENT)
         .draw()?;
-    for (name, colour, points) in series {
-        let style = colour.stroke_width(2);
+    for (name, look, points) in series {
+        let style = look.colour.stroke_width(2);
         let points = || points.iter().copied().filter(is_drawable);
-        chart
-            .draw_series(LineSeries::new(points(), style))?
-            .label(*name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
-        chart.draw_series(points().map(|point| Circle::new(point, 3, colour.filled())))?;
+        let line = match look.is_dashed {
+            false => chart.draw_series(LineSeries::new(points(), style))?,
+            true => chart.draw_series(DashedLineSeries::new(points(), DASH.0, DASH.1, style))?,
+        };
+        // A single dash in the legend.
+        let length = if look.is_dashed { 10 } else { 18 };
+        line.label(*name).legend(move |(x, y)| PathElement::new([(x, y), (x + length, y)], style));
+        chart.draw_series(points().map(|point| Circle::new(point, 3, look.colour.filled())))?;
     }
     if points().next().is_none() {
         root.draw(&Text::new(NOTHING, (330, 210), ("sans-serif", 22)))?;
@@ -228,6 +249,21 @@ mod tests {
         });
         assert!(pictures[0].starts_with(b"\x89PNG") && pictures[0].len() > 3000, "{}", pictures[0].len());
         assert_ne!(pictures[0], pictures[1], "the labels are drawn");
+    }
+
+    #[test]
+    fn many_lines_can_be_told_apart() {
+        let looks = (0..2 * COLOURS.len()).map(Look::of).map(|look| (look.colour, look.is_dashed));
+        let looks: Vec<_> = looks.collect();
+        assert!(looks.iter().enumerate().all(|(place, look)| !looks[..place].contains(look)), "{looks:?}");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("many.svg");
+        let curve = |name: usize| Curve { name: name.to_string(), points: vec![(0.0, 1.0), (9.0, 2.0)] };
+        let lines = |count: usize| {
+            plot_curves(&path, "many", ("x", "y"), &(0..count).map(curve).collect::<Vec<_>>()).unwrap();
+            std::fs::read_to_string(&path).unwrap().matches("<polyline").count()
+        };
+        assert!(lines(COLOURS.len() + 1) > lines(COLOURS.len()) + 10, "the eighth line is made of dashes");
     }
 
     fn drawn(evaluations: &[Evaluation]) -> String {

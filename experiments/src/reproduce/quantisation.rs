@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::lab::{Options, Sweep, Trainer, Variant};
+use super::lab::{Options, Sweep, Trainer, Variant, cost};
 use crate::simulation::Conditions;
 
 /// Values as float32, bfloat16, 8 bits, or signs of one magnitude per tensor, in each direction
@@ -65,16 +65,14 @@ pub fn quantisation(arguments: &Arguments) -> anyhow::Result<()> {
         let mut text = String::new();
         let exact = &rows[0];
         for row in &rows[1..] {
-            let ((loss, spread), (exact_loss, exact_spread)) = (row.test_loss(), exact.test_loss());
+            let (up, down) = row.fewer_bytes(exact);
             let _ = writeln!(
                 text,
-                "* {} up, {} down: {:.2} times fewer bytes up and {:.2} down than float32, and a test loss {:+.4} (spreads \
-                 {spread:.4} and {exact_spread:.4}).",
+                "* {} up, {} down: {up} up and {down} down than float32, and a test loss {}: {}.",
                 row.variant.cells[0],
                 row.variant.cells[1],
-                exact.bytes_up() / row.bytes_up(),
-                exact.bytes_down() / row.bytes_down(),
-                loss - exact_loss,
+                row.above(exact),
+                cost(&row.above(exact)),
             );
         }
         Ok(text)

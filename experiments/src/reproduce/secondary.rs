@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::lab::{Options, Sweep, Trainer, Variant};
+use super::lab::{Options, Sweep, Trainer, Variant, cost};
 use crate::simulation::Conditions;
 
 /// Secondary compression off, 10, 5, 3 and 1 %: bytes and loss
@@ -54,15 +54,14 @@ pub fn secondary(arguments: &Arguments) -> anyhow::Result<()> {
         for of_workers in rows.chunks(FRACTIONS.len()) {
             let off = &of_workers[0];
             for row in &of_workers[1..] {
-                let ((loss, spread), (off_loss, off_spread)) = (row.test_loss(), off.test_loss());
                 let _ = writeln!(
                     text,
-                    "* {} workers, {}: {:.1} times fewer bytes down than without, and a test loss {:+.4} (spreads {spread:.4} and \
-                     {off_spread:.4}).",
+                    "* {} workers, {}: {} down than without, and a test loss {}: {}.",
                     row.variant.workers,
                     row.variant.cells[1],
-                    off.bytes_down() / row.bytes_down(),
-                    loss - off_loss,
+                    row.fewer_bytes(off).1,
+                    row.above(off),
+                    cost(&row.above(off)),
                 );
             }
         }

@@ -18,7 +18,7 @@ use sanderling_common::init::{Purpose, stream};
 use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::frame::{Reply, WireError};
 use sanderling_common::wire::{EvaluationJob, Push, Refusal, Split, Work};
-use sanderling_server::core::{Base, SerialServer, ServerSettings, SessionsFull};
+use sanderling_server::core::{Base, Log, SerialServer, ServerSettings, SessionsFull};
 use sanderling_worker::core::{AnswerError, Diverged, WorkerCore, WorkerSettings};
 use sanderling_worker::model::ModelError;
 
@@ -44,12 +44,10 @@ pub enum Evaluations {
     /// The workers, as in a real run, which takes their time.
     ByWorkers,
     /// An onlooker, who costs nothing: after every so many updates, and at the end. The simulation is over with the last
-    /// batch, or when the validation loss has come down to `until`.
+    /// batch.
     Aside {
         /// Updates between evaluations.
         every: u64,
-        /// A loss that is low enough; minus infinity: none is.
-        until: f64,
     },
 }
 
@@ -160,17 +158,21 @@ pub fn simulate(
     evaluations: Evaluations,
     keep_going: &dyn Fn(u64) -> bool,
 ) -> Result<SimulationReport, SimulationError> {
-    let mut simulation = Simulation::new(run, task, conditions, evaluations)?;
-    while !simulation.is_over()
-        && let Some(Reverse(due)) = simulation.schedule.pop()
-    {
-        if !keep_going(simulation.server.core().standing().done) {
-            return Err(SimulationError::Stopped);
-        }
-        simulation.report.time = due.time;
-        simulation.advance(due.what)?;
-    }
-    simulation.finish()
+    Simulation::new(run, task, conditions, evaluations, None)?.run(keep_going)
+}
+
+/// As [`simulate`], with a log that is told every decision of the server, as the journal of a real one is.
+///
+/// # Errors
+/// A [`SimulationError`].
+pub fn simulate_logged(
+    run: &RunConfig,
+    task: &mut dyn Task,
+    conditions: &Conditions,
+    evaluations: Evaluations,
+    log: Box<dyn Log>,
+) -> Result<SimulationReport, SimulationError> {
+    Simulation::new(run, task, conditions, evaluations, Some(log))?.run(&|_| true)
 }
 
 struct Simulation<'a> {
@@ -197,6 +199,7 @@ impl<'a> Simulation<'a> {
         task: &'a mut dyn Task,
         conditions: &Conditions,
         evaluations: Evaluations,
+        log: Option<Box<dyn Log>>,
     ) -> Result<Self, SimulationError> {
         let theta = task.initial();
         let mut settings = ServerSettings::from(run);
@@ -204,7 +207,10 @@ impl<'a> Simulation<'a> {
             // No worker is asked to evaluate.
             settings.work.eval_every = u64::MAX;
         }
-        let server = SerialServer::new(task.layout(), &theta, &settings);
+        let mut server = SerialServer::new(task.layout(), &theta, &settings);
+        if let Some(log) = log {
+            server.set_log(log);
+        }
         let mut simulation = Self {
             run: run.clone(),
             conditions: *conditions,
@@ -230,12 +236,23 @@ impl<'a> Simulation<'a> {
         Ok(simulation)
     }
 
-    /// Whether an onlooker has seen enough.
+    fn run(mut self, keep_going: &dyn Fn(u64) -> bool) -> Result<SimulationReport, SimulationError> {
+        while !self.is_over()
+            && let Some(Reverse(due)) = self.schedule.pop()
+        {
+            if !keep_going(self.server.core().standing().done) {
+                return Err(SimulationError::Stopped);
+            }
+            self.report.time = due.time;
+            self.advance(due.what)?;
+        }
+        self.finish()
+    }
+
+    /// Whether an onlooker has seen everything.
     fn is_over(&self) -> bool {
-        let Evaluations::Aside { until, .. } = self.evaluations else { return false };
-        let standing = self.server.core().standing();
-        standing.done >= self.run.training.steps
-            || self.report.curve.last().is_some_and(|point| point.score.loss <= until)
+        matches!(self.evaluations, Evaluations::Aside { .. })
+            && self.server.core().standing().done >= self.run.training.steps
     }
 
     fn finish(mut self) -> Result<SimulationReport, SimulationError> {

@@ -22,7 +22,7 @@ use sanderling_worker::kernels::{
 const NORM_EPS: f32 = 1e-5;
 
 /// The sizes of a classifier.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct ClassifierShape {
     /// Pixels of an image.
     pub pixels: usize,

@@ -28,17 +28,6 @@ const HELD_OUT_OF_TEN: usize = 2;
 /// Digits that are passed through the classifier at a time in an evaluation.
 const EVALUATION_ROWS: usize = 128;
 
-/// The classifier that the experiments train: 8 experts of which 2 are active, as in the default language model.
-const SHAPE: ClassifierShape = ClassifierShape {
-    pixels: PIXELS,
-    classes: 10,
-    width: 64,
-    layers: 2,
-    experts: 8,
-    top_k: 2,
-    expert_width: 32,
-};
-
 /// Some digits.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Digits {
@@ -100,9 +89,20 @@ pub struct DigitsTask {
 }
 
 impl DigitsTask {
+    /// The classifier that the experiments train: 8 experts of which 2 are active, as in the default language model.
+    pub const SHAPE: ClassifierShape = ClassifierShape {
+        pixels: PIXELS,
+        classes: 10,
+        width: 64,
+        layers: 2,
+        experts: 8,
+        top_k: 2,
+        expert_width: 32,
+    };
+
     /// With batches of `batch_size` digits, drawn with replacement, and the coefficient of the load-balancing loss.
     pub fn new(seed: u64, batch_size: usize, auxiliary: f32) -> Self {
-        let classifier = Classifier::new(SHAPE);
+        let classifier = Classifier::new(Self::SHAPE);
         let [training, validation, test] = Digits::dealt();
         let gradient = vec![0.0; classifier.layout().len()];
         Self { classifier, training, validation, test, seed, batch_size, auxiliary, gradient }

@@ -21,7 +21,7 @@ use self::link::Kind;
 use self::measure::{Measured, Setup, measure};
 use super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, look_every,
-    make, plot_both, small_model, write_report,
+    make, plot_both, small_model, validation, write_report,
 };
 use crate::report::Curve;
 use crate::simulation::Conditions;
@@ -76,7 +76,7 @@ const LOOKS: u64 = 64;
 /// Whatever keeps the experiment from its end, in a sentence.
 pub fn bandwidth(arguments: &Arguments) -> anyhow::Result<()> {
     let options = &arguments.options;
-    let folder = options.folder("bandwidth");
+    let folder = options.folder("bandwidth")?;
     let started = Instant::now();
     let workers: &[u32] = if options.quick { &[1, 8] } else { &[1, 2, 4, 8, 16] };
     let experiment = Experiment { arguments, folder: &folder, workers, link: Kind::best() };
@@ -254,7 +254,12 @@ impl Experiment<'_> {
             what: "choosing rates and momenta",
             book,
             jobs: self.arguments.options.jobs(),
-            spec: &|&of: &Contestant, tried| self.spec(of, tried, None, self.steps() / 4),
+            wanted: &|&of: &Contestant, tried| {
+                let steps = self.steps() / 4;
+                Ok((self.spec(of, tried, None, steps)?, steps))
+            },
+            make: &make,
+            score: validation,
         };
         let of = |&method| self.workers.iter().map(move |&workers| Contestant { method, workers });
         choosing.choose(METHODS.iter().flat_map(of).collect(), grid)

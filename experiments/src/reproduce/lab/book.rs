@@ -12,6 +12,7 @@ use anyhow::Context;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
+use tracing::warn;
 
 /// The file of finished runs.
 const FILE: &str = "results.jsonl";
@@ -86,10 +87,20 @@ impl<R: Finished> Book<R> {
         let mut pages = self.done.lock().expect("no reader panics");
         let new = bytes.get(pages.read..).unwrap_or_default();
         let whole = new.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
-        let results = new[..whole].split(|&byte| byte == b'\n');
-        let results = results.filter_map(|line| serde_json::from_slice::<R>(line).ok());
-        results.for_each(|result| drop(pages.results.insert(text(result.key()), result)));
+        let mut unreadable = 0;
+        for line in new[..whole].split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+            match serde_json::from_slice::<R>(line) {
+                Ok(result) => drop(pages.results.insert(text(result.key()), result)),
+                Err(_) => unreadable += 1,
+            }
+        }
         pages.read += whole;
+        if unreadable > 0 {
+            warn!(
+                "{unreadable} lines of {} are left out, cut off or of another version; their runs are made again",
+                path.display()
+            );
+        }
         Ok(())
     }
 

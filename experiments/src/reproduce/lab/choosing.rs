@@ -1,19 +1,30 @@
 //! The same choice of rate and momentum for every contestant, by runs.
 
-use super::book::Book;
-use super::jobs::{EVALUATIONS, Jobs};
+use super::book::{Book, Finished};
+use super::jobs::{EVALUATIONS, Jobs, Progress, Wanted};
 use super::search::{Grid, Search, Tried};
-use super::spec::{Run, Spec, make};
+use super::spec::Run;
 use crate::task::Score;
 
+/// Makes of a contestant and a point what is to be run.
+type WhatTries<'a, C, K> = dyn Fn(&C, Tried) -> anyhow::Result<Wanted<K>> + 'a;
+
 /// What chooses: contestants, each with a grid, and how a point of it becomes a run.
-pub(in crate::reproduce) struct Choosing<'a, C> {
+pub(in crate::reproduce) struct Choosing<'a, C, R: Finished> {
     /// For the bar.
     pub(in crate::reproduce) what: &'static str,
-    pub(in crate::reproduce) book: &'a Book<Run>,
+    pub(in crate::reproduce) book: &'a Book<R>,
     pub(in crate::reproduce) jobs: Jobs,
-    /// The run of a contestant that tries a point.
-    pub(in crate::reproduce) spec: &'a dyn Fn(&C, Tried) -> anyhow::Result<Spec>,
+    /// The run of a contestant that tries a point, and its gradient evaluations.
+    pub(in crate::reproduce) wanted: &'a WhatTries<'a, C, R::Key>,
+    pub(in crate::reproduce) make: &'a (dyn Fn(&R::Key, &Progress<'_>) -> anyhow::Result<R> + Sync),
+    /// What is best of it decides.
+    pub(in crate::reproduce) score: fn(&R) -> Score,
+}
+
+/// The validation score of a run.
+pub(in crate::reproduce) fn validation(run: &Run) -> Score {
+    run.outcome.validation()
 }
 
 /// A contestant, its search, and what came out best by validation.
@@ -23,8 +34,11 @@ pub(in crate::reproduce) struct Chosen<C> {
     pub(in crate::reproduce) best: Tried,
 }
 
-impl<C> Choosing<'_, C> {
-    /// The validation score of a run that was made.
+impl<C, R: Finished + Sync> Choosing<'_, C, R>
+where
+    R::Key: Sync,
+{
+    /// The score of a run that was made.
     ///
     /// # Errors
     /// If the point makes no run.
@@ -32,8 +46,8 @@ impl<C> Choosing<'_, C> {
     /// # Panics
     /// If the run was not made.
     pub(in crate::reproduce) fn score(&self, contestant: &C, tried: Tried) -> anyhow::Result<Score> {
-        let spec = (self.spec)(contestant, tried)?;
-        Ok(self.book.find(&spec).expect("the run was made").outcome.validation())
+        let (key, _) = (self.wanted)(contestant, tried)?;
+        Ok((self.score)(&self.book.find(&key).expect("the run was made")))
     }
 
     /// Makes the runs of all grids, widens those whose best lies at an edge, and goes on until none does.
@@ -50,22 +64,20 @@ impl<C> Choosing<'_, C> {
             let mut wanted = Vec::new();
             for (contestant, search) in contestants.iter().zip(&searches) {
                 for tried in search.points() {
-                    let spec = (self.spec)(contestant, tried)?;
-                    let steps = spec.training.steps;
-                    wanted.push((spec, steps));
+                    wanted.push((self.wanted)(contestant, tried)?);
                 }
             }
-            self.jobs.make_missing((self.what, EVALUATIONS), self.book, &wanted, make)?;
+            self.jobs.make_missing((self.what, EVALUATIONS), self.book, &wanted, self.make)?;
             let mut is_widened = false;
             for (contestant, search) in contestants.iter().zip(&mut searches) {
-                is_widened |= search.try_widen(|tried| self.score(contestant, tried))?;
+                is_widened |= search.widen(|tried| self.score(contestant, tried))?;
             }
             if !is_widened {
                 break;
             }
         }
         let best = |(contestant, search): (C, Search)| {
-            let best = search.try_best(|tried| self.score(&contestant, tried))?;
+            let best = search.best(|tried| self.score(&contestant, tried))?;
             Ok(Chosen { contestant, search, best })
         };
         contestants.into_iter().zip(searches).map(best).collect()

@@ -2,6 +2,7 @@
 
 mod book;
 mod choosing;
+mod difference;
 mod jobs;
 mod reference;
 mod search;
@@ -10,12 +11,17 @@ mod sweep;
 mod text;
 
 pub(super) use book::{Book, Finished};
-pub(super) use choosing::{Choosing, Chosen};
+pub(super) use choosing::{Choosing, Chosen, validation};
+pub(super) use difference::{Difference, cost};
 pub(super) use jobs::{EVALUATIONS, Jobs, Progress};
-pub(super) use reference::{Batches, Stretch, train};
-pub(super) use search::{Grid, Search, Tried};
-pub(super) use spec::{Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, make, scale_rates, small_model};
-pub(super) use sweep::{Sweep, Variant, file_name};
+pub(super) use reference::{Stretch, train};
+pub(super) use search::{Grid, Tried};
+pub(super) use spec::{
+    Outcome, Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, by_adamw, by_workers, make, scale_rates,
+    small_model,
+};
+pub(super) use sweep::{Sweep, Variant, Varied, file_name};
 pub(super) use text::{
-    Options, look_every, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report,
+    Options, look_every, mean_and_spread, mean_curve, outcomes, plot_both, plus_minus, seeds_text, show,
+    show_loss, write_configuration, write_report,
 };

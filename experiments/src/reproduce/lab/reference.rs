@@ -15,19 +15,11 @@ use crate::task::Task;
 /// Warm-up takes at least so many steps, however large they are.
 const WARMUP_STEPS_MIN: u64 = 10;
 
-/// Which batches a stretch of training sees.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(in crate::reproduce) struct Batches {
-    /// Stretches that follow one another begin at different ones.
-    pub(in crate::reproduce) first: u64,
-    /// Their mean gradient makes a step.
-    pub(in crate::reproduce) per_step: u64,
-}
-
 /// A stretch of training. All counts but [`steps`](Self::steps) are of gradient evaluations.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(in crate::reproduce) struct Stretch {
-    pub(in crate::reproduce) batches: Batches,
+    /// The mean gradient of so many batches makes a step.
+    pub(in crate::reproduce) batches_per_step: u64,
     pub(in crate::reproduce) evaluations: u64,
     /// The peak rate; warm-up before it, half a cosine down to a fraction of it after.
     pub(in crate::reproduce) rate: f64,
@@ -43,11 +35,11 @@ impl Stretch {
     /// As a run's settings say.
     pub(in crate::reproduce) fn of(
         training: &TrainingSettings,
-        batches: Batches,
+        batches_per_step: u64,
         adamw: AdamWSettings,
     ) -> Self {
         Self {
-            batches,
+            batches_per_step,
             evaluations: training.steps,
             rate: training.learning_rate,
             warmup: training.warmup_steps,
@@ -60,7 +52,7 @@ impl Stretch {
 
     /// Updates of the model.
     pub(in crate::reproduce) fn steps(&self) -> u64 {
-        (self.evaluations / self.batches.per_step).max(1)
+        (self.evaluations / self.batches_per_step).max(1)
     }
 
     fn schedule(&self) -> Schedule {
@@ -71,7 +63,7 @@ impl Stretch {
             learning_rate_max: self.rate,
             local_rate: 0.0,
             warmup_exchanges: 0,
-            warmup_steps: (self.warmup / self.batches.per_step)
+            warmup_steps: (self.warmup / self.batches_per_step)
                 .max(WARMUP_STEPS_MIN.min(self.warmup))
                 .min(steps / 5),
             total_steps: steps,
@@ -101,7 +93,7 @@ pub(in crate::reproduce) fn train(
     let mut parameters = task.initial();
     let mut optimizer = AdamW::new(stretch.adamw, layout.len());
     let schedule = stretch.schedule();
-    let per_step = stretch.batches.per_step;
+    let per_step = stretch.batches_per_step;
     let share = 1.0 / per_step as f32;
     let mut mean = vec![0.0; layout.len()];
     let look = |task: &mut dyn Task, parameters: &[f32], evaluations: u64| {
@@ -114,7 +106,7 @@ pub(in crate::reproduce) fn train(
         mean.fill(0.0);
         for batch in step * per_step..(step + 1) * per_step {
             ensure!(keep_going(batch), "stopped; the runs that are finished are kept");
-            task.take_gradient(&parameters, BatchId(stretch.batches.first + batch))?;
+            task.take_gradient(&parameters, BatchId(batch))?;
             mean.iter_mut().zip(task.gradient()).for_each(|(mean, gradient)| *mean += share * gradient);
         }
         // A gradient that is not finite is left out, as workers do.
@@ -141,7 +133,7 @@ mod tests {
 
     fn stretch(per_step: u64, evaluations: u64) -> Stretch {
         Stretch {
-            batches: Batches { first: 0, per_step },
+            batches_per_step: per_step,
             evaluations,
             rate: 1e-2,
             warmup: 10,

@@ -1,11 +1,12 @@
 //! The choice of a learning rate and, where a method has one, a momentum: the same search for everyone.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use crate::task::Score;
 
 /// The most learning rates that are tried with one momentum.
-const RATES_MAX: usize = 9;
+const RATES_MAX: usize = 12;
 
 /// What is tried first.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,69 +47,83 @@ impl Search {
 
     /// What is to be tried by now.
     pub(in crate::reproduce) fn points(&self) -> Vec<Tried> {
-        let of = |(&momentum, rates): (&u32, &Vec<f64>)| {
-            let momentum = f32::from_bits(momentum);
-            rates.iter().map(move |&rate| Tried { rate, momentum }).collect::<Vec<_>>()
-        };
-        self.rates.iter().flat_map(of).collect()
+        self.rates.iter().flat_map(|(&momentum, rates)| with(momentum, rates)).collect()
     }
 
     /// Adds what lies beyond the edges at which the best is; returns whether there was any. All points were tried.
-    pub(in crate::reproduce) fn widen(&mut self, score: impl Fn(Tried) -> Score) -> bool {
+    ///
+    /// # Errors
+    /// If a score cannot be had.
+    pub(in crate::reproduce) fn widen(
+        &mut self,
+        score: impl Fn(Tried) -> anyhow::Result<Score>,
+    ) -> anyhow::Result<bool> {
         let mut is_widened = false;
         for (&momentum, rates) in &mut self.rates {
             if !(2..RATES_MAX).contains(&rates.len()) {
                 continue;
             }
-            let momentum = f32::from_bits(momentum);
-            let at = |place: usize| badness(score(Tried { rate: rates[place], momentum }));
-            let best = (0..rates.len()).min_by(|&a, &b| order(at(a), at(b))).expect("there are rates");
-            if best == 0 {
-                rates.insert(0, rates[0] / 2.0);
-            } else if best == rates.len() - 1 {
-                rates.push(rates[best] * 2.0);
+            let best = best_of(with(momentum, rates), &score)?.rate;
+            if best == rates[0] {
+                rates.insert(0, best / 2.0);
+            } else if best == rates[rates.len() - 1] {
+                rates.push(best * 2.0);
             } else {
                 continue;
             }
             is_widened = true;
         }
-        is_widened
+        Ok(is_widened)
     }
 
-    /// As [`widen`](Self::widen), with scores that can fail.
-    pub(in crate::reproduce) fn try_widen(
-        &mut self,
-        score: impl Fn(Tried) -> anyhow::Result<Score>,
-    ) -> anyhow::Result<bool> {
-        let scores = self.scores(score)?;
-        Ok(self.widen(|tried| look_up(&scores, tried)))
+    /// Whether a rate is the lowest or highest that was tried with its momentum, so that a better one may lie beyond.
+    pub(in crate::reproduce) fn is_at_edge(&self, tried: Tried) -> bool {
+        let rates = &self.rates[&tried.momentum.to_bits()];
+        rates.first() == Some(&tried.rate) || rates.last() == Some(&tried.rate)
     }
 
-    /// As [`best`](Self::best), with scores that can fail.
-    pub(in crate::reproduce) fn try_best(
+    /// The best of those with one momentum.
+    ///
+    /// # Errors
+    /// If a score cannot be had.
+    pub(in crate::reproduce) fn best_with(
         &self,
+        momentum: f32,
         score: impl Fn(Tried) -> anyhow::Result<Score>,
     ) -> anyhow::Result<Tried> {
-        let scores = self.scores(score)?;
-        Ok(self.best(|tried| look_up(&scores, tried)))
-    }
-
-    fn scores(&self, score: impl Fn(Tried) -> anyhow::Result<Score>) -> anyhow::Result<Vec<(Tried, Score)>> {
-        self.points().into_iter().map(|tried| Ok((tried, score(tried)?))).collect()
+        best_of(with(momentum.to_bits(), &self.rates[&momentum.to_bits()]), score)
     }
 
     /// The best of what was tried.
-    pub(in crate::reproduce) fn best(&self, score: impl Fn(Tried) -> Score) -> Tried {
-        let by = |a: &Tried, b: &Tried| order(badness(score(*a)), badness(score(*b)));
-        self.points().into_iter().min_by(by).expect("a grid has a point")
+    ///
+    /// # Errors
+    /// If a score cannot be had.
+    pub(in crate::reproduce) fn best(
+        &self,
+        score: impl Fn(Tried) -> anyhow::Result<Score>,
+    ) -> anyhow::Result<Tried> {
+        best_of(self.points(), score)
     }
 }
 
-fn look_up(scores: &[(Tried, Score)], tried: Tried) -> Score {
-    scores.iter().find(|(of, _)| *of == tried).expect("every point has a score").1
+fn with(momentum: u32, rates: &[f64]) -> Vec<Tried> {
+    let momentum = f32::from_bits(momentum);
+    rates.iter().map(|&rate| Tried { rate, momentum }).collect()
 }
 
-fn order(a: (f64, f64), b: (f64, f64)) -> std::cmp::Ordering {
+/// The first of the least bad ones.
+fn best_of(points: Vec<Tried>, score: impl Fn(Tried) -> anyhow::Result<Score>) -> anyhow::Result<Tried> {
+    let mut best = None;
+    for tried in points {
+        let badness = badness(score(tried)?);
+        if best.is_none_or(|(_, held)| order(badness, held) == Ordering::Less) {
+            best = Some((tried, badness));
+        }
+    }
+    Ok(best.expect("a grid has a point").0)
+}
+
+fn order(a: (f64, f64), b: (f64, f64)) -> Ordering {
     a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1))
 }
 
@@ -117,10 +132,10 @@ mod tests {
     use super::*;
 
     fn search(optimum: f64, rates: &[f64]) -> (f64, Vec<f64>) {
-        let score = |tried: Tried| Score { loss: (tried.rate / optimum).ln().abs(), accuracy: None };
+        let score = |tried: Tried| Ok(Score { loss: (tried.rate / optimum).ln().abs(), accuracy: None });
         let mut search = Search::new(&Grid { rates: rates.to_vec(), momenta: vec![0.0] });
-        while search.widen(score) {}
-        (search.best(score).rate, search.points().iter().map(|tried| tried.rate).collect())
+        while search.widen(score).unwrap() {}
+        (search.best(score).unwrap().rate, search.points().iter().map(|tried| tried.rate).collect())
     }
 
     #[test]
@@ -133,24 +148,37 @@ mod tests {
     }
 
     #[test]
+    fn a_best_at_the_edge_is_known_as_such() {
+        let search = Search::new(&Grid { rates: vec![1.0, 2.0, 4.0], momenta: vec![0.0, 0.5] });
+        let tried = |rate, momentum| Tried { rate, momentum };
+        assert!(search.is_at_edge(tried(1.0, 0.5)) && search.is_at_edge(tried(4.0, 0.0)));
+        assert!(!search.is_at_edge(tried(2.0, 0.0)));
+        let score = |tried: Tried| {
+            let loss = (tried.rate - 2.0).abs() + f64::from(tried.momentum);
+            Ok(Score { loss, accuracy: None })
+        };
+        assert_eq!(search.best_with(0.5, score).unwrap(), tried(2.0, 0.5));
+    }
+
+    #[test]
     fn every_momentum_has_rates_of_its_own() {
         let score = |tried: Tried| {
             let reach = tried.rate / (1.0 - f64::from(tried.momentum));
-            Score { loss: reach.ln().abs() + f64::from(tried.momentum), accuracy: None }
+            Ok(Score { loss: reach.ln().abs() + f64::from(tried.momentum), accuracy: None })
         };
         let mut search = Search::new(&Grid { rates: vec![0.5, 1.0, 2.0], momenta: vec![0.0, 0.75] });
-        while search.widen(score) {}
+        while search.widen(score).unwrap() {}
         let with = |momentum: f32| search.points().iter().filter(|tried| tried.momentum == momentum).count();
         assert_eq!((with(0.0), with(0.75)), (3, 5));
-        assert_eq!(search.best(score), Tried { rate: 1.0, momentum: 0.0 });
+        assert_eq!(search.best(score).unwrap(), Tried { rate: 1.0, momentum: 0.0 });
     }
 
     #[test]
     fn a_diverged_run_is_worse_than_any_other() {
         let diverged = badness(Score { loss: f64::NAN, accuracy: None });
         let bad = badness(Score { loss: 9.0, accuracy: Some(0.05) });
-        assert_eq!(order(bad, diverged), std::cmp::Ordering::Less);
+        assert_eq!(order(bad, diverged), Ordering::Less);
         let better = badness(Score { loss: 10.0, accuracy: Some(0.06) });
-        assert_eq!(order(better, bad), std::cmp::Ordering::Less, "accuracy comes first");
+        assert_eq!(order(better, bad), Ordering::Less, "accuracy comes first");
     }
 }

@@ -7,10 +7,11 @@ use sanderling_common::config::{DataSettings, ExchangeSettings, ModelSettings, R
 use sanderling_common::corpus::Corpus;
 use sanderling_common::method::Method;
 use sanderling_common::wire::{Refusal, Split};
+use serde_json::{Value, json};
 
 use super::book::Finished;
 use super::jobs::Progress;
-use super::reference::{Batches, Stretch, train};
+use super::reference::{Stretch, train};
 use crate::adamw::AdamWSettings;
 use crate::simulation::{Conditions, Evaluations, Point, SimulationError, SimulationReport, simulate};
 use crate::task::{DigitsTask, LanguageTask, Score, Task};
@@ -107,8 +108,6 @@ pub(in crate::reproduce) struct Spec {
     /// `steps` counts gradient evaluations; `eval_every` is how often the onlooker looks.
     pub(in crate::reproduce) training: TrainingSettings,
     pub(in crate::reproduce) exchange: ExchangeSettings,
-    /// The run is over when its validation loss has come down to this.
-    pub(in crate::reproduce) until: Option<f64>,
 }
 
 impl Spec {
@@ -132,8 +131,47 @@ impl Spec {
             model: run.model.clone(),
             training: run.training.clone(),
             exchange: run.exchange.clone(),
-            until: None,
         }
+    }
+}
+
+impl Spec {
+    /// Everything that the run depends on, and nothing else.
+    pub(in crate::reproduce) fn resolved(&self) -> Value {
+        let mut resolved = json!({
+            "subject": self.subject,
+            "seed": self.seed,
+            "workers": self.workers,
+            "data": self.data,
+            "model": self.model,
+            "training": self.training,
+            "exchange": self.exchange,
+        });
+        match self.trainer {
+            Trainer::Workers(conditions) => resolved["conditions"] = json!(conditions),
+            Trainer::AdamW => {
+                // The method and the exchange of a run have no part in it.
+                resolved["adamw"] = json!(reference(&self.run()));
+                resolved["training"] = json!(null);
+                resolved["exchange"] = json!(null);
+            }
+        }
+        if self.subject == Subject::Digits {
+            resolved["model"] = json!({ "classifier": DigitsTask::SHAPE, "aux_loss": self.model.aux_loss });
+            resolved["data"] = json!({ "batch_size": self.data.batch_size });
+        }
+        resolved
+    }
+
+    /// The run file of the same run in real time, if there is one.
+    pub(in crate::reproduce) fn run_file(&self, name: &str) -> Option<RunConfig> {
+        let is_real =
+            self.subject == Subject::Text && self.trainer == Trainer::Workers(Conditions::default());
+        is_real.then(|| {
+            let mut run = self.run();
+            run.run.name = name.to_owned();
+            run
+        })
     }
 }
 
@@ -160,6 +198,27 @@ pub(in crate::reproduce) struct Outcome {
 }
 
 impl Outcome {
+    /// Of a run that came to no end, for this reason.
+    pub(in crate::reproduce) fn diverged(parameters: u64, reason: String) -> Self {
+        Self {
+            curve: Vec::new(),
+            test: NOTHING,
+            parameters,
+            updates: 0,
+            bytes_up: 0,
+            bytes_down: 0,
+            staleness: Vec::new(),
+            diverged: Some(reason),
+            seconds: 0.0,
+        }
+    }
+
+    /// The best model on the validation split; not a number of a run that diverged.
+    pub(in crate::reproduce) fn best_validation(&self) -> Point {
+        let best = self.curve.iter().min_by(|a, b| a.score.loss.total_cmp(&b.score.loss));
+        best.copied().unwrap_or(Point { steps: 0, time: 0.0, score: NOTHING })
+    }
+
     /// The last model on the validation split.
     pub(in crate::reproduce) fn validation(&self) -> Score {
         match (self.curve.last(), &self.diverged) {
@@ -202,31 +261,29 @@ impl Finished for Run {
 
 /// Makes a run.
 pub(in crate::reproduce) fn make(spec: &Spec, progress: &Progress<'_>) -> anyhow::Result<Run> {
-    let started = Instant::now();
     let run = spec.run();
     let mut task = spec.subject.task(&run)?;
-    let mut outcome = match &spec.trainer {
-        Trainer::Workers(conditions) => by_workers(spec, &run, task.as_mut(), conditions, progress)?,
-        Trainer::AdamW => by_one(&run, task.as_mut(), progress)?,
+    let outcome = match &spec.trainer {
+        Trainer::Workers(conditions) => by_workers(&run, task.as_mut(), conditions, progress)?,
+        Trainer::AdamW => by_adamw(&reference(&run), task.as_mut(), progress)?.0,
     };
-    outcome.seconds = started.elapsed().as_secs_f64();
     Ok(Run { spec: spec.clone(), outcome })
 }
 
-fn by_workers(
-    spec: &Spec,
+/// Trains a task by asynchronous workers in virtual time.
+pub(in crate::reproduce) fn by_workers(
     run: &RunConfig,
     task: &mut dyn Task,
     conditions: &Conditions,
     progress: &Progress<'_>,
 ) -> anyhow::Result<Outcome> {
-    let every = spec.training.eval_every;
-    let evaluations = Evaluations::Aside { every, until: spec.until.unwrap_or(f64::NEG_INFINITY) };
+    let started = Instant::now();
+    let evaluations = Evaluations::Aside { every: run.training.eval_every };
     let parameters = task.layout().len() as u64;
     let report = match simulate(run, task, conditions, evaluations, &|done| progress.at(done)) {
         Ok(report) => report,
         Err(error @ (SimulationError::Diverged(_) | SimulationError::Refused(Refusal::AbsurdNorm))) => {
-            return Ok(diverged(parameters, error.to_string()));
+            return Ok(Outcome::diverged(parameters, error.to_string()));
         }
         Err(error) => return Err(error.into()),
     };
@@ -243,22 +300,25 @@ fn by_workers(
         bytes_down,
         staleness: histogram,
         diverged: None,
-        seconds: 0.0,
+        seconds: started.elapsed().as_secs_f64(),
     })
 }
 
-fn by_one(run: &RunConfig, task: &mut dyn Task, progress: &Progress<'_>) -> anyhow::Result<Outcome> {
+/// Trains a task by AdamW; also returns the parameters with the lowest validation loss on the way.
+pub(in crate::reproduce) fn by_adamw(
+    stretch: &Stretch,
+    task: &mut dyn Task,
+    progress: &Progress<'_>,
+) -> anyhow::Result<(Outcome, Vec<f32>)> {
+    let started = Instant::now();
     let parameters = task.layout().len() as u64;
-    let batches = Batches { first: 0, per_step: u64::from(run.run.workers) };
-    let settings =
-        AdamWSettings { weight_decay: f64::from(run.training.weight_decay), ..AdamWSettings::default() };
-    let stretch = Stretch::of(&run.training, batches, settings);
-    let trained = train(task, &stretch, &|done| progress.at(done))?;
+    let trained = train(task, stretch, &|done| progress.at(done))?;
     if trained.last.iter().any(|value| !value.is_finite()) {
-        return Ok(diverged(parameters, "the parameters are not finite".to_owned()));
+        let reason = "the parameters are not finite".to_owned();
+        return Ok((Outcome::diverged(parameters, reason), trained.best));
     }
     let test = task.evaluate(&trained.last, Split::Test)?;
-    Ok(Outcome {
+    let outcome = Outcome {
         curve: trained.curve,
         test,
         parameters,
@@ -267,20 +327,14 @@ fn by_one(run: &RunConfig, task: &mut dyn Task, progress: &Progress<'_>) -> anyh
         bytes_down: 0,
         staleness: Vec::new(),
         diverged: None,
-        seconds: 0.0,
-    })
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    Ok((outcome, trained.best))
 }
 
-fn diverged(parameters: u64, reason: String) -> Outcome {
-    Outcome {
-        curve: Vec::new(),
-        test: NOTHING,
-        parameters,
-        updates: 0,
-        bytes_up: 0,
-        bytes_down: 0,
-        staleness: Vec::new(),
-        diverged: Some(reason),
-        seconds: 0.0,
-    }
+/// AdamW of a run's workers, who make every step together.
+fn reference(run: &RunConfig) -> Stretch {
+    let weight_decay = f64::from(run.training.weight_decay);
+    let settings = AdamWSettings { weight_decay, ..AdamWSettings::default() };
+    Stretch::of(&run.training, u64::from(run.run.workers), settings)
 }

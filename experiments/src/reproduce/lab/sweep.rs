@@ -1,17 +1,19 @@
 //! Variations of one run, each with all seeds: a table, curves, and what they differ by.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Instant;
 
 use sanderling_common::config::parse;
 use sanderling_server::progress::bytes;
 
 use super::book::Book;
+use super::difference::Difference;
 use super::jobs::{EVALUATIONS, Jobs};
 use super::spec::{Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, make, scale_rates, small_model};
 use super::text::{
-    Options, look_every, mean_and_spread, mean_curve, plot_both, show, write_configuration, write_report,
+    Options, look_every, mean_and_spread, mean_curve, outcomes, plot_both, seeds_text, show,
+    write_configuration, write_report,
 };
 use crate::report::Curve;
 use crate::task::Score;
@@ -65,16 +67,26 @@ impl Varied<'_> {
         self.runs.iter().map(|run| run.outcome.test).collect()
     }
 
-    /// Mean and standard deviation of the test loss.
-    pub(in crate::reproduce) fn test_loss(&self) -> (f64, f64) {
-        mean_and_spread(&self.runs.iter().map(|run| run.outcome.test.loss).collect::<Vec<_>>())
+    /// By how much its test loss is above another's, seed by seed.
+    pub(in crate::reproduce) fn above(&self, other: &Self) -> Difference {
+        let losses = |of: &Self| of.runs.iter().map(|run| run.outcome.test.loss).collect::<Vec<_>>();
+        Difference::of(&losses(self), &losses(other))
     }
 
-    pub(in crate::reproduce) fn bytes_up(&self) -> f64 {
+    /// How many times fewer bytes it sends up than another, and down, as words; nothing is said of runs that diverged.
+    pub(in crate::reproduce) fn fewer_bytes(&self, other: &Self) -> (String, String) {
+        let times = |ours: f64, theirs: f64| match ours > 0.0 && theirs > 0.0 {
+            true => format!("{:.1} times fewer bytes", theirs / ours),
+            false => "no bytes to compare".to_owned(),
+        };
+        (times(self.bytes_up(), other.bytes_up()), times(self.bytes_down(), other.bytes_down()))
+    }
+
+    fn bytes_up(&self) -> f64 {
         self.mean(|run| run.outcome.bytes_up as f64)
     }
 
-    pub(in crate::reproduce) fn bytes_down(&self) -> f64 {
+    fn bytes_down(&self) -> f64 {
         self.mean(|run| run.outcome.bytes_down as f64)
     }
 
@@ -84,8 +96,10 @@ impl Varied<'_> {
     }
 
     fn line(&self) -> String {
-        let traffic =
-            |sent: f64| format!("{} ({:.0}×)", bytes(sent as u64), self.dense_bytes() / sent.max(1.0));
+        let traffic = |sent: f64| match sent > 0.0 {
+            true => format!("{} ({:.0}×)", bytes(sent as u64), self.dense_bytes() / sent),
+            false => "–".to_owned(),
+        };
         let validation: Vec<Score> = self.runs.iter().map(|run| run.outcome.validation()).collect();
         let max = self.runs.iter().map(|run| run.outcome.staleness_max()).max().unwrap_or(0);
         format!(
@@ -134,51 +148,18 @@ impl Sweep {
     pub(in crate::reproduce) fn report(
         &self,
         options: &Options,
-        verdict: impl FnOnce(&[Varied<'_>], &std::path::Path) -> anyhow::Result<String>,
+        verdict: impl FnOnce(&[Varied<'_>], &Path) -> anyhow::Result<String>,
     ) -> anyhow::Result<()> {
         let started = Instant::now();
-        let (folder, seeds, jobs): (PathBuf, _, Jobs) =
-            (options.folder(self.name), options.seeds(), options.jobs());
-        let book = Book::<Run>::open(&folder)?;
-        let mut specs = Vec::new();
-        for variant in &self.variants {
-            let of_variant: Vec<Spec> =
-                seeds.iter().map(|&seed| self.spec(variant, seed)).collect::<Result<_, _>>()?;
-            write_configuration(&folder, &file_name(&variant.name()), &of_variant[0])?;
-            specs.push(of_variant);
-        }
-        let wanted: Vec<_> = specs.iter().flatten().map(|spec| (spec.clone(), self.steps)).collect();
-        jobs.make_missing(("running", EVALUATIONS), &book, &wanted, make)?;
-        let find = |spec: &Spec| book.find(spec).expect("every run was made");
-        let rows: Vec<Varied<'_>> = (self.variants.iter().zip(&specs))
-            .map(|(variant, specs)| Varied { variant, runs: specs.iter().map(find).collect() })
-            .collect();
-
-        let mut text = format!(
-            "# {}\n\n{} {} gradient evaluations each, {} seed(s) from {} on, mean ± standard deviation; characters of the \
-             bundled text, {} parameters; in virtual time, whose unit is a gradient of a worker of middling speed. Bytes are \
-             those of the frames, with how many times fewer they are than dense float32.\n\n",
-            self.title,
-            self.introduction,
-            self.steps,
-            seeds.len(),
-            seeds[0],
-            rows[0].runs[0].outcome.parameters,
-        );
-        let _ = writeln!(
-            text,
-            "| {} | validation loss | test loss | up | down | staleness mean, largest | time |",
-            self.columns.join(" | ")
-        );
-        text.push_str(&"| --- ".repeat(self.columns.len() + 6));
-        text.push_str("|\n");
-        rows.iter().for_each(|row| text.push_str(&row.line()));
+        let (folder, seeds) = (options.folder(self.name)?, options.seeds());
+        let rows = self.make_all(&folder, &seeds, options.jobs())?;
+        let mut text = self.table(&seeds, &rows);
         let _ = write!(text, "\n## Verdict\n\n{}\n", verdict(&rows, &folder)?);
         let mut pictures: Vec<&str> = rows.iter().map(|row| row.variant.picture.as_str()).collect();
         pictures.dedup();
         for picture in pictures {
             let curves: Vec<Curve> = (rows.iter().filter(|row| row.variant.picture == picture))
-                .map(|row| Curve { name: row.variant.name(), points: mean_curve(&row.runs) })
+                .map(|row| Curve { name: row.variant.name(), points: mean_curve(outcomes(&row.runs)) })
                 .collect();
             let axes = ("gradient evaluations", "validation loss, nats per character");
             let _ = write!(text, "\n{}", plot_both(&folder, &file_name(picture), picture, axes, &curves)?);
@@ -189,6 +170,46 @@ impl Sweep {
             started.elapsed().as_secs_f64()
         );
         write_report(&folder, &text)
+    }
+
+    /// The runs of every variant, those that are missing made.
+    fn make_all(&self, folder: &Path, seeds: &[u64], jobs: Jobs) -> anyhow::Result<Vec<Varied<'_>>> {
+        let book = Book::<Run>::open(folder)?;
+        let mut specs = Vec::new();
+        for variant in &self.variants {
+            let of_variant: Vec<Spec> =
+                seeds.iter().map(|&seed| self.spec(variant, seed)).collect::<Result<_, _>>()?;
+            write_configuration(folder, &file_name(&variant.name()), &of_variant[0])?;
+            specs.push(of_variant);
+        }
+        let wanted: Vec<_> = specs.iter().flatten().map(|spec| (spec.clone(), self.steps)).collect();
+        jobs.make_missing(("running", EVALUATIONS), &book, &wanted, make)?;
+        let find = |spec: &Spec| book.find(spec).expect("every run was made");
+        let rows = (self.variants.iter().zip(&specs))
+            .map(|(variant, specs)| Varied { variant, runs: specs.iter().map(find).collect() });
+        Ok(rows.collect())
+    }
+
+    fn table(&self, seeds: &[u64], rows: &[Varied<'_>]) -> String {
+        let mut text = format!(
+            "# {}\n\n{} {} gradient evaluations each, {}; characters of the bundled text, {} parameters; in virtual time, whose \
+             unit is a gradient of a worker of middling speed. Bytes are those of the frames, with how many times fewer they are \
+             than dense float32. Runs of one seed share parameters and batches, and are compared with each other.\n\n",
+            self.title,
+            self.introduction,
+            self.steps,
+            seeds_text(seeds),
+            rows[0].runs[0].outcome.parameters,
+        );
+        let _ = writeln!(
+            text,
+            "| {} | validation loss | test loss | up | down | staleness mean, largest | time |",
+            self.columns.join(" | ")
+        );
+        text.push_str(&"| --- ".repeat(self.columns.len() + 6));
+        text.push_str("|\n");
+        rows.iter().for_each(|row| text.push_str(&row.line()));
+        text
     }
 }
 

@@ -1,12 +1,14 @@
 //! Options, tables and pictures of reproductions.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
+use super::difference::diverged_of;
 use super::jobs::Jobs;
-use super::spec::{Run, Spec};
+use super::spec::{Outcome, Run, Spec};
 use crate::commands::say;
 use crate::report::{Curve, plot_curves};
 use crate::simulation::Point;
@@ -14,6 +16,9 @@ use crate::task::Score;
 
 /// The first seed; the others follow.
 const FIRST_SEED: u64 = 1337;
+
+/// The file of a folder that says whose results it holds.
+const WHOSE: &str = "reproduction.txt";
 
 /// What every reproduction can be told.
 #[derive(Debug, clap::Args)]
@@ -37,10 +42,31 @@ pub(in crate::reproduce) struct Options {
 }
 
 impl Options {
-    /// Where the results of the reproduction of this name go.
-    pub(in crate::reproduce) fn folder(&self, name: &str) -> PathBuf {
+    /// Where the results of the reproduction of this name go; made if it is not there.
+    ///
+    /// # Errors
+    /// A sentence, also if the results of another reproduction are there.
+    pub(in crate::reproduce) fn folder(&self, name: &str) -> anyhow::Result<PathBuf> {
         let quick = if self.quick { "-quick" } else { "" };
-        self.out.clone().unwrap_or_else(|| PathBuf::from(format!("runs/reproduce-{name}{quick}")))
+        let folder =
+            self.out.clone().unwrap_or_else(|| PathBuf::from(format!("runs/reproduce-{name}{quick}")));
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        let path = folder.join(WHOSE);
+        match fs::read_to_string(&path) {
+            Ok(whose) if whose.trim() == name => {}
+            Ok(whose) => bail!(
+                "{} holds the results of `reproduce {}`; give another --out",
+                folder.display(),
+                whose.trim()
+            ),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                fs::write(&path, format!("{name}\n"))
+                    .with_context(|| format!("cannot write {}", path.display()))?;
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        }
+        Ok(folder)
     }
 
     pub(in crate::reproduce) fn seeds(&self) -> Vec<u64> {
@@ -67,54 +93,92 @@ pub(in crate::reproduce) fn look_every(steps: u64, looks: u64) -> u64 {
     (steps / looks).max(STEPS_BETWEEN_LOOKS_MIN.min(steps))
 }
 
-/// Mean and sample standard deviation; the latter zero for a single value.
-pub(in crate::reproduce) fn mean_and_spread(values: &[f64]) -> (f64, f64) {
+/// Mean and sample standard deviation; a single value has none.
+pub(in crate::reproduce) fn mean_and_spread(values: &[f64]) -> (f64, Option<f64>) {
     let count = values.len() as f64;
     let mean = values.iter().sum::<f64>() / count;
     let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-    (mean, if values.len() > 1 { (squares / (count - 1.0)).sqrt() } else { 0.0 })
+    (mean, (values.len() > 1).then(|| (squares / (count - 1.0)).sqrt()))
+}
+
+/// As `1.5634 ± 0.0012`, or without a spread.
+pub(in crate::reproduce) fn plus_minus(mean: f64, spread: Option<f64>, decimals: usize) -> String {
+    match spread {
+        Some(spread) => format!("{mean:.decimals$} ± {spread:.decimals$}"),
+        None => format!("{mean:.decimals$}"),
+    }
+}
+
+/// Which seeds there are, and what the tables show of them.
+pub(in crate::reproduce) fn seeds_text(seeds: &[u64]) -> String {
+    let names: Vec<String> = seeds.iter().map(u64::to_string).collect();
+    match seeds {
+        [_] => format!("seed {}", names[0]),
+        _ => format!("seeds {}, mean ± standard deviation", names.join(", ")),
+    }
 }
 
 /// Scores of several seeds, as a cell of a table: accuracy in per cent where there is one, or else the loss.
 pub(in crate::reproduce) fn show(scores: &[Score]) -> String {
-    let of = |value: fn(&Score) -> f64, decimals: usize| {
-        let (mean, spread) = mean_and_spread(&scores.iter().map(value).collect::<Vec<_>>());
-        match scores.len() {
-            _ if !mean.is_finite() => "diverged".to_owned(),
-            // One seed has no spread.
-            1 => format!("{mean:.decimals$}"),
-            _ => format!("{mean:.decimals$} ± {spread:.decimals$}"),
-        }
-    };
     if scores.iter().all(|score| score.accuracy.is_some()) {
-        of(|score| 100.0 * score.accuracy.unwrap_or(f64::NAN), 2)
+        show_values(scores.iter().map(|score| 100.0 * score.accuracy.unwrap_or(f64::NAN)), 2)
     } else {
-        of(|score| score.loss, 4)
+        show_loss(scores)
     }
 }
 
-/// The validation loss over gradient evaluations, mean over runs that were looked at at the same places.
-pub(in crate::reproduce) fn mean_curve(runs: &[Run]) -> Vec<(f64, f64)> {
-    let Some(shortest) = runs.iter().min_by_key(|run| run.outcome.curve.len()) else { return Vec::new() };
+/// Losses of several seeds, as a cell of a table.
+pub(in crate::reproduce) fn show_loss(scores: &[Score]) -> String {
+    show_values(scores.iter().map(|score| score.loss), 4)
+}
+
+fn show_values(values: impl Iterator<Item = f64>, decimals: usize) -> String {
+    let values: Vec<f64> = values.collect();
+    let diverged = values.iter().filter(|value| !value.is_finite()).count();
+    if diverged > 0 {
+        return diverged_of(diverged, values.len());
+    }
+    let (mean, spread) = mean_and_spread(&values);
+    plus_minus(mean, spread, decimals)
+}
+
+/// The validation loss over gradient evaluations, mean over runs that were looked at at the same places. A run that diverged
+/// has no curve, and leaves none to the others.
+pub(in crate::reproduce) fn mean_curve<'a>(
+    outcomes: impl IntoIterator<Item = &'a Outcome>,
+) -> Vec<(f64, f64)> {
+    let curves: Vec<&[Point]> = outcomes.into_iter().map(|outcome| outcome.curve.as_slice()).collect();
+    let Some(shortest) = curves.iter().min_by_key(|curve| curve.len()) else { return Vec::new() };
     let at = |(place, point): (usize, &Point)| {
-        let losses: Vec<f64> = runs.iter().map(|run| run.outcome.curve[place].score.loss).collect();
+        let losses: Vec<f64> = curves.iter().map(|curve| curve[place].score.loss).collect();
         (point.steps as f64, mean_and_spread(&losses).0)
     };
     // The first point, of the untrained model, would only press the others together.
-    shortest.outcome.curve.iter().enumerate().skip(1).map(at).collect()
+    shortest.iter().enumerate().skip(1).map(at).collect()
 }
 
-/// Writes a run's resolved configuration, as a run file that `train` takes too.
+/// The outcomes of runs.
+pub(in crate::reproduce) fn outcomes(runs: &[Run]) -> impl Iterator<Item = &Outcome> {
+    runs.iter().map(|run| &run.outcome)
+}
+
+/// Writes a run's resolved configuration: everything as JSON and, of a run that `train` could make too, a run file.
 pub(in crate::reproduce) fn write_configuration(
     folder: &Path,
     name: &str,
     spec: &Spec,
 ) -> anyhow::Result<()> {
     let folder = folder.join("configurations");
-    let path = folder.join(format!("{name}.toml"));
-    let text = spec.run().to_toml();
-    let written = fs::create_dir_all(&folder).and_then(|()| fs::write(&path, text));
-    written.with_context(|| format!("cannot write {}", path.display()))
+    let write = |ending: &str, text: String| {
+        let path = folder.join(format!("{name}.{ending}"));
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    };
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    write("json", format!("{:#}\n", spec.resolved()))?;
+    match spec.run_file(name) {
+        Some(run) => write("toml", run.to_toml()),
+        None => Ok(()),
+    }
 }
 
 /// Draws the curves twice, as SVG and as PNG; returns what shows the picture in Markdown.

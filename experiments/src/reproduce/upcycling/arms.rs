@@ -59,6 +59,9 @@ pub(super) const ARMS: [Arm; 6] = [
     ),
 ];
 
+/// Those that asynchronous workers are compared with AdamW in.
+pub(super) const WARM_START_ARMS: [Arm; 2] = [ARMS[1], ARMS[5]];
+
 impl Arm {
     pub(super) fn recipe(&self, seed: u64) -> Option<Recipe> {
         let (experts, top_k, granularity, router, scaling) = self.recipe?;

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use sanderling_common::checkpoint::{self, Checkpoint};
-use sanderling_common::config::RunConfig;
+use sanderling_common::config::{ExchangeSettings, ModelSettings, RunConfig, TrainingSettings};
 use sanderling_common::corpus::Corpus;
 use sanderling_common::init::initial_parameters;
 use sanderling_common::method::Method;
@@ -20,14 +20,14 @@ use sanderling_common::origin::Dense;
 use sanderling_common::wire::Split;
 use sanderling_worker::model::forward_flops_per_token;
 
-use self::arms::{ARMS, Arm, Budget};
+use self::arms::{ARMS, Arm, Budget, WARM_START_ARMS};
 use self::report::report;
 use super::lab::{
-    Batches, Book, EVALUATIONS, Finished, Grid, Jobs, Options, Progress, Search, Stretch, Tried, look_every,
-    scale_rates, train, write_report,
+    Book, Choosing, Chosen, EVALUATIONS, Finished, Grid, Jobs, Options, Outcome, Progress, Stretch, Tried,
+    by_adamw, by_workers, look_every, scale_rates, train, write_report,
 };
 use crate::adamw::AdamWSettings;
-use crate::simulation::{Conditions, Evaluations, Point, simulate};
+use crate::simulation::Conditions;
 use crate::task::{LanguageTask, Score, Task};
 
 /// Dense against upcycled, at equal compute and at equal tokens
@@ -35,7 +35,7 @@ use crate::task::{LanguageTask, Score, Task};
 /// Trains a small dense model on the bundled text, upcycles it in several ways, and trains each on with a fresh optimiser
 /// and learning rate: for the floating-point operations of the dense continuation (so the mixtures, which cost more per
 /// token, see fewer tokens) and for its tokens. By AdamW in one process or, with --workers, by asynchronous workers in
-/// virtual time. The learning rate is chosen for every arm from the same values, by validation with the first seed, and from
+/// virtual time, and for comparison some also by AdamW from the same start. The learning rate is chosen for every arm from the same values, by validation with the first seed, and from
 /// further ones as long as the best lies at the edge. Finished runs are kept in the folder and not run again, so an
 /// interrupted experiment goes on where it was.
 #[derive(Debug, clap::Args)]
@@ -62,8 +62,9 @@ struct Settings {
     /// Of the dense continuation.
     steps: u64,
     workers: Option<u32>,
-    /// A single one is not chosen from, and not added to.
+    /// Of AdamW, and η0 of η0/√(1+τ) of asynchronous workers. A single one is not chosen from, and not added to.
     rates: Vec<f64>,
+    asynchronous_rates: Vec<f64>,
     seeds: Vec<u64>,
 }
 
@@ -85,12 +86,9 @@ impl Settings {
         let dense = run.model_config(vocabulary);
         let workers = arguments.workers;
         let steps = arguments.options.steps(1000, 400);
-        let rates = match (workers, arguments.options.quick) {
-            (None, true) => vec![2e-3],
-            (None, false) => vec![1e-3, 2e-3, 4e-3],
-            // η0 of η0/√(1+τ).
-            (Some(_), true) => vec![4e-3],
-            (Some(_), false) => vec![2e-3, 4e-3, 8e-3],
+        let (rates, asynchronous_rates) = match arguments.options.quick {
+            true => (vec![2e-3], vec![4e-3]),
+            false => (vec![1e-3, 2e-3, 4e-3], vec![2e-3, 4e-3, 8e-3]),
         };
         Ok(Self {
             run,
@@ -99,6 +97,7 @@ impl Settings {
             steps,
             workers,
             rates,
+            asynchronous_rates,
             seeds: arguments.options.seeds(),
         })
     }
@@ -109,9 +108,9 @@ impl Settings {
         run
     }
 
-    fn stretch(&self, evaluations: u64, rate: f64, first: u64) -> Stretch {
+    fn stretch(&self, evaluations: u64, rate: f64) -> Stretch {
         Stretch {
-            batches: Batches { first, per_step: 1 },
+            batches_per_step: 1,
             evaluations,
             rate,
             warmup: warmup(evaluations),
@@ -126,23 +125,54 @@ impl Settings {
         u64::from(self.run.data.batch_size) * self.run.model.context as u64
     }
 
-    fn key(&self, (arm, budget): (Arm, Budget), seed: u64, rate: f64) -> RunKey {
+    /// Who has a row in the table: everyone by whom the experiment is about and, beside asynchronous workers, AdamW from some of
+    /// the same starts and with as many gradient evaluations.
+    fn contestants(&self) -> Vec<Contestant> {
+        let by = |workers, arm, budget| Contestant { arm, budget, workers };
+        let mixtures = ARMS[1..].iter().flat_map(|&arm| Budget::ALL.map(|budget| (arm, budget)));
         // The dense model's two budgets are one run.
-        let budget = if arm == ARMS[0] { Budget::Compute } else { budget };
-        RunKey {
+        let all = std::iter::once((ARMS[0], Budget::Compute)).chain(mixtures);
+        let mut contestants: Vec<_> = all.map(|(arm, budget)| by(self.workers, arm, budget)).collect();
+        if self.workers.is_some() {
+            contestants.push(by(None, ARMS[0], Budget::Compute));
+            contestants.extend(WARM_START_ARMS.map(|arm| by(None, arm, Budget::Tokens)));
+        }
+        contestants
+    }
+
+    fn grid(&self, contestant: Contestant) -> Grid {
+        let rates = if contestant.workers.is_some() { &self.asynchronous_rates } else { &self.rates };
+        Grid { rates: rates.clone(), momenta: vec![0.0] }
+    }
+
+    fn key(&self, contestant: Contestant, seed: u64, rate: f64) -> anyhow::Result<RunKey> {
+        let Contestant { arm, budget, workers } = contestant;
+        let mut run = self.run.clone();
+        let (steps, mut stretch) = (self.steps_of(contestant)?, None);
+        match workers {
+            Some(workers) => asynchronous(&mut run, (workers, steps, rate)),
+            None => stretch = Some(self.stretch(steps, rate)),
+        }
+        let by = match stretch {
+            Some(stretch) => By::AdamW(stretch),
+            None => By::Workers { training: run.training, exchange: run.exchange },
+        };
+        Ok(RunKey {
             arm: arm.key.to_owned(),
             budget,
             seed,
             rate,
-            workers: self.workers,
-            pretraining_steps: self.pretraining_steps,
+            workers,
+            pretraining: self.stretch(self.pretraining_steps, PRETRAINING_RATE),
             dense_steps: self.steps,
             batch_size: self.run.data.batch_size,
-        }
+            model: self.run.model.clone(),
+            by,
+        })
     }
 
     /// Steps that a budget allows an arm.
-    fn steps_of(&self, (arm, budget): (Arm, Budget)) -> anyhow::Result<u64> {
+    fn steps_of(&self, Contestant { arm, budget, .. }: Contestant) -> anyhow::Result<u64> {
         match budget {
             Budget::Tokens => Ok(self.steps),
             Budget::Compute => {
@@ -156,7 +186,16 @@ fn warmup(evaluations: u64) -> u64 {
     100.min(evaluations / 10)
 }
 
-/// Names a run within the experiment.
+/// Who has a row in the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Contestant {
+    arm: Arm,
+    budget: Budget,
+    /// `None`: AdamW in one process.
+    workers: Option<u32>,
+}
+
+/// Names a run, with everything that it depends on.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 struct RunKey {
     arm: String,
@@ -164,9 +203,19 @@ struct RunKey {
     seed: u64,
     rate: f64,
     workers: Option<u32>,
-    pretraining_steps: u64,
+    pretraining: Stretch,
     dense_steps: u64,
     batch_size: u32,
+    model: ModelSettings,
+    by: By,
+}
+
+/// How a model is trained on.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum By {
+    AdamW(Stretch),
+    Workers { training: TrainingSettings, exchange: ExchangeSettings },
 }
 
 /// A finished run.
@@ -177,14 +226,10 @@ struct RunResult {
     tokens: u64,
     /// Forward and backward, products and causal attention.
     flops: f64,
-    parameters: u64,
     active_parameters: u64,
-    best_val_loss: f64,
-    best_step: u64,
-    /// Of the best model; by workers, of the last, since nobody keeps the others.
-    test: Score,
-    seconds: f64,
-    curve: Vec<Point>,
+    outcome: Outcome,
+    /// The best model on the test split; by workers there is the last one only, since nobody keeps the others.
+    best_test: Option<Score>,
 }
 
 impl Finished for RunResult {
@@ -195,12 +240,9 @@ impl Finished for RunResult {
     }
 }
 
-/// An arm with a budget: what the table has a row for.
-type Contestant = (Arm, Budget);
-
-fn contestants() -> Vec<Contestant> {
-    let mixtures = ARMS[1..].iter().flat_map(|&arm| Budget::ALL.map(|budget| (arm, budget)));
-    std::iter::once((ARMS[0], Budget::Compute)).chain(mixtures).collect()
+/// The text is small enough to overfit, so the best on the way counts.
+fn best_validation(run: &RunResult) -> Score {
+    run.outcome.best_validation().score
 }
 
 struct Experiment {
@@ -219,28 +261,23 @@ pub fn upcycling(arguments: &Arguments) -> anyhow::Result<()> {
     let corpus = Arc::new(Corpus::bundled());
     let settings = Settings::new(arguments, corpus.vocabulary().len())?;
     let name = settings.workers.map_or("upcycling".to_owned(), |workers| format!("upcycling-{workers}w"));
-    let folder = arguments.options.folder(&name);
+    let folder = arguments.options.folder(&name)?;
     let book = Book::open(&folder)?;
     let experiment = Experiment { settings, corpus, folder, jobs: arguments.options.jobs(), book };
 
     let started = Instant::now();
     let dense = experiment.pretrain_all()?;
-    let chosen = experiment.choose_rates(&dense)?;
-    let settings = &experiment.settings;
-    let rows: Vec<(Contestant, Vec<RunKey>)> = chosen
-        .into_iter()
-        .map(|(contestant, rate)| {
-            let key = |&seed: &u64| settings.key(contestant, seed, rate);
-            (contestant, settings.seeds.iter().map(key).collect())
-        })
-        .collect();
-    experiment.run_all(
-        "running all seeds",
-        &dense,
-        rows.iter().flat_map(|(_, keys)| keys.clone()).collect(),
-    )?;
+    let rows = experiment.rows(&dense)?;
     let text = report(&experiment, &rows, started.elapsed().as_secs_f64())?;
     write_report(&experiment.folder, &text)
+}
+
+/// The runs of one contestant, a seed each.
+struct Row {
+    contestant: Contestant,
+    rate: f64,
+    is_at_edge: bool,
+    runs: Vec<RunResult>,
 }
 
 impl Experiment {
@@ -277,7 +314,7 @@ impl Experiment {
         let settings = &self.settings;
         let run = settings.run(seed);
         let initial = initial_parameters(&settings.dense, seed)?;
-        let stretch = settings.stretch(settings.pretraining_steps, PRETRAINING_RATE, 0);
+        let stretch = settings.stretch(settings.pretraining_steps, PRETRAINING_RATE);
         let mut task =
             LanguageTask::from_parameters(&run, self.corpus.clone(), settings.dense.clone(), initial.into())?;
         let trained = train(&mut task, &stretch, &|done| progress.at(done))?;
@@ -290,22 +327,48 @@ impl Experiment {
         Ok(())
     }
 
-    /// Makes the runs that are not there yet.
-    fn run_all(&self, what: &'static str, dense: &[Dense], keys: Vec<RunKey>) -> anyhow::Result<()> {
-        let steps = |key: &RunKey| self.settings.steps_of(contestant(key));
-        let wanted = keys.into_iter().map(|key| steps(&key).map(|steps| (key, steps)));
-        let wanted: Vec<_> = wanted.collect::<Result<_, _>>()?;
-        self.jobs.make_missing((what, EVALUATIONS), &self.book, &wanted, |key, progress| {
-            let place = self.settings.seeds.iter().position(|&seed| seed == key.seed).expect("a known seed");
+    /// The rate of every contestant, the best by validation with the first seed, and then all its runs.
+    fn rows(&self, dense: &[Dense]) -> anyhow::Result<Vec<Row>> {
+        let settings = &self.settings;
+        let make = |key: &RunKey, progress: &Progress<'_>| {
+            let place = settings.seeds.iter().position(|&seed| seed == key.seed).expect("a known seed");
             self.run(&dense[place], key, progress)
-        })
+        };
+        let wanted = |&contestant: &Contestant, tried: Tried, seed| {
+            Ok((settings.key(contestant, seed, tried.rate)?, settings.steps_of(contestant)?))
+        };
+        let choosing = Choosing {
+            what: "choosing learning rates",
+            book: &self.book,
+            jobs: self.jobs,
+            wanted: &|contestant: &Contestant, tried| wanted(contestant, tried, settings.seeds[0]),
+            make: &make,
+            score: best_validation,
+        };
+        let chosen = choosing.choose(settings.contestants(), |&contestant| settings.grid(contestant))?;
+        let mut all = Vec::new();
+        for chosen in &chosen {
+            for &seed in &settings.seeds {
+                all.push(wanted(&chosen.contestant, chosen.best, seed)?);
+            }
+        }
+        self.jobs.make_missing(("running all seeds", EVALUATIONS), &self.book, &all, make)?;
+        let of_contestants = all.chunks(settings.seeds.len());
+        let row = |(chosen, wanted): (&Chosen<Contestant>, &[(RunKey, u64)])| Row {
+            contestant: chosen.contestant,
+            rate: chosen.best.rate,
+            // A single rate has no others beside it to be better.
+            is_at_edge: settings.grid(chosen.contestant).rates.len() > 1
+                && chosen.search.is_at_edge(chosen.best),
+            runs: wanted.iter().map(|(key, _)| self.book.find(key).expect("every run was made")).collect(),
+        };
+        Ok(chosen.iter().zip(of_contestants).map(row).collect())
     }
 
     fn run(&self, dense: &Dense, key: &RunKey, progress: &Progress<'_>) -> anyhow::Result<RunResult> {
-        let started = Instant::now();
         let settings = &self.settings;
-        let (arm, budget) = contestant(key);
-        let steps = settings.steps_of((arm, budget))?;
+        let arm = ARMS.into_iter().find(|arm| arm.key == key.arm).expect("keys are made of arms");
+        let steps = settings.steps_of(Contestant { arm, budget: key.budget, workers: key.workers })?;
         let (config, parameters) = match arm.recipe(key.seed) {
             None => (dense.config.clone(), dense.parameters.clone()),
             Some(recipe) => dense.upcycle(&recipe)?,
@@ -313,74 +376,29 @@ impl Experiment {
         let mut run = settings.run(key.seed + SECOND_PHASE);
         let mut task =
             LanguageTask::from_parameters(&run, self.corpus.clone(), config.clone(), parameters.into())?;
-        let (curve, last) = match key.workers {
-            None => {
-                let stretch = settings.stretch(steps, key.rate, 0);
-                let trained = train(&mut task, &stretch, &|done| progress.at(done))?;
-                (trained.curve, trained.best)
+        let (outcome, best_test) = match &key.by {
+            By::AdamW(stretch) => {
+                let (outcome, best) = by_adamw(stretch, &mut task, progress)?;
+                (outcome, Some(task.evaluate(&best, Split::Test)?))
             }
-            Some(workers) => {
-                asynchronous(&mut run, (workers, steps, key.rate));
-                let every = run.training.eval_every;
-                let evaluations = Evaluations::Aside { every, until: f64::NEG_INFINITY };
-                let conditions = Conditions::default();
-                let report = simulate(&run, &mut task, &conditions, evaluations, &|done| progress.at(done))?;
-                (report.curve, report.theta)
+            By::Workers { training, exchange } => {
+                run.run.workers = key.workers.expect("workers are counted");
+                (run.training, run.exchange) = (training.clone(), exchange.clone());
+                (by_workers(&run, &mut task, &Conditions::default(), progress)?, None)
             }
         };
-        let test = task.evaluate(&last, Split::Test)?;
         let tokens = steps * settings.tokens_per_step();
-        let best = curve.iter().min_by(|a, b| a.score.loss.total_cmp(&b.score.loss));
-        let best = best.expect("it was evaluated before the first step");
+        let flops = 3.0 * tokens as f64 * forward_flops_per_token(&config, settings.run.model.context, true);
         Ok(RunResult {
             key: key.clone(),
             steps,
             tokens,
-            flops: 3.0 * tokens as f64 * forward_flops_per_token(&config, settings.run.model.context, true),
-            parameters: config.layout()?.len() as u64,
+            flops,
             active_parameters: config.active_parameters()? as u64,
-            best_val_loss: best.score.loss,
-            best_step: best.steps,
-            test,
-            seconds: started.elapsed().as_secs_f64(),
-            curve: curve.clone(),
+            outcome,
+            best_test,
         })
     }
-
-    /// The rate of every contestant: the best by validation with the first seed.
-    fn choose_rates(&self, dense: &[Dense]) -> anyhow::Result<Vec<(Contestant, f64)>> {
-        let settings = &self.settings;
-        let grid = Grid { rates: settings.rates.clone(), momenta: vec![0.0] };
-        let key = |contestant, tried: Tried| settings.key(contestant, settings.seeds[0], tried.rate);
-        let score = |contestant, tried| {
-            let run = self.book.find(&key(contestant, tried)).expect("the sweep was run");
-            Score { loss: run.best_val_loss, accuracy: None }
-        };
-        let mut searches: Vec<_> =
-            contestants().into_iter().map(|contestant| (contestant, Search::new(&grid))).collect();
-        loop {
-            let sweep = searches.iter().flat_map(|(contestant, search)| {
-                search.points().into_iter().map(|tried| key(*contestant, tried))
-            });
-            self.run_all("choosing learning rates", dense, sweep.collect())?;
-            let mut is_widened = false;
-            for (contestant, search) in &mut searches {
-                is_widened |= search.widen(|tried| score(*contestant, tried));
-            }
-            if !is_widened {
-                let best = |(contestant, search): (Contestant, Search)| {
-                    (contestant, search.best(|tried| score(contestant, tried)).rate)
-                };
-                return Ok(searches.into_iter().map(best).collect());
-            }
-        }
-    }
-}
-
-/// Whose run it is.
-fn contestant(key: &RunKey) -> Contestant {
-    let arm = ARMS.into_iter().find(|arm| arm.key == key.arm).expect("keys are made of arms");
-    (arm, key.budget)
 }
 
 /// The settings of training on by asynchronous workers.

@@ -3,138 +3,168 @@
 use std::fmt::Write;
 
 use super::arms::{ARMS, Budget};
-use super::{Contestant, Experiment, RunKey, RunResult};
+use super::{Contestant, Experiment, Row, best_validation};
 use crate::report::Curve;
-use crate::reproduce::lab::{mean_and_spread, plot_both, show};
+use crate::reproduce::lab::{
+    Difference, mean_and_spread, mean_curve, plot_both, plus_minus, seeds_text, show_loss,
+};
 use crate::task::Score;
 
+/// How far above AdamW's the loss of 8 asynchronous workers may lie that go on from an upcycled model, in per cent.
+const WARM_START_GOAL: (u32, f64) = (8, 0.5);
+
 /// The text of the report; draws the plots.
-pub(super) fn report(
-    experiment: &Experiment,
-    rows: &[(Contestant, Vec<RunKey>)],
-    seconds: f64,
-) -> anyhow::Result<String> {
+pub(super) fn report(experiment: &Experiment, rows: &[Row], seconds: f64) -> anyhow::Result<String> {
     let settings = &experiment.settings;
-    let find = |key: &RunKey| experiment.book.find(key).expect("every run was made");
-    let rows: Vec<Row> = rows
-        .iter()
-        .map(|&(contestant, ref keys)| Row { contestant, runs: keys.iter().map(find).collect() })
-        .collect();
+    let mut text = introduction(experiment)?;
+    text.push_str(
+        "| model | by | equal | parameters | active | steps | TFLOP | rate | start | best validation | test, best model | test, \
+         last model |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+    );
+    rows.iter().for_each(|row| text.push_str(&row.line()));
+    text.push_str("\n## Verdict\n\n");
+    let ours = |row: &&Row| row.contestant.workers == settings.workers;
+    for row in rows.iter().filter(ours).skip(1) {
+        text.push_str(&row.against_dense(&rows[0]));
+    }
+    for adamw in rows.iter().filter(|row| row.contestant.workers != settings.workers) {
+        let is_same =
+            |row: &&Row| row.contestant == Contestant { workers: settings.workers, ..adamw.contestant };
+        let asynchronous = rows.iter().find(is_same).expect("everybody is trained by workers, too");
+        text.push_str(&asynchronous.against_adamw(adamw));
+    }
+    for budget in Budget::ALL {
+        text.push_str(&picture(experiment, rows, budget)?);
+    }
+    let _ = writeln!(text, "\nMade in {seconds:.0} s, runs that were there already not counted.");
+    Ok(text)
+}
+
+fn introduction(experiment: &Experiment) -> anyhow::Result<String> {
+    let settings = &experiment.settings;
     let trainer = settings.workers.map_or("AdamW in one process".to_owned(), |workers| {
-        format!("{workers} asynchronous workers with dgs-adam (rates are η0)")
+        format!(
+            "{workers} asynchronous workers with dgs-adam (rates are η0, of {:?}) or, for comparison, AdamW in one process",
+            settings.asynchronous_rates
+        )
     });
     let widened = if settings.rates.len() > 1 {
         ", and of twice or half as much while the best lies at the edge"
     } else {
         ""
     };
-    let mut text = format!(
+    Ok(format!(
         "# Upcycling against the dense model trained on\n\nBundled text, characters; dense model of {} parameters, {} \
-         steps of pre-training and {} more (batch {} × {}); {} seed(s); trained on by {trainer}, fresh optimiser and rate, the \
-         best of {:?} for every row by validation with the first seed{widened}. The text is small enough to overfit, so the \
-         best validation loss of each run counts. Losses are nats per character, mean ± standard deviation over seeds; \
-         `steps` and `TFLOP` are those of the second phase.\n\n",
+         steps of pre-training and {} more (batch {} × {}); {}; trained on by {trainer}, fresh optimiser and rate, the best of {:?} \
+         (AdamW) for every row by validation with the first seed{widened}. The text is small enough to overfit, so the \
+         best validation loss of each run counts. Losses are nats per character; `steps` and `TFLOP` are those of the second phase. \
+         Runs of one seed share start and batches, and are compared with each other.\n\n",
         settings.dense.layout()?.len(),
         settings.pretraining_steps,
         settings.steps,
         settings.run.data.batch_size,
         settings.run.model.context,
-        settings.seeds.len(),
+        seeds_text(&settings.seeds),
         settings.rates,
-    );
-    text.push_str(
-        "| model | equal | parameters | active | steps | TFLOP | rate | start | best validation | test |\n\
-         | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
-    );
-    rows.iter().for_each(|row| text.push_str(&row.line()));
-    text.push_str("\n## Verdict\n\n");
-    for row in &rows[1..] {
-        text.push_str(&row.verdict(&rows[0]));
-    }
-    for budget in Budget::ALL {
-        let of = |row: &&Row| row.contestant.1 == budget || row.contestant.0 == ARMS[0];
-        let curves: Vec<Curve> = rows
-            .iter()
-            .filter(of)
-            .map(|row| Curve { name: row.contestant.0.name.replace('`', ""), points: row.mean_curve(budget) })
-            .collect();
-        let (title, x) = match budget {
-            Budget::Compute => {
-                ("Validation loss at equal compute", "training compute after upcycling, TFLOP")
-            }
-            Budget::Tokens => {
-                ("Validation loss at equal tokens", "training tokens after upcycling, millions")
-            }
-        };
-        let axes = (x, "cross-entropy, nats per character");
-        let _ = write!(text, "\n{}", plot_both(&experiment.folder, budget.name(), title, axes, &curves)?);
-    }
-    let _ = writeln!(text, "\nMade in {seconds:.0} s, runs that were there already not counted.");
-    Ok(text)
+    ))
 }
 
-/// The runs of one contestant.
-struct Row {
-    contestant: Contestant,
-    runs: Vec<RunResult>,
+/// Of all rows of a budget; draws it.
+fn picture(experiment: &Experiment, rows: &[Row], budget: Budget) -> anyhow::Result<String> {
+    let of = |row: &&Row| {
+        row.contestant.workers == experiment.settings.workers
+            && (row.contestant.budget == budget || row.contestant.arm == ARMS[0])
+    };
+    let curve =
+        |row: &Row| Curve { name: row.contestant.arm.name.replace('`', ""), points: row.curve(budget) };
+    let curves: Vec<Curve> = rows.iter().filter(of).map(curve).collect();
+    let (title, x) = match budget {
+        Budget::Compute => ("Validation loss at equal compute", "training compute after upcycling, TFLOP"),
+        Budget::Tokens => ("Validation loss at equal tokens", "training tokens after upcycling, millions"),
+    };
+    let axes = (x, "cross-entropy, nats per character");
+    Ok(format!("\n{}", plot_both(&experiment.folder, budget.name(), title, axes, &curves)?))
 }
 
 impl Row {
-    fn losses(&self, loss: impl Fn(&RunResult) -> f64) -> String {
-        let scores = self.runs.iter().map(|run| Score { loss: loss(run), accuracy: None });
-        show(&scores.collect::<Vec<_>>())
+    fn scores(&self, score: impl Fn(&super::RunResult) -> Score) -> Vec<Score> {
+        self.runs.iter().map(score).collect()
+    }
+
+    fn best_losses(&self) -> Vec<f64> {
+        self.runs.iter().map(|run| best_validation(run).loss).collect()
+    }
+
+    fn by(&self) -> String {
+        self.contestant.workers.map_or("AdamW".to_owned(), |workers| format!("{workers} workers"))
     }
 
     fn line(&self) -> String {
-        let (first, (arm, budget)) = (&self.runs[0], self.contestant);
+        let (first, Contestant { arm, budget, .. }) = (&self.runs[0], self.contestant);
         let equal = if arm == ARMS[0] { "–" } else { budget.name() };
+        let edge = if self.is_at_edge { " (at the edge)" } else { "" };
+        let nothing = Score { loss: f64::NAN, accuracy: None };
+        let start = |run: &super::RunResult| run.outcome.curve.first().map_or(nothing, |point| point.score);
+        let best: Option<Vec<Score>> = self.runs.iter().map(|run| run.best_test).collect();
         format!(
-            "| {} | {equal} | {} | {} | {} | {:.1} | {} | {} | {} | {} |\n",
+            "| {} | {} | {equal} | {} | {} | {} | {:.1} | {}{edge} | {} | {} | {} | {} |\n",
             arm.name,
-            first.parameters,
+            self.by(),
+            first.outcome.parameters,
             first.active_parameters,
             first.steps,
             first.flops / 1e12,
-            first.key.rate,
-            self.losses(|run| run.curve.first().map_or(f64::NAN, |point| point.score.loss)),
-            self.losses(|run| run.best_val_loss),
-            self.losses(|run| run.test.loss),
+            self.rate,
+            show_loss(&self.scores(start)),
+            show_loss(&self.scores(best_validation)),
+            best.map_or("–".to_owned(), |best| show_loss(&best)),
+            show_loss(&self.scores(|run| run.outcome.test)),
         )
     }
 
     /// Against the dense model, seed by seed.
-    fn verdict(&self, dense: &Self) -> String {
-        let pairs = self.runs.iter().zip(&dense.runs);
-        let differences: Vec<f64> =
-            pairs.map(|(ours, dense)| ours.best_val_loss - dense.best_val_loss).collect();
-        let (mean, spread) = mean_and_spread(&differences);
-        let better = differences.iter().filter(|&&difference| difference < 0.0).count();
-        let says = match better {
-            all if all == differences.len() => "lower than the dense model's with every seed",
-            0 => "not lower than the dense model's with any seed",
-            _ => "lower than the dense model's with some seeds only",
-        };
-        let (arm, budget) = self.contestant;
+    fn against_dense(&self, dense: &Self) -> String {
+        let above = Difference::of(&self.best_losses(), &dense.best_losses());
+        let Contestant { arm, budget, .. } = self.contestant;
         format!(
-            "* {}, equal {}: the best validation loss is {says} (difference {mean:+.4} ± {spread:.4}).\n",
+            "* {}, equal {}: a lower best validation loss than the dense model's: {} ({above}).\n",
             arm.name,
-            budget.name()
+            budget.name(),
+            above.held(),
+        )
+    }
+
+    /// Asynchronous workers against AdamW from the same start and with as many gradient evaluations, seed by seed.
+    fn against_adamw(&self, adamw: &Self) -> String {
+        let pairs = self.best_losses().into_iter().zip(adamw.best_losses());
+        let above: Vec<f64> = pairs.map(|(ours, theirs)| 100.0 * (ours / theirs - 1.0)).collect();
+        let (mean, spread) = mean_and_spread(&above);
+        let name = self.contestant.arm.name;
+        if !mean.is_finite() {
+            return format!("* {name}: not to be compared with AdamW, as runs diverged.\n");
+        }
+        let (workers, goal) = WARM_START_GOAL;
+        let says = match self.contestant {
+            Contestant { arm, workers: Some(ours), .. } if arm != ARMS[0] && ours == workers => {
+                format!(" At most {goal} %: {}.", if mean <= goal { "**held**" } else { "**did not hold**" })
+            }
+            _ => String::new(),
+        };
+        format!(
+            "* {name}: the best validation loss of {} is {} % above AdamW's at as many gradient evaluations.{says}\n",
+            self.by(),
+            plus_minus(mean, spread, 2),
         )
     }
 
     /// The mean over seeds at every evaluation, over what the budget counts.
-    fn mean_curve(&self, budget: Budget) -> Vec<(f64, f64)> {
+    fn curve(&self, budget: Budget) -> Vec<(f64, f64)> {
         let first = &self.runs[0];
         let per_step = match budget {
             Budget::Compute => first.flops / first.steps as f64 / 1e12,
             Budget::Tokens => first.tokens as f64 / first.steps as f64 / 1e6,
         };
-        let points = first.curve.iter().enumerate();
-        points
-            .map(|(place, point)| {
-                let losses: Vec<f64> = self.runs.iter().map(|run| run.curve[place].score.loss).collect();
-                (point.steps as f64 * per_step, mean_and_spread(&losses).0)
-            })
-            .collect()
+        let outcomes = self.runs.iter().map(|run| &run.outcome);
+        mean_curve(outcomes).into_iter().map(|(steps, loss)| (steps * per_step, loss)).collect()
     }
 }

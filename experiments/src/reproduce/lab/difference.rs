@@ -1,0 +1,135 @@
+//! What the runs of several seeds say about a difference. Runs of one seed begin with the same parameters and see the same
+//! batches, so they are compared seed by seed.
+
+use std::fmt;
+
+use super::text::{mean_and_spread, plus_minus};
+
+/// By how much something is worse than another thing, seed by seed: a difference of losses, or of shares of mistakes.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::reproduce) struct Difference {
+    /// Infinite where only one of the two runs diverged; 0 where both did.
+    values: Vec<f64>,
+    diverged: usize,
+}
+
+/// What all seeds agree on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::reproduce) enum Agreement {
+    /// Better with every seed.
+    Better,
+    /// Worse with every seed.
+    Worse,
+    /// Neither.
+    Mixed,
+}
+
+impl Difference {
+    /// Of two lists of badness in the order of the same seeds; what is not finite is of a run that diverged, and worse than
+    /// anything else.
+    ///
+    /// # Panics
+    /// If they are not of the same seeds.
+    pub(in crate::reproduce) fn of(ours: &[f64], theirs: &[f64]) -> Self {
+        assert_eq!(ours.len(), theirs.len(), "runs of other seeds");
+        let pair = |(&ours, &theirs): (&f64, &f64)| match (ours.is_finite(), theirs.is_finite()) {
+            (true, true) => ours - theirs,
+            (false, true) => f64::INFINITY,
+            (true, false) => f64::NEG_INFINITY,
+            (false, false) => 0.0,
+        };
+        let values: Vec<f64> = ours.iter().zip(theirs).map(pair).collect();
+        let has_diverged = |(ours, theirs): &(&f64, &f64)| !ours.is_finite() || !theirs.is_finite();
+        let diverged = ours.iter().zip(theirs).filter(has_diverged).count();
+        Self { values, diverged }
+    }
+
+    pub(in crate::reproduce) fn agreement(&self) -> Agreement {
+        if self.values.iter().all(|&value| value < 0.0) {
+            Agreement::Better
+        } else if self.values.iter().all(|&value| value > 0.0) {
+            Agreement::Worse
+        } else {
+            Agreement::Mixed
+        }
+    }
+
+    /// Whether a claim that this is better, or as good, held.
+    pub(in crate::reproduce) fn held(&self) -> &'static str {
+        match self.agreement() {
+            Agreement::Better => "**held**",
+            Agreement::Worse => "**did not hold**",
+            Agreement::Mixed if self.values.iter().all(|&value| value == 0.0) => "**a tie**",
+            Agreement::Mixed => "**a tie**, better with some seeds and worse with others",
+        }
+    }
+}
+
+/// As `+0.0123 ± 0.0045 with every seed`.
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seeds = self.values.len();
+        if self.diverged > 0 {
+            return write!(f, "{}", diverged_of(self.diverged, seeds));
+        }
+        let (mean, spread) = mean_and_spread(&self.values);
+        write!(f, "{}{}", if mean < 0.0 { "−" } else { "+" }, plus_minus(mean.abs(), spread, 4))?;
+        let better = self.values.iter().filter(|&&value| value < 0.0).count();
+        match (seeds, self.agreement()) {
+            (1, _) => write!(f, " with the only seed"),
+            (_, Agreement::Mixed) => write!(f, ", lower with {better} of {seeds} seeds"),
+            _ => write!(f, " with every seed"),
+        }
+    }
+}
+
+/// What a saving costs, in words.
+pub(in crate::reproduce) fn cost(difference: &Difference) -> &'static str {
+    match difference.agreement() {
+        Agreement::Better => "it **costs nothing**, on the contrary",
+        Agreement::Worse => "**it costs that**",
+        Agreement::Mixed => "**nothing that these seeds agree on**",
+    }
+}
+
+/// That some runs came to nothing.
+pub(in crate::reproduce) fn diverged_of(diverged: usize, seeds: usize) -> String {
+    match (diverged, seeds) {
+        (1, 1) => "diverged".to_owned(),
+        (all, seeds) if all == seeds => "diverged with every seed".to_owned(),
+        (some, seeds) => format!("diverged with {some} of {seeds} seeds"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_must_agree() {
+        let of = |ours: &[f64], theirs: &[f64]| Difference::of(ours, theirs);
+        let better = of(&[1.0, 1.1, 1.2], &[1.5, 1.7, 1.6]);
+        assert_eq!((better.agreement(), better.held()), (Agreement::Better, "**held**"));
+        assert_eq!(better.to_string(), "−0.5000 ± 0.1000 with every seed");
+        let worse = of(&[1.5, 1.7], &[1.0, 1.1]);
+        assert_eq!((worse.agreement(), worse.held()), (Agreement::Worse, "**did not hold**"));
+        let mixed = of(&[1.0, 1.2, 1.0], &[1.1, 1.1, 1.1]);
+        assert_eq!(mixed.agreement(), Agreement::Mixed);
+        assert!(mixed.held().starts_with("**a tie**"));
+        assert_eq!(mixed.to_string(), "−0.0333 ± 0.1155, lower with 2 of 3 seeds");
+        assert_eq!(of(&[1.0], &[0.5]).to_string(), "+0.5000 with the only seed");
+        assert_eq!(of(&[1.0, 1.0], &[1.0, 1.0]).held(), "**a tie**");
+    }
+
+    #[test]
+    fn what_diverged_is_worse_than_what_did_not_and_ties_with_its_like() {
+        let (nan, one) = (f64::NAN, f64::INFINITY);
+        let against = |ours: &[f64], theirs: &[f64]| Difference::of(ours, theirs).held();
+        assert_eq!(against(&[1.0, 2.0], &[nan, one]), "**held**");
+        assert_eq!(against(&[nan, nan], &[1.0, 2.0]), "**did not hold**");
+        assert_eq!(against(&[nan, nan], &[one, nan]), "**a tie**");
+        assert_eq!(Difference::of(&[nan, 1.0, 1.0], &[1.0; 3]).to_string(), "diverged with 1 of 3 seeds");
+        assert_eq!(diverged_of(1, 1), "diverged");
+        assert_eq!(diverged_of(2, 2), "diverged with every seed");
+    }
+}

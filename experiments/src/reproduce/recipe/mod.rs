@@ -1,0 +1,216 @@
+//! The default method against AdamW on one machine and data-parallel, at equal gradient evaluations.
+
+mod report;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use sanderling_common::config::{RunConfig, parse};
+
+use self::report::Report;
+use super::lab::{
+    Book, Choosing, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, file_name,
+    look_every, make, small_model, validation, write_configuration, write_report,
+};
+use crate::simulation::Conditions;
+
+/// The default method, for 4 to 32 workers, against AdamW on one worker and data-parallel AdamW
+///
+/// The default model and method, one setting for every number of workers, 1 % sent up and 5 % down with 8 bits, in virtual time;
+/// and AdamW at the same number of gradient evaluations: on one worker, and data-parallel, where N workers make one step of N
+/// batches together. AdamW has the best of at least four learning rates for each number of workers, and of the rates around it for
+/// longer runs, by validation with the first seed; weight decay is 0 for everyone. With --quick a small model. Finished runs are
+/// kept in the folder and not made again.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  sanderling reproduce recipe --quick
+  sanderling reproduce recipe --out DIR    # the same folder from several shells: they share the work")]
+pub struct Arguments {
+    /// What all reproductions take.
+    #[command(flatten)]
+    options: Options,
+}
+
+/// Points of a curve.
+const LOOKS: u64 = 16;
+
+struct Settings {
+    /// Sections of the run file.
+    model: &'static str,
+    /// Of the default method.
+    workers: Vec<u32>,
+    /// Gradient evaluations, ascending.
+    lengths: Vec<u64>,
+    /// Of AdamW for the first of the lengths, ascending.
+    rates: Vec<f64>,
+    seeds: Vec<u64>,
+}
+
+impl Settings {
+    fn new(options: &Options) -> Self {
+        if options.quick {
+            Self {
+                model: small_model(Subject::Text),
+                workers: vec![4, 8],
+                lengths: vec![options.steps(0, 600)],
+                rates: vec![2e-3, 4e-3, 8e-3],
+                seeds: options.seeds(),
+            }
+        } else {
+            Self {
+                model: "",
+                workers: vec![4, 8, 16, 32],
+                lengths: options.steps.map_or(vec![8_000, 16_000], |steps| vec![steps]),
+                rates: vec![5e-4, 1e-3, 2e-3, 4e-3],
+                seeds: options.seeds(),
+            }
+        }
+    }
+
+    /// Numbers of workers of AdamW.
+    fn references(&self) -> Vec<u32> {
+        std::iter::once(1).chain(self.workers.iter().copied()).collect()
+    }
+
+    fn run(&self, workers: u32, steps: u64, seed: u64, training: &str) -> anyhow::Result<RunConfig> {
+        let eval_every = look_every(steps, LOOKS);
+        let file = format!(
+            "{}[run]\nworkers = {workers}\nseed = {seed}\n[training]\nsteps = {steps}\neval_every = {eval_every}\n{training}",
+            self.model
+        );
+        Ok(parse(&file)?.resolve()?)
+    }
+
+    /// AdamW, where so many workers make a step together.
+    fn reference(&self, workers: u32, rate: f64, steps: u64, seed: u64) -> anyhow::Result<Spec> {
+        let run = self.run(workers, steps, seed, &format!("learning_rate = {rate:?}\n"))?;
+        Ok(Spec::of(Subject::Text, &run, Trainer::AdamW))
+    }
+
+    /// The default method.
+    fn ours(&self, workers: u32, steps: u64, seed: u64) -> anyhow::Result<Spec> {
+        let run = self.run(workers, steps, seed, "")?;
+        Ok(Spec::of(Subject::Text, &run, Trainer::Workers(Conditions::default())))
+    }
+}
+
+struct Experiment {
+    settings: Settings,
+    folder: PathBuf,
+    jobs: Jobs,
+    book: Book<Run>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever keeps the experiment from its end, in a sentence.
+pub fn recipe(arguments: &Arguments) -> anyhow::Result<()> {
+    let options = &arguments.options;
+    let folder = options.folder("recipe")?;
+    let book = Book::open(&folder)?;
+    let experiment = Experiment { settings: Settings::new(options), folder, jobs: options.jobs(), book };
+    let started = Instant::now();
+    let lines = experiment.lines()?;
+    let report = Report { settings: &experiment.settings, lines: &lines, folder: &experiment.folder };
+    write_report(&experiment.folder, &report.text(started.elapsed().as_secs_f64())?)
+}
+
+/// A row of the table: one trainer with so many workers.
+struct Line {
+    workers: u32,
+    is_reference: bool,
+    lengths: Vec<Length>,
+}
+
+/// The runs of a row that are of one length.
+struct Length {
+    /// Of AdamW.
+    rate: Option<ChosenRate>,
+    runs: Vec<Run>,
+}
+
+#[derive(Clone, Copy)]
+struct ChosenRate {
+    rate: f64,
+    /// The search gave up there.
+    is_at_edge: bool,
+}
+
+impl Experiment {
+    /// The rates of AdamW, by number of workers, for each length: from the settings for the first, and from those around the one
+    /// found before for the others.
+    fn choose(&self) -> anyhow::Result<Vec<Vec<ChosenRate>>> {
+        let settings = &self.settings;
+        let references = settings.references();
+        let mut chosen: Vec<Vec<ChosenRate>> = Vec::new();
+        for &steps in &settings.lengths {
+            let choosing = Choosing {
+                what: "choosing the rates of AdamW",
+                book: &self.book,
+                jobs: self.jobs,
+                wanted: &|&place: &usize, tried: Tried| {
+                    let spec = settings.reference(references[place], tried.rate, steps, settings.seeds[0])?;
+                    Ok((spec, steps))
+                },
+                make: &make,
+                score: validation,
+            };
+            let grid = |&place: &usize| {
+                let rates = chosen.last().map_or_else(
+                    || settings.rates.clone(),
+                    |before: &Vec<ChosenRate>| [0.5, 1.0, 2.0].map(|by| by * before[place].rate).to_vec(),
+                );
+                Grid { rates, momenta: vec![0.0] }
+            };
+            let found = choosing.choose((0..references.len()).collect(), grid)?;
+            let rate = found.iter().map(|found| ChosenRate {
+                rate: found.best.rate,
+                is_at_edge: found.search.is_at_edge(found.best),
+            });
+            chosen.push(rate.collect());
+        }
+        Ok(chosen)
+    }
+
+    /// Makes all runs.
+    fn lines(&self) -> anyhow::Result<Vec<Line>> {
+        let settings = &self.settings;
+        let chosen = self.choose()?;
+        let references = settings.references().into_iter().enumerate();
+        let rows: Vec<(u32, Option<usize>)> = references
+            .map(|(place, workers)| (workers, Some(place)))
+            .chain(settings.workers.iter().map(|&workers| (workers, None)))
+            .collect();
+        let specs = |(workers, reference): (u32, Option<usize>), length: usize| {
+            let steps = settings.lengths[length];
+            let spec = |&seed: &u64| match reference {
+                Some(place) => settings.reference(workers, chosen[length][place].rate, steps, seed),
+                None => settings.ours(workers, steps, seed),
+            };
+            settings.seeds.iter().map(spec).collect::<anyhow::Result<Vec<Spec>>>()
+        };
+        let mut wanted = Vec::new();
+        for (length, &steps) in settings.lengths.iter().enumerate() {
+            for &row in &rows {
+                wanted.extend(specs(row, length)?.into_iter().map(|spec| (spec, steps)));
+            }
+        }
+        self.jobs.make_missing(("running all seeds", EVALUATIONS), &self.book, &wanted, make)?;
+        let mut lines = Vec::new();
+        for (workers, reference) in rows {
+            let mut lengths = Vec::new();
+            for (length, chosen) in chosen.iter().enumerate() {
+                let runs = specs((workers, reference), length)?;
+                let runs =
+                    runs.iter().map(|spec| self.book.find(spec).expect("every run was made")).collect();
+                lengths.push(Length { rate: reference.map(|place| chosen[place]), runs });
+            }
+            let line = Line { workers, is_reference: reference.is_some(), lengths };
+            write_configuration(&self.folder, &file_name(&line.name()), &line.lengths[0].runs[0].spec)?;
+            lines.push(line);
+        }
+        Ok(lines)
+    }
+}

@@ -1,0 +1,185 @@
+//! Table, verdict and plots of the recipe.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use super::{Length, Line, Settings};
+use crate::report::Curve;
+use crate::reproduce::lab::{
+    Difference, mean_and_spread, mean_curve, outcomes, plot_both, plus_minus, seeds_text, show,
+};
+use crate::task::Score;
+
+/// What is hoped for in runs of [`GOAL_STEPS`]: how far above one-worker AdamW the loss may lie, in per cent, by workers.
+const GOALS: [(u32, f64); 3] = [(4, 2.0), (16, 4.0), (32, 6.0)];
+
+/// The length that the goals are for.
+const GOAL_STEPS: u64 = 16_000;
+
+impl Line {
+    /// In tables, legends and file names.
+    pub(super) fn name(&self) -> String {
+        match (self.is_reference, self.workers) {
+            (false, workers) => format!("asynchronous, {workers}"),
+            (true, 1) => "AdamW, 1".to_owned(),
+            (true, workers) => format!("data-parallel AdamW, {workers}"),
+        }
+    }
+}
+
+impl Length {
+    fn test(&self) -> Vec<Score> {
+        self.runs.iter().map(|run| run.outcome.test).collect()
+    }
+
+    fn losses(&self) -> Vec<f64> {
+        self.runs.iter().map(|run| run.outcome.test.loss).collect()
+    }
+
+    fn cells(&self) -> String {
+        let rate = match self.rate {
+            None => "default".to_owned(),
+            Some(chosen) if chosen.is_at_edge => format!("{} (at the edge)", chosen.rate),
+            Some(chosen) => chosen.rate.to_string(),
+        };
+        let validation: Vec<Score> = self.runs.iter().map(|run| run.outcome.validation()).collect();
+        format!(" {rate} | {} | {} |", show(&validation), show(&self.test()))
+    }
+}
+
+pub(super) struct Report<'a> {
+    pub(super) settings: &'a Settings,
+    pub(super) lines: &'a [Line],
+    pub(super) folder: &'a Path,
+}
+
+impl Report<'_> {
+    /// All of it; draws the plots.
+    pub(super) fn text(&self, seconds: f64) -> anyhow::Result<String> {
+        let mut text = self.introduction();
+        text.push_str(&self.table());
+        let _ = write!(text, "\n## Verdict\n\n{}", self.verdict());
+        for (length, steps) in self.settings.lengths.iter().enumerate() {
+            let curve = |line: &Line| Curve {
+                name: line.name(),
+                points: mean_curve(outcomes(&line.lengths[length].runs)),
+            };
+            let curves: Vec<Curve> = self.lines.iter().map(curve).collect();
+            let title = format!("AdamW and asynchronous workers, {steps} gradient evaluations");
+            let axes = ("gradient evaluations", "validation loss, nats per character");
+            let picture = plot_both(self.folder, &format!("curves-{steps}"), &title, axes, &curves)?;
+            let _ = write!(text, "\n{picture}");
+        }
+        let _ = writeln!(text, "\nMade in {seconds:.0} s, runs that were there already not counted.");
+        Ok(text)
+    }
+
+    fn introduction(&self) -> String {
+        let settings = self.settings;
+        let first = &self.lines[self.lines.len() - 1].lengths[0].runs[0];
+        let around = if settings.lengths.len() > 1 {
+            ", and for longer runs of half, once and twice that and on"
+        } else {
+            ""
+        };
+        format!(
+            "# The default recipe against AdamW\n\nCharacters of the bundled text, {} parameters, {}, loss in nats per character. \
+             The same number of gradient evaluations for everyone: N workers with data-parallel AdamW make a step of N \
+             batches together, with the best of the rates {:?} and on while the best lies at the edge{around}, by validation with \
+             the first seed; asynchronous workers each go at their own pace, with the default settings for any N and length: {} % kept \
+             up, {} % down, {} both ways, in virtual time. Weight decay is 0 for everyone. Runs of one seed share parameters and \
+             batches, and are compared with each other.\n\n",
+            first.outcome.parameters,
+            seeds_text(&settings.seeds),
+            settings.rates,
+            100.0 * first.spec.exchange.keep,
+            100.0 * first.spec.exchange.secondary,
+            format!("{:?}", first.spec.exchange.values_up).to_lowercase(),
+        )
+    }
+
+    fn table(&self) -> String {
+        let mut text = String::from("| |");
+        for steps in &self.settings.lengths {
+            let _ = write!(text, " {steps}: rate | validation | test |");
+        }
+        text.push_str("\n| --- |");
+        text.push_str(&" --- | --- | --- |".repeat(self.settings.lengths.len()));
+        text.push('\n');
+        for line in self.lines {
+            let cells: String = line.lengths.iter().map(Length::cells).collect();
+            let _ = writeln!(text, "| {} |{cells}", line.name());
+        }
+        text
+    }
+
+    fn find(&self, is_reference: bool, workers: u32) -> Option<&Line> {
+        self.lines.iter().find(|line| line.is_reference == is_reference && line.workers == workers)
+    }
+
+    fn verdict(&self) -> String {
+        let mut text = String::new();
+        for (length, steps) in self.settings.lengths.iter().enumerate() {
+            for &workers in &self.settings.workers {
+                let (Some(ours), Some(theirs)) = (self.find(false, workers), self.find(true, workers)) else {
+                    continue;
+                };
+                let difference =
+                    Difference::of(&ours.lengths[length].losses(), &theirs.lengths[length].losses());
+                let _ = writeln!(
+                    text,
+                    "* {workers} workers, {steps} evaluations: no worse than data-parallel AdamW: {} (test loss {difference}).",
+                    difference.held()
+                );
+            }
+        }
+        let Some(one) = self.find(true, 1) else { return text };
+        for (length, &steps) in self.settings.lengths.iter().enumerate() {
+            for ours in self.lines.iter().filter(|line| !line.is_reference) {
+                let above = per_cent_above(&ours.lengths[length].losses(), &one.lengths[length].losses());
+                let goal = GOALS.iter().find(|(workers, _)| (*workers, GOAL_STEPS) == (ours.workers, steps));
+                let _ = writeln!(
+                    text,
+                    "* {} workers, {steps} evaluations: {}.",
+                    ours.workers,
+                    against_goal(&above, goal.map(|(_, goal)| *goal))
+                );
+            }
+        }
+        text
+    }
+}
+
+/// How far ours are above theirs, seed by seed.
+fn per_cent_above(ours: &[f64], theirs: &[f64]) -> Vec<f64> {
+    ours.iter().zip(theirs).map(|(ours, theirs)| 100.0 * (ours / theirs - 1.0)).collect()
+}
+
+fn against_goal(above: &[f64], goal: Option<f64>) -> String {
+    let (mean, spread) = mean_and_spread(above);
+    if !mean.is_finite() {
+        return "not to be compared with one-worker AdamW, as runs diverged".to_owned();
+    }
+    let amount = format!("a test loss {} % above one-worker AdamW's", plus_minus(mean, spread, 2));
+    match goal {
+        None => amount,
+        Some(goal) if mean <= goal => format!("{amount}, at most {goal} %: **held**"),
+        Some(goal) => format!("{amount}, at most {goal} %: **did not hold**"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn goals_are_for_the_mean() {
+        let above = per_cent_above(&[1.02, 2.06], &[1.0, 2.0]);
+        assert!((above[0] - 2.0).abs() < 1e-9 && (above[1] - 3.0).abs() < 1e-9, "{above:?}");
+        let says = against_goal(&above, Some(2.6));
+        assert_eq!(says, "a test loss 2.50 ± 0.71 % above one-worker AdamW's, at most 2.6 %: **held**");
+        assert!(against_goal(&above, Some(2.4)).ends_with("at most 2.4 %: **did not hold**"));
+        assert_eq!(against_goal(&[-1.0], None), "a test loss -1.00 % above one-worker AdamW's");
+        assert!(against_goal(&[f64::NAN, 1.0], Some(2.0)).contains("diverged"));
+    }
+}
