@@ -5,7 +5,7 @@ use crate::ids::Step;
 use crate::method::RateScaling;
 
 /// Linear warm-up and cosine decay over server steps, times a rate that may shrink with staleness:
-/// η = min(η_max, η0/(1+τ))·s(t, τ).
+/// η = min(η_max, η0/√(1+τ))·s(t, τ) by default, with 1+τ or 1 in the place of the root for other [`RateScaling`]s.
 ///
 /// With many workers the first gradients are many updates old whatever the rate, so the warm-up takes as many exchanges of
 /// each worker as it would take of one: (t + 1)/(1 + τ) is about what each has made by step t. In a short run of many workers

@@ -102,6 +102,7 @@ fn push() -> Push {
         loss: 1.875,
         tokens: 768,
         dropped: 0.015625,
+        known_staleness: 5,
         skipped: false,
         replica_hash: Some(std::array::from_fn(|index| index as u8)),
         payload: example(ValueFormat::Int8).2,

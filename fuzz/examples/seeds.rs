@@ -91,6 +91,7 @@ fn push(seq: u64, skipped: bool) -> Outcome<Push> {
         loss: 2.5,
         tokens: 64,
         dropped: 0.25,
+        known_staleness: 1,
         skipped,
         replica_hash: (!skipped).then_some([3; 32]),
         payload: if skipped { Vec::new() } else { payload(ValueFormat::Int8, 0.01)? },

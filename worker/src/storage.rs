@@ -15,7 +15,7 @@
 //! | bytes | content |
 //! | --- | --- |
 //! | 8 | `sndrwork` |
-//! | 4 | format version, 1 |
+//! | 4 | format version, 2 |
 //! | 32 | the pin of the server |
 //! | 8, 8, 8, 4 | lengths: of the place, of the push, of the model in parameters; how many vectors the method carries |
 //! | length | [`WorkerPlace`], in [`binary`]'s form |
@@ -37,7 +37,7 @@ use crate::core::{RestoredWorker, WorkerImage, WorkerPlace};
 const MAGIC: &[u8; 8] = b"sndrwork";
 
 /// The version of the format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The longest place: a worker holds at most so many leases.
 const PLACE_BYTES_MAX: usize = 1 << 20;

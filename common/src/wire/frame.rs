@@ -3,7 +3,7 @@
 //! One [`Push`] goes up a stream, one [`Reply`] comes down, each as the only message of its direction, so that the
 //! end of the stream is the end of the frame; a frame whose length field disagrees was cut off, and is an error.
 //!
-//! Push: a header of 54 bytes, then the hash if it is present, then the payload.
+//! Push: a header of 58 bytes, then the hash if it is present, then the payload.
 //!
 //! | offset | bytes | type | field | meaning |
 //! | --- | --- | --- | --- | --- |
@@ -16,9 +16,10 @@
 //! | 34 | 4 | f32 | loss | nats per token; finite unless skipped, when any value may come |
 //! | 38 | 4 | u32 | tokens | predicted by the batch |
 //! | 42 | 4 | f32 | dropped | share of the choices of experts that were dropped, in [0, 1] |
-//! | 46 | 8 | u64 | payload bytes | must be what is left of the frame; 0 if skipped |
-//! | 54 | 0 or 32 | bytes | replica hash | SHA-256 of the worker's model before this push |
-//! | 54 or 86 | | bytes | payload | tensor blocks ([`crate::sparse::codec`]) |
+//! | 46 | 4 | u32 | known staleness | updates since that step that the worker knew of; any value |
+//! | 50 | 8 | u64 | payload bytes | must be what is left of the frame; 0 if skipped |
+//! | 58 | 0 or 32 | bytes | replica hash | SHA-256 of the worker's model before this push |
+//! | 58 or 90 | | bytes | payload | tensor blocks ([`crate::sparse::codec`]) |
 //!
 //! Answer: a header of 30 bytes, then what the flags announce, in this order.
 //!
@@ -53,10 +54,10 @@ const ANSWER_EVALUATION: u8 = 1 << 1;
 const ANSWER_FINISHED: u8 = 1 << 2;
 
 /// The longest header: a push with a hash.
-const HEADER_BYTES_MAX: u64 = 86;
+const HEADER_BYTES_MAX: u64 = 90;
 
 /// The header of a push, without a hash.
-const PUSH_HEADER_BYTES: usize = 54;
+const PUSH_HEADER_BYTES: usize = 58;
 
 /// The longest frame that a peer with this layout sends: the most that need be read from a stream.
 pub fn frame_bytes_max(layout: &Layout) -> u64 {
@@ -151,6 +152,7 @@ impl Push {
         out.extend(self.loss.to_le_bytes());
         out.extend(self.tokens.to_le_bytes());
         out.extend(self.dropped.to_le_bytes());
+        out.extend(self.known_staleness.to_le_bytes());
         out.extend((self.payload.len() as u64).to_le_bytes());
         out.extend_from_slice(hash);
         out.extend_from_slice(&self.payload);
@@ -176,6 +178,7 @@ impl Push {
         let loss = f32::from_bits(header.u32()?);
         let tokens = header.u32()?;
         let dropped = f32::from_bits(header.u32()?);
+        let known_staleness = header.u32()?;
         let payload_bytes = header.u64()?;
         let replica_hash = if flags & PUSH_REPLICA_HASH != 0 { Some(header.bytes()?) } else { None };
         let payload = header.payload(payload_bytes)?;
@@ -189,7 +192,19 @@ impl Push {
         if skipped && !payload.is_empty() {
             return Err(WireError::SkippedPayload(payload.len()));
         }
-        Ok(Self { session, seq, batch, step, loss, tokens, dropped, skipped, replica_hash, payload })
+        Ok(Self {
+            session,
+            seq,
+            batch,
+            step,
+            loss,
+            tokens,
+            dropped,
+            known_staleness,
+            skipped,
+            replica_hash,
+            payload,
+        })
     }
 }
 
@@ -369,20 +384,30 @@ mod tests {
     fn push() -> impl Strategy<Value = Push> {
         let hash = prop::option::of(any::<[u8; 32]>());
         let payload = prop::collection::vec(any::<u8>(), 0..40);
-        (any::<[u64; 4]>(), -1e9_f32..1e9, 0_f32..=1.0, any::<u32>(), any::<bool>(), hash, payload).prop_map(
-            |([session, seq, batch, step], loss, dropped, tokens, skipped, replica_hash, payload)| Push {
-                session: SessionId(session),
-                seq: Seq(seq.max(1)),
-                batch: BatchId(batch),
-                step: Step(step),
-                loss,
-                tokens,
-                dropped,
-                skipped,
-                replica_hash,
-                payload: if skipped { Vec::new() } else { payload },
-            },
-        )
+        (any::<[u64; 4]>(), -1e9_f32..1e9, 0_f32..=1.0, any::<[u32; 2]>(), any::<bool>(), hash, payload)
+            .prop_map(
+                |(
+                    [session, seq, batch, step],
+                    loss,
+                    dropped,
+                    [tokens, known_staleness],
+                    skipped,
+                    replica_hash,
+                    payload,
+                )| Push {
+                    session: SessionId(session),
+                    seq: Seq(seq.max(1)),
+                    batch: BatchId(batch),
+                    step: Step(step),
+                    loss,
+                    tokens,
+                    dropped,
+                    known_staleness,
+                    skipped,
+                    replica_hash,
+                    payload: if skipped { Vec::new() } else { payload },
+                },
+            )
     }
 
     fn work() -> impl Strategy<Value = Work> {
@@ -451,9 +476,9 @@ mod tests {
             flags in 0_u8..8,
         ) {
             // Most random frames would fail at their first byte or their length.
-            let length_at = if kind == KIND_PUSH { 46 } else { 22 };
+            let length_at = if kind == KIND_PUSH { 50 } else { 22 };
             let header = match kind {
-                KIND_PUSH => 54 + 32 * usize::from(flags >> 1 & 1),
+                KIND_PUSH => PUSH_HEADER_BYTES + 32 * usize::from(flags >> 1 & 1),
                 _ => 30 + 12 * usize::from(flags & 1) + 13 * usize::from(flags >> 1 & 1),
             };
             if frame.len() >= header {
@@ -494,6 +519,7 @@ mod tests {
             loss: 1.0,
             tokens: 1,
             dropped: 0.0,
+            known_staleness: 0,
             skipped: false,
             replica_hash: None,
             payload: vec![5],
@@ -512,7 +538,7 @@ mod tests {
         check(42, &1.5_f32.to_le_bytes(), WireError::Dropped(1.5));
         check(42, &(-0.5_f32).to_le_bytes(), WireError::Dropped(-0.5));
         check(42, &f32::INFINITY.to_le_bytes(), WireError::Dropped(f32::INFINITY));
-        check(46, &u64::MAX.to_le_bytes(), WireError::Length { announced: u64::MAX, present: 1 });
+        check(50, &u64::MAX.to_le_bytes(), WireError::Length { announced: u64::MAX, present: 1 });
 
         let work = Work {
             batches: Some(BatchRange { first: BatchId(3), count: 2 }),

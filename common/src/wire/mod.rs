@@ -10,7 +10,7 @@ use crate::ids::{BatchId, Seq, SessionId, Step};
 
 /// The application protocol name negotiated by TLS. It changes with every incompatible change of any byte here or
 /// in the codec, so two versions that disagree fail at the handshake instead of misreading each other.
-pub const ALPN: &[u8] = b"sanderling/5";
+pub const ALPN: &[u8] = b"sanderling/6";
 
 /// The largest magnitude of an entry of an update. A server refuses a push with a larger one, and a worker makes none: a
 /// training that wants such updates has diverged.
@@ -33,6 +33,9 @@ pub struct Push {
     pub tokens: u32,
     /// Share of its tokens' choices of experts that were dropped because experts were full, mean over the layers.
     pub dropped: f32,
+    /// Updates since [`step`](Self::step) that the worker knew of when it took the gradient in: the τ of its rate. With it, the
+    /// order of a run's events is all that is needed to make it again.
+    pub known_staleness: u32,
     /// The gradient was not finite: nothing is applied, the batch counts as done, `payload` is empty.
     pub skipped: bool,
     /// The hash of the worker's model before this push ([`crate::init::parameters_hash`]), when it wants it checked.

@@ -128,6 +128,8 @@ enum Stage {
     Computing,
     /// Its push is under way.
     Pushing,
+    /// Waiting for an answer that was lost, before it sends its push again.
+    Resending,
     /// The answer is under way.
     Answered(Reply),
     /// An evaluation.
@@ -308,6 +310,10 @@ impl<'a> Simulation<'a> {
             Stage::Idle => self.ask(worker),
             Stage::Computing => self.compute(worker),
             Stage::Pushing => self.push(worker),
+            Stage::Resending => {
+                self.send(worker);
+                Ok(())
+            }
             Stage::Answered(reply) => self.answer(worker, &reply),
             Stage::Evaluating(job) => self.evaluate(worker, job),
             Stage::Away => self.come_back(worker),
@@ -385,9 +391,7 @@ impl<'a> Simulation<'a> {
         }
         if self.happens(worker, self.conditions.lost_answers) {
             self.report.lost_answers += 1;
-            self.report.time += RETRY_AFTER;
-            self.send(worker);
-            self.report.time -= RETRY_AFTER;
+            self.wake(worker, RETRY_AFTER, Stage::Resending);
         } else {
             self.report.bytes_down += reply.len() as u64;
             let arrival = self.down.carry(self.report.time, reply.len(), &self.conditions);

@@ -19,11 +19,8 @@ struct Follower {
 }
 
 /// Makes a run again of the order of its decisions, as a server's journal has them: who joined, asked, pushed and was
-/// answered when. Of the pushes only session and batch are read; gradients, updates and answers are computed anew. `log`
+/// answered when. Of the pushes only session, batch and the staleness that the worker knew of are read; gradients, updates and answers are computed anew. `log`
 /// is told the decisions that this comes to. Returns the model after the last record.
-///
-/// How far the server was when a worker took its gradient in is not part of the records, so the rate must not depend on
-/// it: constant, without warm-up and decay.
 ///
 /// # Errors
 /// A [`SimulationError`].
@@ -47,9 +44,11 @@ pub fn follow<'a>(
                     workers.get_mut(&push.session).ok_or(Refusal::UnknownSession)?;
                 let batch = core.next_batch().ok_or(Refusal::NotLeased)?;
                 assert_eq!(batch, push.batch, "the worker of {} has another batch next", push.session);
+                let staleness = push.known_staleness;
                 let taken = task.take_gradient(core.view(), batch)?;
                 let (loss, dropped) = (taken.loss as f32, taken.dropped as f32);
-                let push = core.handle_gradient(batch, task.gradient(), loss, dropped, taken.samples, 0)?;
+                let push =
+                    core.handle_gradient(batch, task.gradient(), loss, dropped, taken.samples, staleness)?;
                 *begun = Some(server.begin_push(push)?);
                 continue;
             }

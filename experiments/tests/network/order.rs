@@ -46,10 +46,8 @@ fn records(scene: &Scene) -> Vec<Record<'static>> {
 async fn compare(method: &str) {
     let scene = Scene::new(150);
     let state = scene.path("state");
-    // A constant rate: what a worker heard of the server's step when it took its gradient in is not written down.
     let scene = scene.with(&format!(
-        "[training]\nmethod = '{method}'\nrate_scaling = 'constant'\nlearning_rate = 0.002\nwarmup_steps = 0\n\
-         warmup_exchanges = 0\nfinal_rate_fraction = 1.0\n[server]\nshards = 2\nkeep_journal = true\nstate_dir = '{}'",
+        "[training]\nmethod = '{method}'\n[server]\nshards = 2\nkeep_journal = true\nstate_dir = '{}'",
         state.display()
     ));
     let serving = Serving::start(&scene);

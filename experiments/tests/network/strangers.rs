@@ -184,6 +184,7 @@ async fn a_peer_cannot_speak_for_another_session() {
         loss: 1.0,
         tokens: 1,
         dropped: 0.0,
+        known_staleness: 0,
         skipped: true,
         replica_hash: None,
         payload: Vec::new(),

@@ -7,7 +7,6 @@ use sanderling::simulation::{Conditions, Evaluations, SimulationReport, follow, 
 use sanderling::task::LanguageTask;
 use sanderling_common::config::{RunConfig, parse};
 use sanderling_common::corpus::Corpus;
-use sanderling_common::method::RateScaling;
 use sanderling_common::wire::Split;
 use sanderling_server::core::{Effect, Log, Record};
 
@@ -154,12 +153,7 @@ impl Log for Told {
 /// What a real run is followed by comes to the simulator's own bits, so that the simulator comes to those of a real run.
 #[test]
 fn a_simulation_is_followed_bit_for_bit() {
-    let mut run = run(6);
-    let training = &mut run.training;
-    // What workers know of the server's step when they take a gradient in is not among its decisions.
-    (training.rate_scaling, training.learning_rate, training.learning_rate_max) =
-        (RateScaling::Constant, 2e-3, 2e-3);
-    (training.warmup_steps, training.warmup_exchanges, training.final_rate_fraction) = (0, 0, 1.0);
+    let run = run(6);
     let (simulated, followed) = (Told::default(), Told::default());
     let mut task = LanguageTask::new(&run, corpus()).unwrap();
     let log = Box::new(simulated.clone());

@@ -6,7 +6,7 @@
 //! | bytes | content |
 //! | --- | --- |
 //! | 8 | `sndrjrnl` |
-//! | 4 | format version, 1 |
+//! | 4 | format version, 2 |
 //! | 16 | the run's id |
 //! | 8 | position of the first record |
 //! | 4 | CRC-32 of the above |
@@ -34,7 +34,7 @@ use super::disk::{Disk, DiskFile};
 const MAGIC: &[u8; 8] = b"sndrjrnl";
 
 /// The version of the format.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const HEADER_BYTES: usize = 8 + 4 + 16 + 8 + 4;
 pub(super) const RECORD_HEADER_BYTES: usize = 4 + 4;

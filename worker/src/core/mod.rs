@@ -318,6 +318,7 @@ impl<R: Replica> WorkerCore<R> {
             loss,
             tokens,
             dropped,
+            known_staleness: staleness,
             skipped: usable.is_none(),
             replica_hash,
             payload,
