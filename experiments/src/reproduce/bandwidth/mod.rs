@@ -1,13 +1,17 @@
 //! Thin links: Figures 5 and 6 of the paper on DGS.
 
+mod alone;
 mod children;
 mod link;
 mod measure;
 mod measured;
+mod seen;
+mod setup;
 mod simulated;
 mod statistics;
 mod synthetic;
 mod times;
+mod verdict;
 
 use std::fmt::Write;
 use std::fs;
@@ -19,23 +23,28 @@ use sanderling_common::method::Method;
 
 pub use children::{ServerArguments, WorkersArguments, join, serve};
 
+use self::link::Kind;
+use self::setup::{Limits, Size};
 use super::lab::{Options, file_name, write_report};
 
 /// Updates per second and time to a loss over thin links, for ASGD and DGS (Figures 5 and 6)
 ///
 /// Updates per second are measured: one server and up to 16 workers over real QUIC, on the two ends of a link that is limited
 /// to 1 Gbit/s, 100 and 10 Mbit/s in each direction, with a model of ResNet-18's size. Gradients are made up and a step takes a
-/// fixed time, so that this machine can stand for seventeen. Where this process may, the link lies between two network namespaces
-/// of Linux (root, `ip` and `tc` of iproute2); otherwise a relay in this process limits it, which costs processor time of its
-/// own. The time to a loss is simulated: a small model in virtual time, over a link that is as thin for it as the stated one is
-/// for ResNet-18, also of 10 Gbit/s; rates and momenta are chosen as in `methods`, over an unlimited link with the first seed,
-/// and then run with all of --seeds.
+/// fixed time, so that this machine can stand for seventeen; there are no seeds, and the errors are those of one measurement's
+/// blocks. Where this process may, the link lies between two network namespaces of Linux (root, `ip` and `tc` of iproute2);
+/// otherwise a relay in this process limits it, which costs processor time of its own. The time to a loss is simulated: a
+/// small model in virtual time, over a link that is as thin for it as the stated one is for ResNet-18, also of 10 Gbit/s;
+/// rates and momenta are chosen as in `methods`, over an unlimited link with the first seed, and then run with all of
+/// --seeds. The whole form measures for about an hour and then simulates; a measurement that fails is a cell without a
+/// number, and made again the next time.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   sudo sanderling reproduce bandwidth --quick
   sudo sanderling reproduce bandwidth --compute-ms 250
-  sanderling reproduce bandwidth --part simulated       # as anybody, with all cores")]
+  sudo sanderling reproduce bandwidth --longest-minutes 40   # also 16 workers of ASGD at 10 Mbit/s
+  sanderling reproduce bandwidth --part simulated            # as anybody, with all cores")]
 pub struct Arguments {
     /// What a step of a worker takes
     #[arg(long, default_value_t = 500, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
@@ -43,6 +52,15 @@ pub struct Arguments {
     /// Only one part [default: both]
     #[arg(long)]
     part: Option<Part>,
+    /// What limits the link [default: namespaces where this process may make them, otherwise a relay]
+    #[arg(long)]
+    link: Option<Kind>,
+    /// A measurement that would take longer than this is not made [default: 15, with --quick 3]
+    #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    longest_minutes: Option<u32>,
+    /// Measure with a model of next to nothing; for tests.
+    #[arg(long, hide = true)]
+    tiny: bool,
     /// What all reproductions take; measurements are made one at a time.
     #[command(flatten)]
     options: Options,
@@ -58,6 +76,13 @@ enum Part {
 }
 
 const METHODS: [Method; 2] = [Method::Asgd, Method::Dgs];
+
+/// A measurement is made shorter, as far as it can be, where it would take longer than this: in the full form, and with
+/// --quick.
+const USUAL_S: [f64; 2] = [480.0, 90.0];
+
+/// And not made where it would even so take longer than this, unless the user says otherwise.
+const LONGEST_MINUTES: [u32; 2] = [15, 3];
 
 /// Runs the command.
 ///
@@ -104,12 +129,20 @@ struct Experiment<'a> {
     arguments: &'a Arguments,
     folder: &'a Path,
     workers: &'a [u32],
+    size: Size,
 }
 
 impl<'a> Experiment<'a> {
     fn new(arguments: &'a Arguments, folder: &'a Path) -> Self {
         let workers: &[u32] = if arguments.options.quick { &[1, 8] } else { &[1, 2, 4, 8, 16] };
-        Self { arguments, folder, workers }
+        let size = if arguments.tiny { Size::Tiny } else { Size::Resnet18 };
+        Self { arguments, folder, workers, size }
+    }
+
+    fn limits(&self) -> Limits {
+        let form = usize::from(self.arguments.options.quick);
+        let minutes = self.arguments.longest_minutes.unwrap_or(LONGEST_MINUTES[form]);
+        Limits { usual_s: USUAL_S[form], longest_s: 60.0 * f64::from(minutes) }
     }
 
     /// The most workers.

@@ -300,7 +300,14 @@ mod tests {
     #[test]
     fn the_link_is_as_thin_for_the_small_model_as_for_the_large_one() {
         let options = Options { quick: true, seeds: None, steps: None, out: None, jobs: None };
-        let arguments = Arguments { compute_ms: 500, part: None, options };
+        let arguments = Arguments {
+            compute_ms: 500,
+            part: None,
+            link: None,
+            longest_minutes: None,
+            tiny: false,
+            options,
+        };
         let experiment = Experiment::new(&arguments, Path::new(""));
         let of = Contestant { method: Method::Asgd, workers: 8 };
         let form = Form { bits_per_second: Some(1e9), steps: 800, seed: 7 };

@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::super::lab::mean_and_spread;
 use super::statistics::{Estimate, three_digits};
+use super::verdict::held;
 use crate::simulation::Point;
 
 /// When a run reached a loss.
@@ -96,11 +97,6 @@ pub(super) fn ratio(of: &Times, to: &Times, seeds: usize) -> String {
         (Some(of), Some(to)) => three_digits(of.value / to.value),
         _ => "–".to_owned(),
     }
-}
-
-/// Whether a claim held.
-fn held(is_held: bool) -> &'static str {
-    if is_held { "**held**" } else { "**did not hold**" }
 }
 
 /// Whether DGS comes there sooner than ASGD, in words.
