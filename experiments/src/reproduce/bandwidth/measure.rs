@@ -102,7 +102,13 @@ fn attempt(setup: &Setup, course: Course, progress: &Progress<'_>) -> Result<Upd
     command.arg("bandwidth-server").arg("--config").arg(&path);
     let (told, events) = channel();
     let _server = spawn(command, ("the server", told.clone()))?;
-    let mut listener = Listener { events, progress, begun: Instant::now(), seen: Seen::new(setup.workers) };
+    let mut listener = Listener {
+        events,
+        progress,
+        begun: Instant::now(),
+        expected_s: course.total_s(setup) as u64,
+        seen: Seen::new(setup.workers),
+    };
     let Some(join) = listener.join(patience(0.0))? else {
         return Err(anyhow!("the server did not begin with its join string").into());
     };
@@ -156,6 +162,8 @@ struct Listener<'a> {
     events: Receiver<Event>,
     progress: &'a Progress<'a>,
     begun: Instant,
+    /// What the bar counts for all of it.
+    expected_s: u64,
     seen: Seen,
 }
 
@@ -178,8 +186,7 @@ impl Listener<'_> {
 
     /// The next line, if one comes soon.
     fn next(&mut self) -> Result<Option<Line>, Trouble> {
-        // The bar counts seconds that were expected, and may have been expected wrongly.
-        if !self.progress.at(self.begun.elapsed().as_secs()) {
+        if !self.progress.at(self.begun.elapsed().as_secs().min(self.expected_s)) {
             return Err(anyhow!("stopped; what was measured is kept").into());
         }
         match self.events.recv_timeout(LOOK_EVERY) {

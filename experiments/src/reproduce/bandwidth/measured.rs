@@ -157,10 +157,11 @@ impl Experiment<'_> {
         let momentum = Method::Dgs.defaults().momentum;
         Ok(format!(
             "\n## Updates per second, measured over QUIC\n\n{link} A model of {parameters:.2} million parameters, with gradients \
-             that are made up; DGS with momentum {momentum}, which its speed does not depend on. Workers begin one after the other, spread over the time from one update of theirs to the next; \
-             the measurement begins with the update at which every one of them had been answered, and ends with an update. \
-             Nothing here depends on a seed: rate ± its standard error over up to ten blocks of that one measurement's \
-             updates, in whole rounds of all workers where there are enough.\n\n"
+             that are made up; DGS with momentum {momentum}, which its speed does not depend on. Workers begin one after the \
+             other, spread over the time from one update of theirs to the next; the measurement begins with the update at \
+             which every one of them had been answered, and ends with an update. Nothing here depends on a seed: rate ± its \
+             standard error over four to ten blocks of that one measurement's updates, in whole rounds of all workers where \
+             there are enough.\n\n"
         ))
     }
 

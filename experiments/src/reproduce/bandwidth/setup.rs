@@ -177,7 +177,10 @@ pub(super) struct Limits {
     pub(super) longest_s: f64,
 }
 
-/// The setup with as many updates as there is time for: `setup.updates`, and two rounds, where that does not take too long;
+/// Rounds of all workers that are measured where there is time: a block of each makes an error.
+const ROUNDS: u64 = 4;
+
+/// The setup with as many updates as there is time for: `setup.updates`, and four rounds, where that does not take too long;
 /// otherwise at least a round.
 ///
 /// # Errors
@@ -185,7 +188,7 @@ pub(super) struct Limits {
 pub(super) fn fit(mut setup: Setup, parameters: u64, limits: Limits) -> Result<Setup, String> {
     let course = Course::of(&setup, parameters);
     let workers = u64::from(setup.workers);
-    let wanted = setup.updates.max(2 * workers);
+    let wanted = setup.updates.max(ROUNDS * workers);
     let fewest = workers.max(UPDATES_MIN);
     let time = (limits.usual_s - START_S - course.warm_up_s()).max(0.0);
     let affordable = (time * course.updates_per_second()) as u64;
@@ -272,8 +275,8 @@ mod tests {
         let updates = |method, workers, rate| {
             fit(setup(method, workers, rate), PARAMETERS, LIMITS).map(|setup| setup.updates)
         };
-        assert_eq!(updates(Method::Dgs, 8, 1e9), Ok(20));
-        assert_eq!(updates(Method::Dgs, 16, 1e9), Ok(32), "two rounds");
+        assert_eq!(updates(Method::Dgs, 4, 1e9), Ok(20));
+        assert_eq!(updates(Method::Dgs, 16, 1e9), Ok(64), "four rounds");
         assert_eq!(updates(Method::Asgd, 1, 1e7), Ok(5));
         assert_eq!(updates(Method::Asgd, 8, 1e7), Ok(8), "one round");
         let too_long = updates(Method::Asgd, 16, 1e7).unwrap_err();

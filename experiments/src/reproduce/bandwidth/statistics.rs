@@ -2,7 +2,11 @@
 
 use std::fmt;
 
-/// Into how many blocks a measurement is cut at most.
+/// Into how many blocks a measurement is cut at least, where it has as many events: fewer would tell next to nothing of their
+/// spread.
+const BLOCKS_MIN: usize = 4;
+
+/// And at most.
 const BLOCKS_MAX: usize = 10;
 
 /// The most decimals that are printed.
@@ -16,8 +20,8 @@ pub(super) struct Estimate {
 }
 
 impl Estimate {
-    /// Events per second, of those after the first of these moments, which ascend. The error is that of the mean over up to
-    /// ten blocks of equally many events, whole rounds of `round` events where there are enough. `None` if there are fewer
+    /// Events per second, of those after the first of these moments, which ascend. The error is that of the mean over four
+    /// to ten blocks of equally many events, whole rounds of `round` events where there are enough. `None` if there are fewer
     /// than two events after the first, or no time passed.
     pub(super) fn rate(moments: &[f64], round: usize) -> Option<Self> {
         let events = moments.len().checked_sub(1).filter(|&events| events >= 2)?;
@@ -25,7 +29,7 @@ impl Estimate {
         if seconds <= 0.0 {
             return None;
         }
-        let blocks = (events / round.max(1)).clamp(2, BLOCKS_MAX).min(events);
+        let blocks = (events / round.max(1)).clamp(BLOCKS_MIN, BLOCKS_MAX).min(events);
         let size = events / blocks;
         // Events that do not fill a block are left out at the beginning.
         let ends: Vec<f64> = (0..=blocks).map(|block| moments[events - (blocks - block) * size]).collect();
@@ -90,12 +94,14 @@ mod tests {
         assert_eq!(rate.value, 0.5);
         assert!((rate.error - 0.5 * (1.0 / 3f64.sqrt()) / 2.0).abs() < 1e-12, "{rate:?}");
         // In whole rounds of two, the same events are even.
-        assert_eq!(Estimate::rate(&[0.0, 1.0, 4.0, 5.0, 8.0], 2).unwrap().error, 0.0);
+        let more = [0.0, 1.0, 4.0, 5.0, 8.0, 9.0, 12.0, 13.0, 16.0];
+        assert!(Estimate::rate(&more, 1).unwrap().error > 0.0);
+        assert_eq!(Estimate::rate(&more, 2).unwrap().error, 0.0);
     }
 
     #[test]
     fn blocks_leave_out_what_is_too_much_at_the_beginning() {
-        // Five events in two blocks of two.
+        // Five events in four blocks of one.
         let rate = Estimate::rate(&[0.0, 9.0, 10.0, 11.0, 12.0, 13.0], 2).unwrap();
         assert_eq!((rate.value, rate.error), (5.0 / 13.0, 0.0));
     }

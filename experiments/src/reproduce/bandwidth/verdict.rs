@@ -55,7 +55,8 @@ pub(super) fn against_asgd(found: &Result<Estimate, String>, compute_ms: u64, pa
         "* At 1 Gbit/s {AGAINST_ASGD_WORKERS} DGS workers make at least {AGAINST_ASGD} times the updates of as many of ASGD: \
          {says}. The number depends on what a step takes: a dense exchange takes {} s of the link in each direction, so that \
          ASGD can make at most {} updates/s with {AGAINST_ASGD_WORKERS} workers, and {} with any number; as many DGS workers, \
-         whose steps take {compute_ms} ms, at most {}: {} times as many. With steps half as long DGS could make twice as many.\n",
+         whose steps take {compute_ms} ms, at most {}: {} times as many. With steps half as long DGS could make twice as many. A number above that ratio \
+         means that ASGD stays below what the link would let it do: this machine's processors work for all.\n",
         three_digits(dense_s),
         three_digits(asgd),
         three_digits(link),
