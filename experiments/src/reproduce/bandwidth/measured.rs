@@ -1,6 +1,7 @@
 //! The measured half of the report: updates per second.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 
 use sanderling_common::method::Method;
 use sanderling_server::progress::bytes;
@@ -231,11 +232,9 @@ fn announce(book: &Book<Measured>, wanted: &[(Setup, u64)], cells: usize) {
     if count > 0 {
         let minutes = seconds.div_ceil(60);
         // Nobody is left to tell when standard error is closed.
-        let _ = std::io::Write::write_fmt(
-            &mut std::io::stderr(),
-            format_args!(
-                "measuring {count} of {cells} cells, which is expected to take about {minutes} minutes\n"
-            ),
+        let _ = writeln!(
+            std::io::stderr(),
+            "measuring {count} of {cells} cells, which is expected to take about {minutes} minutes"
         );
     }
 }
