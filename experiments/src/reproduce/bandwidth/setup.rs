@@ -69,6 +69,13 @@ const ENTRY_BYTES: f64 = 6.0;
 /// What server and workers of this machine move per second and direction at least, whatever the link; only for expectations.
 const ENDPOINT_BYTES_PER_S: f64 = 60e6;
 
+/// How many times the bytes of a message pass the link, headers and what is sent again included; only for expectations.
+const OVERHEAD: f64 = 1.05;
+
+/// The share of a full link that workers make use of who share it; only for expectations. Those whose messages pass at the
+/// same time leave the other direction idle now and then: 4 workers of ASGD at 10 Mbit/s made 0.7 of what it lets pass.
+const USE: f64 = 0.8;
+
 /// Server and workers are there by then; only for expectations.
 const START_S: f64 = 8.0;
 
@@ -121,7 +128,8 @@ impl Setup {
 pub(super) struct Course {
     workers: f64,
     step_s: f64,
-    /// What one exchange takes of the link in each direction.
+    /// What one exchange takes of the link in each direction at least, and as expected.
+    link_s: f64,
     message_s: f64,
 }
 
@@ -132,18 +140,25 @@ impl Course {
         Self {
             workers: f64::from(setup.workers),
             step_s: setup.compute_ms as f64 / 1e3,
-            message_s: bytes / (setup.bits_per_second / 8.0).min(ENDPOINT_BYTES_PER_S),
+            link_s: bytes / (setup.bits_per_second / 8.0),
+            message_s: OVERHEAD * bytes / (setup.bits_per_second / 8.0).min(ENDPOINT_BYTES_PER_S),
         }
     }
 
     /// From one update of a worker to its next: the link carries one message at a time in each direction.
     pub(super) fn round_s(&self) -> f64 {
-        (self.workers * self.message_s).max(self.step_s + 2.0 * self.message_s)
+        let alone = self.step_s + 2.0 * self.message_s;
+        (self.workers * self.message_s / USE).max(alone)
     }
 
-    /// Updates per second of all workers, at most.
+    /// Updates per second of all workers, as expected.
     pub(super) fn updates_per_second(&self) -> f64 {
         self.workers / self.round_s()
+    }
+
+    /// And at most.
+    fn updates_per_second_max(&self) -> f64 {
+        (1.0 / self.link_s).min(self.workers / (self.step_s + 2.0 * self.link_s))
     }
 
     /// Between the beginnings of two workers, which are spread over a round: workers that all began at once would go on
@@ -200,7 +215,7 @@ pub(super) fn fit(mut setup: Setup, parameters: u64, limits: Limits) -> Result<S
              this link",
             (takes / 60.0).ceil(),
             limits.longest_s / 60.0,
-            three_digits(course.updates_per_second()),
+            three_digits(course.updates_per_second_max()),
         ));
     }
     Ok(setup)
@@ -226,7 +241,7 @@ mod tests {
         }
     }
 
-    const LIMITS: Limits = Limits { usual_s: 480.0, longest_s: 900.0 };
+    const LIMITS: Limits = Limits { usual_s: 420.0, longest_s: 1200.0 };
 
     #[test]
     fn the_model_is_of_the_size_of_resnet_18() {
@@ -248,10 +263,11 @@ mod tests {
     fn a_dense_message_takes_its_time_on_the_link_and_a_full_link_bounds_everybody() {
         // 46.7 MB at 10 Mbit/s: 37.4 s each way.
         let one = Course::of(&setup(Method::Asgd, 1, 1e7), PARAMETERS);
-        assert!((one.round_s() - (0.5 + 2.0 * 37.376)).abs() < 1e-9, "{one:?}");
+        assert!((one.round_s() - (0.5 + 2.0 * 1.05 * 37.376)).abs() < 1e-9, "{one:?}");
         let sixteen = Course::of(&setup(Method::Asgd, 16, 1e7), PARAMETERS);
-        assert!((sixteen.updates_per_second() - 1.0 / 37.376).abs() < 1e-9, "{sixteen:?}");
-        assert!((sixteen.stagger_s() - 37.376).abs() < 1e-9);
+        assert!((sixteen.updates_per_second_max() - 1.0 / 37.376).abs() < 1e-9, "{sixteen:?}");
+        assert!(sixteen.updates_per_second() < sixteen.updates_per_second_max());
+        assert!(sixteen.stagger_s() > 37.376 && sixteen.stagger_s() < 50.0, "{sixteen:?}");
         // Sparse messages leave it free.
         let dgs = Course::of(&setup(Method::Dgs, 8, 1e9), PARAMETERS);
         assert!(dgs.updates_per_second() > 14.0 && dgs.updates_per_second() < 16.0, "{dgs:?}");
@@ -277,7 +293,7 @@ mod tests {
         };
         assert_eq!(updates(Method::Dgs, 4, 1e9), Ok(20));
         assert_eq!(updates(Method::Dgs, 16, 1e9), Ok(64), "four rounds");
-        assert_eq!(updates(Method::Asgd, 1, 1e7), Ok(5));
+        assert_eq!(updates(Method::Asgd, 1, 1e7), Ok(4));
         assert_eq!(updates(Method::Asgd, 8, 1e7), Ok(8), "one round");
         let too_long = updates(Method::Asgd, 16, 1e7).unwrap_err();
         assert!(too_long.contains("minutes") && too_long.contains("at most 0.027 updates/s"), "{too_long}");
