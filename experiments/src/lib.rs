@@ -6,6 +6,7 @@ pub mod adamw;
 pub mod bench;
 pub mod card;
 pub mod chaos;
+mod child;
 pub mod commands;
 mod due;
 pub mod evaluation;

@@ -10,7 +10,8 @@ use sanderling_server::net::Server;
 use sanderling_transport::stop_on_interrupt;
 use sanderling_worker::net::{WorkerOptions, work};
 
-use super::processes::{end_with_the_parent, write_private};
+use super::processes::write_private;
+use crate::child::end_with_the_parent;
 
 /// A worker looks for the server for as long as any soak lasts.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(24 * 3600);

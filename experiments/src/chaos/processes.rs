@@ -34,7 +34,7 @@ impl Process {
             .open(log)
             .with_context(|| format!("cannot write {}", log.display()))?;
         let mut command = Command::new(program);
-        // It ends when the pipe does: see `end_with_the_parent`.
+        // It ends when the pipe does: see `crate::child`.
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log);
         // Ctrl-C on a terminal is for whoever started the others, which ends them.
         #[cfg(unix)]
@@ -152,15 +152,6 @@ pub(super) fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     options.open(path)?.write_all(text.as_bytes())
-}
-
-/// Ends this process when the one that started it is gone, however that ended: it holds the other end of standard input.
-pub(super) fn end_with_the_parent() {
-    std::thread::spawn(|| {
-        // Nothing is ever said there; an error is as much of an end.
-        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-        std::process::exit(1);
-    });
 }
 
 /// The text of a path, for a command line.

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use sanderling_common::config;
@@ -11,8 +11,10 @@ use sanderling_common::join::JoinString;
 use sanderling_server::net::Server;
 use sanderling_transport::stop_on_interrupt;
 use sanderling_worker::net::{StandIn, WorkerOptions, work};
+use tokio::task::JoinSet;
 
-use super::synthetic::Synthetic;
+use super::synthetic::{Crowd, Synthetic};
+use crate::child::end_with_the_parent;
 
 /// A server of `sanderling reproduce bandwidth`.
 #[derive(Debug, clap::Args)]
@@ -26,37 +28,43 @@ pub struct ServerArguments {
 #[derive(Debug, clap::Args)]
 pub struct WorkersArguments {
     /// How many
-    #[arg(long)]
-    workers: usize,
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    workers: u32,
     /// What a step takes
     #[arg(long)]
     compute_ms: u64,
+    /// Between the beginnings of two workers
+    #[arg(long)]
+    stagger_ms: u64,
 }
 
 /// The variable in which workers are given the join string: a command line is everybody's to read.
 pub(super) const JOIN: &str = "SANDERLING_JOIN";
 
-/// A line of the server's output.
+/// What the two sides print, a JSON line each.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Line {
-    /// Before all others.
+    /// The server, before all others.
     Join(String),
-    /// Where it stands.
+    /// The server, several times a second: where it stands.
     Progress {
-        /// Since it listens.
-        seconds: f64,
         /// Pushes applied.
         done: u64,
-        /// Workers connected.
-        workers: u32,
         /// UDP payload bytes.
         bytes_up: u64,
         bytes_down: u64,
     },
+    /// The workers: one of them was answered.
+    Update {
+        /// Since the workers' process began.
+        seconds: f64,
+        /// Whose.
+        worker: u32,
+    },
 }
 
-fn tell(line: &Line) {
+pub(super) fn tell(line: &Line) {
     let text = serde_json::to_string(line).expect("a line has a JSON form");
     // Nobody is left to tell when it is closed.
     let _ = writeln!(std::io::stdout(), "{text}");
@@ -67,6 +75,7 @@ fn tell(line: &Line) {
 /// # Errors
 /// As a server's.
 pub fn serve(arguments: &ServerArguments) -> anyhow::Result<()> {
+    end_with_the_parent();
     let path = &arguments.config;
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let run = config::parse(&text)?.resolve()?;
@@ -75,12 +84,9 @@ pub fn serve(arguments: &ServerArguments) -> anyhow::Result<()> {
         let stop = stop_on_interrupt(|| {});
         let server = Server::start(run, None)?;
         tell(&Line::Join(server.join().reveal().to_string()));
-        let begun = Instant::now();
         let told = |progress: &sanderling_server::progress::Progress| {
             tell(&Line::Progress {
-                seconds: begun.elapsed().as_secs_f64(),
                 done: progress.done,
-                workers: progress.workers,
                 bytes_up: progress.traffic.bytes_up,
                 bytes_down: progress.traffic.bytes_down,
             });
@@ -95,23 +101,28 @@ pub fn serve(arguments: &ServerArguments) -> anyhow::Result<()> {
 /// # Errors
 /// As a worker's.
 pub fn join(arguments: &WorkersArguments) -> anyhow::Result<()> {
+    end_with_the_parent();
     let join = std::env::var(JOIN).with_context(|| format!("{JOIN} is not set"))?;
     let join: JoinString = join.trim().parse()?;
     let duration = Duration::from_millis(arguments.compute_ms);
-    let stand_in = StandIn(Arc::new(move |engine| Box::new(Synthetic::new(engine, duration))));
+    let crowd = Crowd::new(arguments.workers, duration, Duration::from_millis(arguments.stagger_ms));
+    let crowd = Arc::new(crowd);
+    let stand_in = StandIn(Arc::new(move |engine| Box::new(Synthetic::new(engine, crowd.clone()))));
     let options = WorkerOptions { stand_in: Some(stand_in), ..WorkerOptions::default() };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
-    runtime.block_on(async {
+    let worked = runtime.block_on(async {
         let stop = stop_on_interrupt(|| {});
-        let workers: Vec<_> = (0..arguments.workers)
-            .map(|_| {
-                let (join, options, stop) = (join.clone(), options.clone(), stop.clone());
-                tokio::spawn(async move { work(&join, &options, stop).await })
-            })
-            .collect();
-        for worker in workers {
-            worker.await.context("a worker panicked")??;
+        let mut workers = JoinSet::new();
+        for _ in 0..arguments.workers {
+            let (join, options, stop) = (join.clone(), options.clone(), stop.clone());
+            workers.spawn(async move { work(&join, &options, stop).await });
         }
-        Ok(())
-    })
+        while let Some(ended) = workers.join_next().await {
+            ended.context("a worker panicked")??;
+        }
+        anyhow::Ok(())
+    });
+    // Those that wait for one that failed would wait for ever.
+    runtime.shutdown_background();
+    worked
 }

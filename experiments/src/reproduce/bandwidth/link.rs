@@ -1,6 +1,7 @@
 //! A link of a given rate between two sets of processes.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -11,12 +12,12 @@ use tokio::runtime::Runtime;
 use crate::relay::{Conditions, Relay};
 
 /// What limits a link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Kind {
-    /// The system, between two network namespaces.
+    /// Linux, between two network namespaces: needs root, `ip` and `tc`
     Namespaces,
-    /// A relay in this process.
+    /// A relay in this process, which costs processor time
     Relay,
 }
 
@@ -112,7 +113,7 @@ pub(super) struct Namespaces {
 impl Namespaces {
     /// Whether this process may make some: it needs `ip` and `tc`, and to run as root.
     pub(super) fn are_possible() -> bool {
-        let name = format!("sanderling-{}-probe", std::process::id());
+        let name = format!("{PREFIX}{}-probe", std::process::id());
         let made = ip(&["netns", "add", &name]).is_ok();
         made && ip(&["netns", "del", &name]).is_ok() && Command::new("tc").arg("-Version").output().is_ok()
     }
@@ -122,8 +123,9 @@ impl Namespaces {
     /// # Errors
     /// A sentence, with what the system said.
     pub(super) fn new(bits_per_second: f64) -> anyhow::Result<Self> {
+        clear_stale()?;
         let id = std::process::id();
-        let this = Self { server: format!("sanderling-{id}-s"), workers: format!("sanderling-{id}-w") };
+        let this = Self { server: format!("{PREFIX}{id}-s"), workers: format!("{PREFIX}{id}-w") };
         for name in [&this.server, &this.workers] {
             ip(&["netns", "add", name])?;
         }
@@ -170,6 +172,35 @@ impl Drop for Namespaces {
     }
 }
 
+/// What the names of our namespaces begin with; the number of the process that made them follows.
+const PREFIX: &str = "sanderling-";
+
+/// Removes the namespaces of processes that were killed before they could.
+fn clear_stale() -> anyhow::Result<()> {
+    let processes = Path::new("/proc");
+    if !processes.join("self").exists() {
+        // Nobody can be told to be dead.
+        return Ok(());
+    }
+    let list = run(Command::new("ip").args(["netns", "list"]))?;
+    let is_alive = |id: u32| id != std::process::id() && processes.join(id.to_string()).exists();
+    for name in stale(&list, is_alive) {
+        // Somebody else may clear it at the same moment.
+        let _ = ip(&["netns", "del", name]);
+    }
+    Ok(())
+}
+
+/// Those of our namespaces in the system's list whose process is not alive.
+fn stale(list: &str, is_alive: impl Fn(u32) -> bool) -> Vec<&str> {
+    let names = list.lines().filter_map(|line| line.split_whitespace().next());
+    let is_stale = |name: &&str| {
+        let made_by = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-'));
+        made_by.and_then(|(id, _)| id.parse().ok()).is_some_and(|id| !is_alive(id))
+    };
+    names.filter(is_stale).collect()
+}
+
 /// This program.
 pub(super) fn this_program() -> anyhow::Result<std::path::PathBuf> {
     std::env::current_exe().context("cannot tell where this program is")
@@ -182,10 +213,11 @@ fn inside(name: &str) -> anyhow::Result<Command> {
 }
 
 fn ip(arguments: &[&str]) -> anyhow::Result<()> {
-    run(Command::new("ip").args(arguments))
+    run(Command::new("ip").args(arguments)).map(drop)
 }
 
-fn run(command: &mut Command) -> anyhow::Result<()> {
+/// Runs it to its end; returns what it printed.
+fn run(command: &mut Command) -> anyhow::Result<String> {
     let output = match command.output() {
         Ok(output) => output,
         Err(error) => bail!("cannot run {:?}: {error}", command.get_program()),
@@ -195,5 +227,18 @@ fn run(command: &mut Command) -> anyhow::Result<()> {
         "{command:?} failed: {}",
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_namespaces_of_dead_processes_are_stale() {
+        let list = "sanderling-17-w (id: 1)\nsanderling-17-s (id: 0)\nsanderling-18-s\nvpn\nsanderling-x-s\n";
+        assert_eq!(stale(list, |id| id == 18), ["sanderling-17-w", "sanderling-17-s"]);
+        assert!(stale(list, |_| true).is_empty());
+        assert!(stale("", |_| false).is_empty());
+    }
 }

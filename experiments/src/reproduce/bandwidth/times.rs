@@ -1,0 +1,179 @@
+//! The time until a loss is reached.
+
+use std::fmt;
+
+use super::super::lab::mean_and_spread;
+use super::statistics::{Estimate, three_digits};
+use super::verdict::held;
+use crate::simulation::Point;
+
+/// When a run reached a loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Time {
+    /// In the unit of the curve.
+    Reached(f64),
+    /// It did not in the time it had.
+    NotReached,
+    /// It came to no end.
+    Diverged,
+}
+
+/// The time at which a curve comes down to `target`, on the straight line between two looks at the loss. `None` if it never
+/// does.
+pub(super) fn reaches(curve: &[Point], target: f64) -> Option<f64> {
+    let place = curve.iter().position(|point| point.score.loss <= target)?;
+    let after = curve[place];
+    let Some(before) = place.checked_sub(1).map(|place| curve[place]) else { return Some(after.time) };
+    // A loss that was no number, or infinite, has no line to the next one.
+    let fell = before.score.loss - after.score.loss;
+    let part = if fell.is_finite() { (before.score.loss - target) / fell } else { 1.0 };
+    Some(before.time + part * (after.time - before.time))
+}
+
+/// The least loss of a curve that goes down at all.
+pub(super) fn best(curve: &[Point]) -> Option<f64> {
+    let first = curve.first()?.score.loss;
+    let best = curve.iter().map(|point| point.score.loss).fold(f64::INFINITY, f64::min);
+    (best < first).then_some(best)
+}
+
+/// A loss that all of these curves reach: the worst of their best, a little above it. Curves that do not go down count for
+/// nothing; `None` if none does.
+pub(super) fn target<'a>(curves: impl Iterator<Item = &'a [Point]>) -> Option<f64> {
+    let worst = curves.filter_map(best).fold(f64::NEG_INFINITY, f64::max);
+    worst.is_finite().then_some((worst * 100.0).ceil() / 100.0)
+}
+
+/// Times of several seeds.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Times(pub(super) Vec<Time>);
+
+impl Times {
+    fn reached(&self) -> Vec<f64> {
+        let reached = |time: &Time| if let Time::Reached(time) = time { Some(*time) } else { None };
+        self.0.iter().filter_map(reached).collect()
+    }
+
+    fn count(&self, of: Time) -> usize {
+        self.0.iter().filter(|&&time| time == of).count()
+    }
+
+    /// Mean and standard deviation, if all seeds came there.
+    pub(super) fn of_all(&self) -> Option<Estimate> {
+        let reached = self.reached();
+        if reached.is_empty() || reached.len() < self.0.len() {
+            return None;
+        }
+        let (value, spread) = mean_and_spread(&reached);
+        // That of one seed is not known; nobody shows it.
+        Some(Estimate { value, error: spread.unwrap_or(0.0) })
+    }
+}
+
+impl fmt::Display for Times {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (reached, all) = (self.reached(), self.0.len());
+        let (mean, spread) = mean_and_spread(&reached);
+        match (reached.len(), spread) {
+            (0, _) if self.count(Time::Diverged) == all => return f.write_str("diverged"),
+            (0, _) => f.write_str("not reached")?,
+            (_, None) => f.write_str(&three_digits(mean))?,
+            (_, Some(spread)) => write!(f, "{} ± {}", three_digits(mean), three_digits(spread))?,
+        }
+        for (what, of) in [("diverged", Time::Diverged), ("did not reach it", Time::NotReached)] {
+            let count = self.count(of);
+            if count > 0 && count < all {
+                write!(f, " ({count} of {all} {what})")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many times as long the one takes as the other; in the table.
+pub(super) fn ratio(of: &Times, to: &Times, seeds: usize) -> String {
+    match (of.of_all(), to.of_all()) {
+        (Some(of), Some(to)) if seeds > 1 => of.over(to).to_string(),
+        (Some(of), Some(to)) => three_digits(of.value / to.value),
+        _ => "–".to_owned(),
+    }
+}
+
+/// Whether DGS comes there sooner than ASGD, in words.
+pub(super) fn sooner(link: &str, workers: u32, asgd: &Times, dgs: &Times) -> String {
+    let (says, note) = match (asgd.of_all(), dgs.of_all()) {
+        (Some(a), Some(d)) => {
+            let is_open = (a.value - d.value).abs() <= a.error.max(d.error);
+            (held(d.value < a.value), if is_open { ", but within the spread of seeds" } else { "" })
+        }
+        (None, Some(_)) => (held(true), ", as not every seed of ASGD comes there"),
+        (_, None) => (held(false), ", as not every seed of DGS comes there"),
+    };
+    format!(
+        "* At {link} {workers} DGS workers reach the loss sooner than as many of ASGD: {dgs} s against {asgd} s: {says}{note}.\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::Score;
+
+    fn curve(losses: &[f64]) -> Vec<Point> {
+        let point = |(place, &loss): (usize, &f64)| Point {
+            steps: 10 * place as u64,
+            time: 2.0 * place as f64,
+            score: Score { loss, accuracy: None },
+        };
+        losses.iter().enumerate().map(point).collect()
+    }
+
+    #[test]
+    fn a_time_lies_between_two_looks() {
+        assert_eq!(reaches(&curve(&[4.0, 3.0, 2.0]), 2.5), Some(3.0));
+        assert_eq!(reaches(&curve(&[4.0, 3.0, 2.0]), 3.0), Some(2.0));
+        assert_eq!(reaches(&curve(&[4.0, 3.0, 2.0]), 4.5), Some(0.0));
+        assert_eq!(reaches(&curve(&[4.0, f64::NAN, 2.0]), 2.5), Some(4.0), "nothing to draw a line from");
+        assert_eq!(reaches(&curve(&[4.0, 3.0]), 2.5), None);
+        assert_eq!(reaches(&[], 2.5), None);
+    }
+
+    #[test]
+    fn runs_that_come_to_nothing_do_not_decide_the_target() {
+        let curves = [curve(&[4.0, 2.0, 2.5]), curve(&[4.0, 2.123]), curve(&[]), curve(&[4.0, 5.0, 4.2])];
+        let parts = || curves.iter().map(Vec::as_slice);
+        assert_eq!(target(parts()), Some(2.13));
+        assert_eq!(target(parts().skip(2)), None);
+        assert_eq!(target(std::iter::once(&curve(&[4.0, f64::NAN])[..])), None);
+    }
+
+    #[test]
+    fn cells_say_what_became_of_every_seed() {
+        use Time::{Diverged, NotReached, Reached};
+        let show = |times: &[Time]| Times(times.to_vec()).to_string();
+        assert_eq!(show(&[Reached(2.345)]), "2.35");
+        assert_eq!(show(&[Reached(2.0), Reached(4.0)]), "3.00 ± 1.41");
+        assert_eq!(
+            show(&[Reached(2.0), Diverged, NotReached]),
+            "2.00 (1 of 3 diverged) (1 of 3 did not reach it)"
+        );
+        assert_eq!(show(&[Diverged, Diverged]), "diverged");
+        assert_eq!(show(&[NotReached]), "not reached");
+        assert_eq!(show(&[NotReached, Diverged]), "not reached (1 of 2 diverged) (1 of 2 did not reach it)");
+    }
+
+    #[test]
+    fn verdicts_fit_the_numbers() {
+        use Time::{Diverged, Reached};
+        let of = |times: &[Time]| Times(times.to_vec());
+        let says = |asgd: &[Time], dgs: &[Time]| sooner("1 Gbit/s", 8, &of(asgd), &of(dgs));
+        assert!(says(&[Reached(9.0)], &[Reached(3.0)]).ends_with("3.00 s against 9.00 s: **held**.\n"));
+        assert!(says(&[Reached(3.0)], &[Reached(9.0)]).ends_with("**did not hold**.\n"));
+        let open = says(&[Reached(3.0), Reached(5.0)], &[Reached(3.0), Reached(4.0)]);
+        assert!(open.ends_with("**held**, but within the spread of seeds.\n"), "{open}");
+        assert!(says(&[Diverged], &[Reached(9.0)]).contains("**held**, as not every seed of ASGD"));
+        assert!(says(&[Reached(9.0)], &[Diverged]).contains("**did not hold**, as not every seed of DGS"));
+        assert_eq!(ratio(&of(&[Reached(9.0)]), &of(&[Reached(3.0)]), 1), "3.00");
+        assert_eq!(ratio(&of(&[Diverged]), &of(&[Reached(3.0)]), 1), "–");
+    }
+}
