@@ -586,7 +586,7 @@ mod tests {
     }
 
     #[test]
-    fn other_runs_and_newer_formats_are_refused() {
+    fn other_runs_and_formats_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let ours = journal(&folder, SEGMENT_BYTES);
         write(&ours, 0..2);
@@ -601,7 +601,10 @@ mod tests {
             fs::write(&path, bytes).unwrap();
             ours.read::<JournalError>(0, |_, _| Ok(())).unwrap_err()
         };
-        assert!(matches!(with(8, 2), JournalError::Newer { found: 2, .. }));
+        for other in [VERSION - 1, VERSION + 1] {
+            let error = with(8, other as u8);
+            assert!(matches!(error, JournalError::Newer { found, .. } if found == other), "{error}");
+        }
         assert!(matches!(with(0, b'x'), JournalError::Foreign { .. }));
         assert!(matches!(with(HEADER_BYTES - 1, whole[HEADER_BYTES - 1] ^ 1), JournalError::Foreign { .. }));
     }
