@@ -2,9 +2,9 @@
 
 use std::fmt;
 
+use super::super::lab::held;
 use super::super::lab::mean_and_spread;
 use super::statistics::{Estimate, three_digits};
-use super::verdict::held;
 use crate::simulation::Point;
 
 /// When a run reached a loss.

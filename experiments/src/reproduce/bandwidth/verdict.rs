@@ -1,5 +1,6 @@
 //! What became of the claims, in words.
 
+use super::super::lab::held;
 use super::statistics::{Estimate, three_digits};
 
 /// How many times one worker's updates 16 DGS workers made at 1 Gbit/s.
@@ -15,11 +16,6 @@ const AGAINST_ASGD_WORKERS: u32 = 8;
 
 /// What a link of 1 Gbit/s carries.
 const BYTES_PER_S: f64 = 1e9 / 8.0;
-
-/// Whether a claim held.
-pub(super) fn held(is_held: bool) -> &'static str {
-    if is_held { "**held**" } else { "**did not hold**" }
-}
 
 /// Whether a number is as large as was claimed, and whether its error leaves that open.
 fn at_least(found: Estimate, claimed: f64) -> String {

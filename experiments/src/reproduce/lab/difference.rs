@@ -83,6 +83,16 @@ impl fmt::Display for Difference {
     }
 }
 
+/// Whether a claim that is either true or not held.
+pub(in crate::reproduce) fn held(is_so: bool) -> &'static str {
+    if is_so { "**held**" } else { "**did not hold**" }
+}
+
+/// How far ours are above theirs in per cent, seed by seed.
+pub(in crate::reproduce) fn per_cent_above(ours: &[f64], theirs: &[f64]) -> Vec<f64> {
+    ours.iter().zip(theirs).map(|(ours, theirs)| 100.0 * (ours / theirs - 1.0)).collect()
+}
+
 /// What a saving costs, in words.
 pub(in crate::reproduce) fn cost(difference: &Difference) -> &'static str {
     match difference.agreement() {

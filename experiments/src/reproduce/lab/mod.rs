@@ -12,7 +12,7 @@ mod text;
 
 pub(super) use book::{Book, Finished};
 pub(super) use choosing::{Choosing, Chosen, validation};
-pub(super) use difference::{Difference, cost};
+pub(super) use difference::{Difference, cost, held, per_cent_above};
 pub(super) use jobs::{EVALUATIONS, Jobs, Progress};
 pub(super) use reference::{Stretch, train};
 pub(super) use search::{Grid, Tried};

@@ -8,8 +8,8 @@ use sanderling_common::method::Method;
 use super::{Contestant, METHODS, has_momentum};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Difference, Run, Subject, Tried, mean_and_spread, mean_curve, outcomes, plot_both, plus_minus, show,
-    show_loss,
+    Difference, Run, Subject, Tried, held, mean_and_spread, mean_curve, outcomes, plot_both, plus_minus,
+    show, show_loss,
 };
 use crate::task::Score;
 
@@ -263,10 +263,6 @@ fn mean_difference(ours: &Cell, theirs: &Cell) -> f64 {
 
 fn workers_text(workers: u32) -> String {
     if workers == 1 { "1 worker".to_owned() } else { format!("{workers} workers") }
-}
-
-fn held(is_so: bool) -> &'static str {
-    if is_so { "**held**" } else { "**did not hold**" }
 }
 
 #[cfg(test)]

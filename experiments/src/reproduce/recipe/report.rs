@@ -6,7 +6,8 @@ use std::path::Path;
 use super::{Length, Line, Settings};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Difference, mean_and_spread, mean_curve, outcomes, plot_both, plus_minus, seeds_text, show,
+    Difference, held, mean_and_spread, mean_curve, outcomes, per_cent_above, plot_both, plus_minus,
+    seeds_text, show,
 };
 use crate::task::Score;
 
@@ -150,11 +151,6 @@ impl Report<'_> {
     }
 }
 
-/// How far ours are above theirs, seed by seed.
-fn per_cent_above(ours: &[f64], theirs: &[f64]) -> Vec<f64> {
-    ours.iter().zip(theirs).map(|(ours, theirs)| 100.0 * (ours / theirs - 1.0)).collect()
-}
-
 fn against_goal(above: &[f64], goal: Option<f64>) -> String {
     let (mean, spread) = mean_and_spread(above);
     if !mean.is_finite() {
@@ -163,8 +159,7 @@ fn against_goal(above: &[f64], goal: Option<f64>) -> String {
     let amount = format!("a test loss {} % above one-worker AdamW's", plus_minus(mean, spread, 2));
     match goal {
         None => amount,
-        Some(goal) if mean <= goal => format!("{amount}, at most {goal} %: **held**"),
-        Some(goal) => format!("{amount}, at most {goal} %: **did not hold**"),
+        Some(goal) => format!("{amount}, at most {goal} %: {}", held(mean <= goal)),
     }
 }
 

@@ -6,7 +6,8 @@ use super::arms::{ARMS, Budget};
 use super::{Contestant, Experiment, Row, best_validation};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Difference, mean_and_spread, mean_curve, plot_both, plus_minus, seeds_text, show_loss,
+    Difference, held, mean_and_spread, mean_curve, per_cent_above, plot_both, plus_minus, seeds_text,
+    show_loss,
 };
 use crate::task::Score;
 
@@ -136,8 +137,7 @@ impl Row {
 
     /// Asynchronous workers against AdamW from the same start and with as many gradient evaluations, seed by seed.
     fn against_adamw(&self, adamw: &Self) -> String {
-        let pairs = self.best_losses().into_iter().zip(adamw.best_losses());
-        let above: Vec<f64> = pairs.map(|(ours, theirs)| 100.0 * (ours / theirs - 1.0)).collect();
+        let above = per_cent_above(&self.best_losses(), &adamw.best_losses());
         let (mean, spread) = mean_and_spread(&above);
         let name = self.contestant.arm.name;
         if !mean.is_finite() {
@@ -146,7 +146,7 @@ impl Row {
         let (workers, goal) = WARM_START_GOAL;
         let says = match self.contestant {
             Contestant { arm, workers: Some(ours), .. } if arm != ARMS[0] && ours == workers => {
-                format!(" At most {goal} %: {}.", if mean <= goal { "**held**" } else { "**did not hold**" })
+                format!(" At most {goal} %: {}.", held(mean <= goal))
             }
             _ => String::new(),
         };
