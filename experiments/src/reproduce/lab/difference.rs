@@ -96,6 +96,7 @@ pub(in crate::reproduce) fn per_cent_above(ours: &[f64], theirs: &[f64]) -> Vec<
 /// What a saving costs, in words.
 pub(in crate::reproduce) fn cost(difference: &Difference) -> &'static str {
     match difference.agreement() {
+        _ if difference.values.len() == 1 => "one seed, which does not tell",
         Agreement::Better => "it **costs nothing**, on the contrary",
         Agreement::Worse => "**it costs that**",
         Agreement::Mixed => "**nothing that these seeds agree on**",
