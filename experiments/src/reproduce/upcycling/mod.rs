@@ -35,9 +35,9 @@ use crate::task::{LanguageTask, Score, Task};
 /// Trains a small dense model on the bundled text, upcycles it in several ways, and trains each on with a fresh optimiser
 /// and learning rate: for the floating-point operations of the dense continuation (so the mixtures, which cost more per
 /// token, see fewer tokens) and for its tokens. By AdamW in one process or, with --workers, by asynchronous workers in
-/// virtual time, and for comparison some also by AdamW from the same start. The learning rate is chosen for every arm from the same values, by validation with the first seed, and from
-/// further ones as long as the best lies at the edge. Finished runs are kept in the folder and not run again, so an
-/// interrupted experiment goes on where it was.
+/// virtual time, and for comparison some also by AdamW from the same start. The learning rate is chosen for every arm
+/// from the same values, by validation with the first seed, and from further ones as long as the best lies at the edge.
+/// Finished runs are kept in the folder and not run again, so an interrupted experiment goes on where it was.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
