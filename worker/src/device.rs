@@ -5,6 +5,7 @@
 //! difference go to the device. Whole vectors cross only for a hash of the model, and to be written down.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 use sanderling_common::init::{combine_tensor_hashes, tensor_hash};
@@ -30,6 +31,49 @@ impl<E, D> From<E> for DeviceFailure<E, D> {
     fn from(error: E) -> Self {
         Self::Exchange(error)
     }
+}
+
+/// Entries that are taken to a device at once, unless one tensor has more: bounds the memory that a whole model's difference,
+/// which every evaluation brings, takes there.
+const PIECE_ENTRIES: usize = 1 << 24;
+
+/// What is taken to a device at once of a vector of this layout, at most, in bytes: an index and a value each.
+pub(crate) fn piece_bytes(layout: &Layout) -> usize {
+    let largest = layout.tensors().iter().map(|tensor| tensor.len).max().unwrap_or(0);
+    8 * largest.max(PIECE_ENTRIES.min(layout.len()))
+}
+
+/// Runs of an update's tensors of up to `most` entries, or of one tensor.
+fn pieces(update: &Update, most: usize) -> Vec<Range<usize>> {
+    let mut pieces: Vec<Range<usize>> = Vec::new();
+    let mut held = 0;
+    for (tensor, sent) in update.iter() {
+        match pieces.last_mut() {
+            Some(piece) if held + sent.len() <= most => piece.end = tensor + 1,
+            _ => {
+                pieces.push(tensor..tensor + 1);
+                held = 0;
+            }
+        }
+        held += sent.len();
+    }
+    pieces
+}
+
+/// vector += update, in pieces of up to `most` entries; returns whether all those elements are finite.
+fn add_in_pieces<D: MethodKernels>(
+    kernels: &mut D,
+    update: &Update,
+    most: usize,
+    received: &mut D::Entries,
+    vector: &mut D::Buffer,
+) -> Result<bool, D::Error> {
+    let mut finite = true;
+    for tensors in pieces(update, most) {
+        kernels.write(&update.part(tensors), received)?;
+        finite &= kernels.add_entries(received, vector)?;
+    }
+    Ok(finite)
 }
 
 /// A [`Replica`] in the memory of a device. The methods are those of [`method`](crate::core::method), step by step.
@@ -277,8 +321,9 @@ impl<D: MethodKernels> Replica for DeviceReplica<D> {
 
     fn add(&mut self, difference: &Update) -> Result<bool, D::Error> {
         self.view_is_current = false;
-        self.kernels.write(difference, &mut self.received)?;
-        self.kernels.add_entries(&self.received, &mut self.theta)
+        assert_eq!(difference.tensors(), 0..self.layout.tensors().len(), "a difference of some tensors only");
+        let Self { kernels, received, theta, .. } = self;
+        add_in_pieces(kernels, difference, PIECE_ENTRIES, received, theta)
     }
 
     fn hash(&mut self) -> Result<[u8; 32], D::Error> {
@@ -298,9 +343,8 @@ impl<D: MethodKernels> Replica for DeviceReplica<D> {
         self.kernels.copy(len, &self.theta, &mut model);
         let mut finite = true;
         for part in parts {
-            self.kernels.write(part, &mut self.received)?;
             // What has overflowed stays so: the second part cannot make it finite again.
-            finite &= self.kernels.add_entries(&self.received, &mut model)?;
+            finite &= add_in_pieces(&mut self.kernels, part, PIECE_ENTRIES, &mut self.received, &mut model)?;
         }
         Ok(finite.then_some(model))
     }
@@ -339,9 +383,42 @@ impl<D: MethodKernels> Replica for DeviceReplica<D> {
         }
         // A push that was skipped sent nothing.
         if !sent.tensors().is_empty() {
-            self.kernels.write(&sent, &mut self.selected)?;
+            self.kernels.write(&sent.part(sent.tensors()), &mut self.selected)?;
         }
         (self.sent, self.view_is_current) = (sent, false);
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sanderling_common::sparse::{Compressor, decode};
+
+    use super::*;
+    use crate::kernels::cpu::CpuMethod;
+
+    #[test]
+    fn a_difference_in_pieces_is_the_difference() {
+        let layout =
+            [5, 40, 1, 300, 2].into_iter().enumerate().map(|(at, len)| (format!("t{at}"), vec![len]));
+        let layout = Arc::new(Layout::new(layout).expect("a layout"));
+        let values: Vec<f32> = (0..layout.len()).map(|at| (at % 7) as f32 - 3.0).collect();
+        let (all, mut payload) = (0..layout.tensors().len(), Vec::new());
+        let compression = Compression { keep: 0.3, dense_below: 3, format: ValueFormat::F32 };
+        let mut compressor = Compressor::without_zeros(compression);
+        compressor.compress(&layout, all.clone(), &values, &mut payload).expect("finite values");
+        let update = decode(&layout, all, &payload).expect("what was just encoded");
+        let expected = update.to_dense(&layout);
+
+        let mut kernels = CpuMethod::default();
+        let mut received = kernels.allocate_entries(&layout).expect("memory");
+        for (most, count) in [(1, 5), (14, 3), (usize::MAX, 1)] {
+            assert_eq!(pieces(&update, most).len(), count, "of up to {most}");
+            let mut vector = vec![0.0; layout.len()];
+            let finite = add_in_pieces(&mut kernels, &update, most, &mut received, &mut vector);
+            assert_eq!((finite, &vector), (Ok(true), &expected));
+        }
+        let mut vector = vec![f32::INFINITY; layout.len()];
+        assert_eq!(add_in_pieces(&mut kernels, &update, 14, &mut received, &mut vector), Ok(false));
     }
 }

@@ -113,6 +113,14 @@ impl<K: Kernels> Engine<K> {
         Ok(Self { model: Model::new(config, kernels)?, corpus, layout, run: run.clone(), gradient })
     }
 
+    /// Takes the memory of a training step now, not with the first batch.
+    ///
+    /// # Errors
+    /// A [`ModelError`] if the device has not that much.
+    pub fn make_room(&mut self) -> Result<(), ModelError> {
+        self.model.make_room(self.run.data.batch_size as usize * self.run.model.context)
+    }
+
     /// The layout of its parameters.
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout

@@ -236,6 +236,24 @@ impl<'a> UpdatePart<'a> {
         self.tensors.map(move |tensor| (tensor, update.entries(tensor)))
     }
 
+    /// All values, one tensor's after the other.
+    pub fn values(&self) -> &'a [f32] {
+        let ((_, first), (_, end)) = self.bounds();
+        &self.update.values[first..end]
+    }
+
+    /// The indices of all tensors that are not sent whole, one tensor's after the other.
+    pub fn indices(&self) -> &'a [u32] {
+        let ((first, _), (end, _)) = self.bounds();
+        &self.update.indices[first..end]
+    }
+
+    /// Where its entries start and end in the update's indices and values.
+    fn bounds(&self) -> ((usize, usize), (usize, usize)) {
+        let before = self.update.first_tensor;
+        (self.update.ends(self.tensors.start - before), self.update.ends(self.tensors.end - before))
+    }
+
     /// Calls `apply` with each element of `run` that is sent and the value sent for it. `run` holds exactly the
     /// tensors of [`Self::tensors`].
     ///

@@ -9,7 +9,7 @@ use std::ops::DerefMut;
 use std::sync::Arc;
 
 use sanderling_common::layout::Layout;
-use sanderling_common::sparse::{Compression, Update};
+use sanderling_common::sparse::{Compression, UpdatePart};
 
 /// A gradient on its way into the accumulators: d = scale·∇ + weight_decay·θ. All are flat vectors of one layout.
 #[derive(Debug)]
@@ -133,11 +133,11 @@ pub trait MethodKernels: Send {
         indices: &mut Vec<u32>,
         values: &mut Vec<f32>,
     ) -> Result<(), Self::Error>;
-    /// The entries become those of an update of the whole layout.
+    /// The entries become those of a part of an update; of other tensors there are none.
     ///
     /// # Errors
     /// If the device has not enough memory.
-    fn write(&mut self, update: &Update, entries: &mut Self::Entries) -> Result<(), Self::Error>;
+    fn write(&mut self, part: &UpdatePart<'_>, entries: &mut Self::Entries) -> Result<(), Self::Error>;
     /// Gives the entries other values, as many as they are.
     fn write_values(&mut self, values: &[f32], entries: &mut Self::Entries);
 

@@ -203,6 +203,15 @@ impl<K: Kernels> Model<K> {
         self.plan.parameters
     }
 
+    /// Takes the memory of a training step on so many tokens now, not with the first batch.
+    ///
+    /// # Errors
+    /// [`ModelError::Device`] if the device has not that much.
+    pub fn make_room(&mut self, rows: usize) -> Result<(), ModelError> {
+        self.prepare_activations(rows)?;
+        self.prepare_gradients()
+    }
+
     /// The device, for instance to read its counters.
     pub fn kernels_mut(&mut self) -> &mut K {
         &mut self.kernels
@@ -246,8 +255,6 @@ impl<K: Kernels> Model<K> {
             &mut activations.logits,
             &mut activations.losses,
         );
-        let loss = self.kernels.sum(&activations.losses, rows).map_err(ModelError::device)?;
-        let (auxiliary, dropped) = routers(&mut self.kernels, activations).map_err(ModelError::device)?;
         let mut pass = Pass {
             config: &self.config,
             plan: &self.plan,
@@ -258,6 +265,10 @@ impl<K: Kernels> Model<K> {
         };
         let per_layer = balancing.auxiliary / self.config.layers as f32;
         pass.backward(params, activations, gradients, per_layer, grad);
+        // Nothing is asked of the device before all of the step is queued: it waits for the host nowhere in between, and what
+        // fails in the backward pass is known before anybody has the gradient.
+        let loss = self.kernels.sum(&activations.losses, rows).map_err(ModelError::device)?;
+        let (auxiliary, dropped) = routers(&mut self.kernels, activations).map_err(ModelError::device)?;
         Ok(StepLoss { cross_entropy: loss / rows as f64, auxiliary, dropped })
     }
 
@@ -477,14 +488,7 @@ impl<K: Kernels> Model<K> {
             return Err(ModelError::ShapeMismatch { inputs: inputs.dim(), targets: targets.dim() });
         }
         targets.map_or(Ok(()), |targets| self.check(targets))?;
-        let rows = batch * time;
-        if self.activations.as_ref().is_none_or(|activations| activations.rows < rows) {
-            // The old memory goes first, so that both are never held at once.
-            self.activations = None;
-            self.gradients = None;
-            let activations = Activations::new(&self.config, &mut self.kernels, rows);
-            self.activations = Some(activations.map_err(ModelError::device)?);
-        }
+        self.prepare_activations(batch * time)?;
         let activations = present(&mut self.activations);
         self.kernels.upload_tokens(inputs, &mut activations.inputs);
         if let Some(targets) = targets {
@@ -492,6 +496,17 @@ impl<K: Kernels> Model<K> {
         }
         let ModelConfig { heads, kv_heads, head_dim, .. } = self.config;
         Ok(AttentionShape { batch, time, heads, kv_heads, head_dim })
+    }
+
+    fn prepare_activations(&mut self, rows: usize) -> Result<(), ModelError> {
+        if self.activations.as_ref().is_none_or(|activations| activations.rows < rows) {
+            // The old memory goes first, so that both are never held at once.
+            self.activations = None;
+            self.gradients = None;
+            let activations = Activations::new(&self.config, &mut self.kernels, rows);
+            self.activations = Some(activations.map_err(ModelError::device)?);
+        }
+        Ok(())
     }
 
     fn prepare_gradients(&mut self) -> Result<(), ModelError> {

@@ -1,33 +1,42 @@
 //! A GPU, and whether a run fits its memory.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use sanderling_common::config::RunConfig;
 use sanderling_common::corpus::Corpus;
+use sanderling_common::ids::BatchId;
 use sanderling_common::layout::Layout;
 use sanderling_common::method::{Method, MethodSettings};
 use sanderling_common::model_config::{ModelConfig, ModelConfigError};
+use sanderling_common::wire::EvaluationJob;
+use sanderling_common::wire::control::EvaluationReport;
 use tracing::info;
 
 use super::Site;
-use crate::device::DeviceReplica;
-use crate::engine::Engine;
-use crate::kernels::cuda::{Cuda, CudaError, MemoryNeeded, selection_bytes};
-use crate::model::{GB, ModelError, TooLarge};
-
-/// Memory that scratch, cuBLASLt's workspace and the kernels themselves take, in bytes.
-const RESERVE_BYTES: usize = 1 << 30;
+use crate::data::Batch;
+use crate::device::{DeviceReplica, piece_bytes};
+use crate::engine::{Compute, Engine};
+use crate::kernels::cuda::{Buffer, Cuda, CudaError, MemoryNeeded, RESERVE_BYTES, selection_bytes};
+use crate::model::{GB, ModelError, StepLoss, TooLarge};
 
 /// An NVIDIA GPU and its memory. Workers that share one share its queue.
 #[derive(Debug)]
 pub struct Gpu {
     cuda: Cuda,
+    /// Bytes that the engines made here were promised, for themselves and their replicas. Each takes its memory bit by bit, so
+    /// that what is free says little of what is left for another.
+    promised: Arc<Mutex<usize>>,
 }
 
 impl Gpu {
     /// Where these kernels are.
     pub fn new(cuda: Cuda) -> Self {
-        Self { cuda }
+        Self { cuda, promised: Arc::default() }
+    }
+
+    /// The same GPU, with kernels of its own.
+    fn beside(&self) -> Self {
+        Self { cuda: self.kernels(), promised: Arc::clone(&self.promised) }
     }
 
     /// Kernels of one's own there.
@@ -35,7 +44,7 @@ impl Gpu {
         self.cuda.beside()
     }
 
-    /// What a run takes with batches of so many sequences, in bytes.
+    /// What a worker takes with batches of so many sequences, in bytes; [`RESERVE_BYTES`] come on top, once for all workers.
     fn needed(&self, run: &RunConfig, config: &ModelConfig, batch: usize) -> Result<usize, ModelConfigError> {
         let of_model = MemoryNeeded::new(config, self.cuda.precision(), batch * run.model.context)?;
         let layout = config.layout()?;
@@ -49,32 +58,153 @@ impl Gpu {
         let of_method = beside * 4 * layout.len() + selection_bytes(&layout, method.compression);
         // While it evaluates, it has the evaluated model beside its own.
         let evaluated = of_model.model - 4 * layout.len();
-        Ok(of_model.bytes() + of_method + evaluated + RESERVE_BYTES)
+        Ok(of_model.bytes() + of_method + evaluated + piece_bytes(&layout))
     }
 
-    /// Says what a run needs, and refuses it if there is less.
-    fn check(&self, run: &RunConfig, config: &ModelConfig) -> Result<(), ModelError> {
+    /// What is free for workers beside those that were promised so much, in bytes.
+    fn available(&self, promised: usize) -> Result<usize, CudaError> {
+        let ours = self.cuda.free_bytes()?.saturating_add(self.cuda.held_bytes());
+        Ok(ours.saturating_sub(promised))
+    }
+
+    /// Whether so many more workers fit: what they need together and what is free for them, in bytes.
+    fn fit(
+        &self,
+        run: &RunConfig,
+        config: &ModelConfig,
+        workers: u32,
+        promised: usize,
+    ) -> Result<(usize, usize), ModelError> {
+        self.cuda.supports(config).map_err(ModelError::device)?;
+        let free_bytes = self.available(promised).map_err(ModelError::device)?;
+        let needed = |batch: usize| {
+            let of_one = self.needed(run, config, batch)?;
+            Ok::<_, ModelConfigError>(of_one.saturating_mul(workers as usize).saturating_add(RESERVE_BYTES))
+        };
         let batch = run.data.batch_size as usize;
-        let free_bytes = self.cuda.free_bytes().map_err(ModelError::device)?;
-        let needed_bytes = self.needed(run, config, batch)?;
-        let (needed, free) = (needed_bytes as f64 / GB, free_bytes as f64 / GB);
+        let needed_bytes = needed(batch)?;
         if needed_bytes <= free_bytes {
-            info!("the run needs about {needed:.1} GB of the GPU's memory, of which {free:.1} GB are free");
-            return Ok(());
+            return Ok((needed_bytes, free_bytes));
         }
-        let mut fits = None;
-        for fewer in (1..batch).rev() {
-            if self.needed(run, config, fewer)? <= free_bytes {
-                fits = Some(fewer);
-                break;
-            }
+        let (mut fits, mut exceeds) = (0, batch);
+        while fits + 1 < exceeds {
+            let between = fits + (exceeds - fits) / 2;
+            *(if needed(between)? <= free_bytes { &mut fits } else { &mut exceeds }) = between;
         }
-        Err(TooLarge { needed_bytes, free_bytes, batch, fits }.into())
+        let fits = (fits > 0).then_some(fits);
+        Err(TooLarge { needed_bytes, free_bytes, workers, batch, fits }.into())
+    }
+
+    /// Says what so many more workers of a run need, in a sentence.
+    ///
+    /// # Errors
+    /// [`ModelError::TooLarge`] if it is more than there is, or another [`ModelError`] if there are no kernels for the model, or the
+    /// device fails.
+    pub fn estimate(
+        &self,
+        run: &RunConfig,
+        config: &ModelConfig,
+        workers: u32,
+    ) -> Result<String, ModelError> {
+        let promised = *self.promised.lock().unwrap_or_else(PoisonError::into_inner);
+        let (needed, free) = self.fit(run, config, workers, promised)?;
+        let (needed, free) = (needed as f64 / GB, free as f64 / GB);
+        let who = if workers == 1 { "the run needs".to_owned() } else { format!("{workers} workers need") };
+        Ok(format!("{who} about {needed:.1} GB of the GPU's memory, of which {free:.1} GB are free"))
+    }
+
+    /// Sets aside what a worker needs, if there is that much.
+    fn promise(&self, run: &RunConfig, config: &ModelConfig) -> Result<Promise, ModelError> {
+        let mut promised = self.promised.lock().unwrap_or_else(PoisonError::into_inner);
+        let (needed, _) = self.fit(run, config, 1, *promised)?;
+        let bytes = needed - RESERVE_BYTES;
+        *promised += bytes;
+        Ok(Promise { bytes, promised: Arc::clone(&self.promised) })
+    }
+
+    /// What became of a worker whose memory ran out all the same, since somebody else took it.
+    fn explained(
+        &self,
+        error: ModelError,
+        run: &RunConfig,
+        config: &ModelConfig,
+        own: &Promise,
+    ) -> ModelError {
+        let is_memory = matches!(&error, ModelError::Device(source)
+            if matches!(source.downcast_ref(), Some(CudaError::OutOfMemory { .. })));
+        if !is_memory {
+            return error;
+        }
+        let promised = *self.promised.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.fit(run, config, 1, promised - own.bytes) {
+            Err(too_large @ ModelError::TooLarge(_)) => too_large,
+            // The estimate was too low, or the device is in no state to be asked: what it said first says most.
+            _ => error,
+        }
+    }
+}
+
+/// Memory that is set aside, until this is dropped.
+#[derive(Debug)]
+struct Promise {
+    bytes: usize,
+    promised: Arc<Mutex<usize>>,
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        *self.promised.lock().unwrap_or_else(PoisonError::into_inner) -= self.bytes;
+    }
+}
+
+/// An engine on a GPU, with memory set aside for it and its replica.
+pub struct GpuEngine {
+    engine: Engine<Cuda>,
+    run: RunConfig,
+    config: ModelConfig,
+    gpu: Gpu,
+    promise: Promise,
+}
+
+impl GpuEngine {
+    fn explained<T>(&self, outcome: Result<T, ModelError>) -> Result<T, ModelError> {
+        outcome.map_err(|error| self.gpu.explained(error, &self.run, &self.config, &self.promise))
+    }
+}
+
+impl Compute for GpuEngine {
+    type Vector = Buffer;
+
+    fn layout(&self) -> &Arc<Layout> {
+        self.engine.layout()
+    }
+
+    fn batch(&self, id: BatchId) -> Batch {
+        self.engine.batch(id)
+    }
+
+    fn take_gradient(&mut self, parameters: &Buffer, batch: &Batch) -> Result<StepLoss, ModelError> {
+        let loss = self.engine.take_gradient(parameters, batch);
+        self.explained(loss)
+    }
+
+    fn gradient(&self) -> &Buffer {
+        self.engine.gradient()
+    }
+
+    fn evaluate_while(
+        &mut self,
+        parameters: &Buffer,
+        job: EvaluationJob,
+        keep_going: &dyn Fn() -> bool,
+    ) -> Result<Option<EvaluationReport>, ModelError> {
+        let report = self.engine.evaluate_while(parameters, job, keep_going);
+        self.explained(report)
     }
 }
 
 impl Site for Gpu {
-    type Engine = Engine<Cuda>;
+    type Engine = GpuEngine;
     type Replica = DeviceReplica<Cuda>;
 
     fn engine(
@@ -82,9 +212,16 @@ impl Site for Gpu {
         run: &RunConfig,
         config: ModelConfig,
         corpus: Arc<Corpus>,
-    ) -> Result<Engine<Cuda>, ModelError> {
-        self.check(run, &config)?;
-        Engine::with(self.cuda.beside(), run, config, corpus)
+    ) -> Result<GpuEngine, ModelError> {
+        info!("{}", self.estimate(run, &config, 1)?);
+        let promise = self.promise(run, &config)?;
+        let made = Engine::with(self.cuda.beside(), run, config.clone(), corpus).and_then(|mut engine| {
+            // At once, so that other programs on the GPU see what is left.
+            engine.make_room()?;
+            Ok(engine)
+        });
+        let engine = made.map_err(|error| self.explained(error, run, &config, &promise))?;
+        Ok(GpuEngine { engine, run: run.clone(), config, gpu: self.beside(), promise })
     }
 
     fn replica(

@@ -17,7 +17,7 @@ use crate::core::replica::{HostReplica, Replica};
 use crate::engine::{Compute, Engine};
 use crate::model::ModelError;
 
-pub use gpu::Gpu;
+pub use gpu::{Gpu, GpuEngine};
 pub use options::{Device, DeviceOptions, Place, PlaceError, UnknownDevice};
 
 /// A place with memory of its own and something that computes in it: engine and replica share the vectors there, so that

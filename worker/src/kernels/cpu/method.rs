@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use sanderling_common::layout::Layout;
-use sanderling_common::sparse::{self, Compression, Selector, Update};
+use sanderling_common::sparse::{self, Compression, Selector, UpdatePart};
 
 use crate::kernels::method::{Accumulate, Incoming, MethodKernels};
 
@@ -157,22 +157,23 @@ impl MethodKernels for CpuMethod {
         Ok(())
     }
 
-    fn write(&mut self, update: &Update, entries: &mut Entries) -> Result<(), Infallible> {
-        assert_eq!(update.tensors(), 0..entries.layout.tensors().len(), "an update of some tensors only");
+    fn write(&mut self, part: &UpdatePart<'_>, entries: &mut Entries) -> Result<(), Infallible> {
+        let tensors = entries.layout.tensors();
         entries.counts.clear();
+        entries.counts.resize(tensors.len(), 0);
         entries.indices.clear();
-        for ((_, sent), tensor) in update.iter().zip(entries.layout.tensors()) {
-            entries.counts.push(sent.len());
+        for (number, sent) in part.iter() {
+            entries.counts[number] = sent.len();
             match sent {
                 // As many entries as elements are all of them, whichever form they came in.
-                sparse::Entries::Sparse { indices, .. } if indices.len() < tensor.len => {
+                sparse::Entries::Sparse { indices, .. } if indices.len() < tensors[number].len => {
                     entries.indices.extend_from_slice(indices);
                 }
                 _ => {}
             }
         }
         entries.values.clear();
-        entries.values.extend_from_slice(update.values());
+        entries.values.extend_from_slice(part.values());
         Ok(())
     }
 

@@ -82,6 +82,15 @@ fn unit(shape: AttentionShape) -> Unit {
 }
 
 impl Cuda {
+    /// The widest head that the kernels have room for on this device.
+    pub(super) fn head_dim_max(&self) -> usize {
+        let fits = |&head_dim: &usize| {
+            let Tiles { forward, keys, queries, .. } = self.tiles(head_dim);
+            [forward, keys, queries].iter().all(|tile| tile.bytes <= self.properties().shared_bytes as usize)
+        };
+        (2..=HEAD_DIM_MAX).rev().step_by(2).find(fits).unwrap_or(0)
+    }
+
     fn tiles(&self, head_dim: usize) -> Tiles {
         match self.activation() {
             Scalar::Float => Tiles::float(head_dim),

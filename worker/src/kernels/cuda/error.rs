@@ -1,6 +1,7 @@
 //! What can go wrong on a GPU.
 
 use super::driver::{CompileError, Library};
+use crate::model::GB;
 
 /// Why a GPU cannot be used, or what it failed at.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -29,9 +30,39 @@ pub enum CudaError {
     /// A kernel does not compile.
     #[error(transparent)]
     Compile(#[from] CompileError),
+    /// The driver is older than the libraries.
+    #[error(
+        "NVIDIA's driver is for CUDA {}.{}, and libnvrtc of CUDA {} needs a later one: install a newer driver, or use the CPU",
+        .driver / 1000, .driver % 1000 / 10, .nvrtc
+    )]
+    OldDriver {
+        /// The driver's version of CUDA, as CUDA writes it: 1000 times the major one and 10 times the minor one.
+        driver: i32,
+        /// The compiler's major version.
+        nvrtc: i32,
+    },
+    /// There is nothing to emulate a GPU with.
+    #[error("there is no C++ compiler {0:?} to emulate a GPU with")]
+    NoCompiler(String),
+    /// A model that the kernels have no room for.
+    #[error(
+        "the kernels for this GPU take at most {most} {what}, and the model has {asked}; the CPU takes it (--device cpu)"
+    )]
+    Unsupported {
+        /// Of what.
+        what: &'static str,
+        /// What the model has.
+        asked: usize,
+        /// The most that they take.
+        most: usize,
+    },
+    /// What [`WITHOUT_VARIABLE`](super::WITHOUT_VARIABLE) names is nothing that can be left out.
+    #[error("{0:?} in {variable} is none of the kernels that can be left out: experts, attention", variable = super::WITHOUT_VARIABLE)]
+    UnknownKernels(String),
     /// Memory ran out.
     #[error(
-        "the GPU has not {asked} more bytes of memory: {free} of {total} are free; a smaller batch needs less"
+        "the GPU has no {:.2} GB more of memory: {:.2} of {:.2} GB are free; a smaller batch_size needs less",
+        *.asked as f64 / GB, *.free as f64 / GB, *.total as f64 / GB
     )]
     OutOfMemory {
         /// Bytes asked for at once.

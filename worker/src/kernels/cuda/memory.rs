@@ -1,10 +1,21 @@
 //! How much memory a model needs, before any is asked for.
 
-use sanderling_common::model_config::{ModelConfig, ModelConfigError};
+use sanderling_common::model_config::{FeedForward, ModelConfig, ModelConfigError};
 
 use super::Precision;
+use super::pointwise::EMBED_RUN;
+use super::router::ROUTE_TOKENS;
 use super::routing::routing_bytes;
 use crate::model::step_memory;
+
+/// Memory that the kernels' code, cuBLASLt's workspace and the rounding of allocations take in a process, in bytes.
+pub const RESERVE_BYTES: usize = 1 << 30;
+
+/// Multiprocessors that partial sums are reckoned for: more than any GPU has.
+const MULTIPROCESSORS_MAX: usize = 256;
+
+/// Parts of the sums of a bias's gradient, at most.
+const BIAS_PARTS_MAX: usize = 128;
 
 /// Memory of a training step on a GPU, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,12 +24,12 @@ pub struct MemoryNeeded {
     pub model: usize,
     /// What a batch's passes hold, which grows with its tokens.
     pub step: usize,
+    /// What operations need while they run, at most.
+    pub scratch: usize,
 }
 
 impl MemoryNeeded {
-    /// Of a batch of so many tokens.
-    ///
-    /// Scratch memory and cuBLASLt's workspace come on top, together less than a tenth.
+    /// Of a batch of so many tokens. [`RESERVE_BYTES`] come on top.
     ///
     /// # Errors
     /// For a configuration without a layout.
@@ -29,11 +40,46 @@ impl MemoryNeeded {
         let step = step_memory(config, rows);
         let routings: usize = step.routings.iter().map(|&shape| routing_bytes(shape)).sum();
         let step = step.floats * 4 + step.factors * twin + step.activations * activation + step.tokens * 4;
-        Ok(Self { model: parameters * (2 * 4 + twin), step: step + routings })
+        let scratch = partials_bytes(config, rows) + integers_bytes(config, rows);
+        Ok(Self { model: parameters * (2 * 4 + twin), step: step + routings, scratch })
     }
 
-    /// Both together.
+    /// All together.
     pub fn bytes(self) -> usize {
-        self.model + self.step
+        self.model + self.step + self.scratch
+    }
+}
+
+/// The most that any operation's partial sums take.
+fn partials_bytes(config: &ModelConfig, rows: usize) -> usize {
+    let (d, heads) = (config.hidden_size, config.heads);
+    let qkv = (heads + 2 * config.kv_heads) * config.head_dim;
+    let experts = experts_of(config);
+    [
+        rows * heads * 2 * size_of::<f32>(),
+        4 * MULTIPROCESSORS_MAX * d * size_of::<f32>(),
+        2 * rows.div_ceil(EMBED_RUN) * d * size_of::<f32>(),
+        BIAS_PARTS_MAX * qkv * size_of::<f32>(),
+        (256 * experts + 2 * experts + 1) * size_of::<f64>(),
+        1025 * size_of::<f64>(),
+    ]
+    .into_iter()
+    .max()
+    .unwrap_or(0)
+}
+
+/// The most that any operation's tables of integers take.
+fn integers_bytes(config: &ModelConfig, rows: usize) -> usize {
+    let routing = match config.feed_forward {
+        FeedForward::Dense => 0,
+        FeedForward::Moe { experts, top_k, .. } => experts * rows.div_ceil(ROUTE_TOKENS) + 2 * rows * top_k,
+    };
+    size_of::<u32>() * routing.max(4 * rows)
+}
+
+fn experts_of(config: &ModelConfig) -> usize {
+    match config.feed_forward {
+        FeedForward::Dense => 0,
+        FeedForward::Moe { experts, .. } => experts,
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use sanderling_common::layout::Layout;
-use sanderling_common::sparse::{self, Compression, Update};
+use sanderling_common::sparse::{self, Compression, UpdatePart};
 
 use super::attention::{floats_at, floats_at_mut};
 use super::buffer::Memory;
@@ -207,7 +207,7 @@ impl Cuda {
     /// Another set of kernels of the same device and in the same queue.
     #[must_use]
     pub fn beside(&self) -> Self {
-        Self::with_driver(Arc::clone(&self.driver), self.precision)
+        Self::with_driver(Arc::clone(&self.driver), self.precision, self.left_out)
     }
 
     /// Queues what takes a gradient in, and counts magnitudes if something is to be selected.
@@ -399,28 +399,29 @@ impl MethodKernels for Cuda {
         self.fetch(entries.values.address(), bytes_mut(values))
     }
 
-    fn write(&mut self, update: &Update, entries: &mut Entries) -> Result<(), CudaError> {
+    fn write(&mut self, part: &UpdatePart<'_>, entries: &mut Entries) -> Result<(), CudaError> {
         let layout = Arc::clone(&entries.layout);
-        assert_eq!(update.tensors(), 0..layout.tensors().len(), "an update of some tensors only");
         if let Some(selection) = &mut entries.selection {
             selection.is_current = false;
         }
-        entries.set_counts(&self.driver, update.iter().map(|(_, sent)| sent.len()))?;
+        let mut counts = vec![0; layout.tensors().len()];
+        part.iter().for_each(|(tensor, sent)| counts[tensor] = sent.len());
+        entries.set_counts(&self.driver, counts.into_iter())?;
         // A tensor of which everything is sent may come with indices, which nobody reads.
         let unread = |(tensor, sent): (usize, sparse::Entries<'_>)| {
             matches!(sent, sparse::Entries::Sparse { .. }) && sent.len() == layout.tensors()[tensor].len
         };
-        if update.iter().any(unread) {
-            let read = update.iter().filter(|&entry| !unread(entry)).filter_map(|(_, sent)| match sent {
+        if part.iter().any(unread) {
+            let read = part.iter().filter(|&entry| !unread(entry)).filter_map(|(_, sent)| match sent {
                 sparse::Entries::Sparse { indices, .. } => Some(indices),
                 sparse::Entries::Dense(_) => None,
             });
             let read: Vec<u32> = read.flatten().copied().collect();
             self.driver.upload(bytes(&read), entries.indices.address())?;
         } else {
-            self.driver.upload(bytes(update.indices()), entries.indices.address())?;
+            self.driver.upload(bytes(part.indices()), entries.indices.address())?;
         }
-        self.write_values(update.values(), entries);
+        self.write_values(part.values(), entries);
         Ok(())
     }
 

@@ -32,11 +32,15 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use sanderling_common::model_config::{FeedForward, ModelConfig};
+
 pub use self::buffer::{Buffer, Tokens};
+#[cfg(feature = "emulator")]
+pub use self::driver::Emulated;
 use self::driver::{Argument, Driver, Kernel, Launch, Module, Scalar};
 pub use self::driver::{CompileError, Library, Properties, compile_to_ptx, missing_library};
 pub use self::error::CudaError;
-pub use self::memory::MemoryNeeded;
+pub use self::memory::{MemoryNeeded, RESERVE_BYTES};
 pub use self::method::{Entries, selection_bytes};
 pub use self::routing::Routing;
 use self::scratch::Scratch;
@@ -71,11 +75,38 @@ impl fmt::Display for Precision {
     }
 }
 
+/// The kernels for Hopper that are not to be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct LeftOut {
+    experts: bool,
+    attention: bool,
+}
+
+impl LeftOut {
+    /// What [`WITHOUT_VARIABLE`] names.
+    fn from_environment() -> Result<Self, CudaError> {
+        Self::parse(&std::env::var(WITHOUT_VARIABLE).unwrap_or_default())
+    }
+
+    fn parse(names: &str) -> Result<Self, CudaError> {
+        let mut left_out = Self::default();
+        for name in names.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+            match name {
+                "experts" => left_out.experts = true,
+                "attention" => left_out.attention = true,
+                _ => return Err(CudaError::UnknownKernels(name.to_owned())),
+            }
+        }
+        Ok(left_out)
+    }
+}
+
 /// [`Kernels`](super::Kernels) on an NVIDIA GPU.
 #[derive(Debug)]
 pub struct Cuda {
     driver: Arc<dyn Driver>,
     precision: Precision,
+    left_out: LeftOut,
     target: Target,
     modules: HashMap<Unit, Module>,
     kernels: HashMap<(Unit, &'static str), Kernel>,
@@ -92,7 +123,11 @@ impl Cuda {
     /// # Errors
     /// In one sentence, what is missing.
     pub fn new(ordinal: usize, precision: Precision) -> Result<Self, CudaError> {
-        Ok(Self::with_driver(Arc::new(driver::Device::new(ordinal)?), precision))
+        let left_out = LeftOut::from_environment()?;
+        let mut cuda = Self::with_driver(Arc::new(driver::Device::new(ordinal)?), precision, left_out);
+        // That kernels can be compiled and loaded is found out now, not when a run has begun.
+        cuda.kernel(Unit::Pointwise, "sum_parts")?;
+        Ok(cuda)
     }
 
     /// The kernels on the CPU, compiled by the C++ compiler that `$CXX` names, or `c++`; for tests.
@@ -101,22 +136,29 @@ impl Cuda {
     /// If there is no such compiler.
     #[cfg(feature = "emulator")]
     pub fn emulated(precision: Precision) -> Result<Self, CudaError> {
-        Ok(Self::with_driver(Arc::new(driver::Emulator::new()?), precision))
+        Self::emulated_as(precision, Emulated::default())
     }
 
-    fn with_driver(driver: Arc<dyn Driver>, precision: Precision) -> Self {
-        let without = std::env::var(WITHOUT_VARIABLE).unwrap_or_default();
-        let hopper = |what: &str| {
-            driver.properties().architecture == 90 && !without.split(',').any(|name| name.trim() == what)
-        };
+    /// The same in a GPU's place that has not more than that.
+    ///
+    /// # Errors
+    /// If there is no such compiler.
+    #[cfg(feature = "emulator")]
+    pub fn emulated_as(precision: Precision, emulated: Emulated) -> Result<Self, CudaError> {
+        Ok(Self::with_driver(Arc::new(driver::Emulator::new(emulated)?), precision, LeftOut::default()))
+    }
+
+    fn with_driver(driver: Arc<dyn Driver>, precision: Precision, left_out: LeftOut) -> Self {
+        let is_hopper = driver.properties().architecture == 90;
         let target = Target {
             small_shared: driver.properties().shared_bytes < SHARED_BYTES_LARGE,
-            hopper_experts: hopper("experts"),
-            hopper_attention: hopper("attention"),
+            hopper_experts: is_hopper && !left_out.experts,
+            hopper_attention: is_hopper && !left_out.attention,
         };
         Self {
             driver,
             precision,
+            left_out,
             target,
             modules: HashMap::new(),
             kernels: HashMap::new(),
@@ -148,6 +190,27 @@ impl Cuda {
     /// If the device failed.
     pub fn free_bytes(&self) -> Result<usize, CudaError> {
         self.driver.free_bytes()
+    }
+
+    /// Whether there are kernels for a model on this device.
+    ///
+    /// # Errors
+    /// [`CudaError::Unsupported`], which says what there are none for.
+    pub fn supports(&self, config: &ModelConfig) -> Result<(), CudaError> {
+        let experts = match config.feed_forward {
+            FeedForward::Dense => 0,
+            FeedForward::Moe { experts, .. } => experts,
+        };
+        let limits = [
+            ("elements a head", config.head_dim, self.head_dim_max()),
+            ("experts", experts, router::EXPERTS_MAX),
+        ];
+        for (what, asked, most) in limits {
+            if asked > most {
+                return Err(CudaError::Unsupported { what, asked, most });
+            }
+        }
+        Ok(())
     }
 
     /// Waits for everything that was queued.
@@ -246,3 +309,17 @@ macro_rules! arguments {
     ($($argument:expr),* $(,)?) => { &[$($crate::kernels::cuda::driver::Argument::from($argument)),*] };
 }
 use arguments;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_left_out_by_name() {
+        let left_out = |names| LeftOut::parse(names).map_err(|error| error.to_string());
+        assert_eq!(left_out(""), Ok(LeftOut::default()));
+        assert_eq!(left_out(" attention, "), Ok(LeftOut { experts: false, attention: true }));
+        assert_eq!(left_out("experts,attention"), Ok(LeftOut { experts: true, attention: true }));
+        assert!(left_out("attntion").unwrap_err().starts_with("\"attntion\" in SANDERLING_CUDA_WITHOUT"));
+    }
+}

@@ -15,7 +15,7 @@ const STRAIGHT: usize = 4096;
 const LOGITS_BYTES: usize = 96 * 1024;
 
 /// Tokens whose gradients one block of the embedding adds up.
-const EMBED_RUN: usize = 32;
+pub(super) const EMBED_RUN: usize = 32;
 
 impl Cuda {
     pub(super) fn add_buffers(&mut self, len: usize, a: &Buffer, b: &Buffer, out: &mut Buffer) {

@@ -9,10 +9,10 @@ use super::{Buffer, Cuda, CudaError, Routing, Unit, arguments, flat, int, long};
 use crate::kernels::{RouterShape, RouterStatistics};
 
 /// Tokens of a block that chooses.
-const ROUTE_TOKENS: usize = 128;
+pub(super) const ROUTE_TOKENS: usize = 128;
 
 /// The most experts that the kernels have room for.
-const EXPERTS_MAX: usize = 256;
+pub(super) const EXPERTS_MAX: usize = 256;
 
 impl Cuda {
     pub(super) fn choose(&mut self, shape: RouterShape, logits: &Buffer, routing: &mut Routing) {

@@ -33,8 +33,8 @@ pub enum Unit {
 }
 
 impl Unit {
-    /// Every unit; attention of two widths of heads that take different ways.
-    pub const ALL: [Self; 12] = [
+    /// Every unit; attention of widths of heads that take different ways.
+    pub const ALL: [Self; 13] = [
         Self::Pointwise,
         Self::Norm,
         Self::Rotary,
@@ -47,6 +47,7 @@ impl Unit {
         Self::Attention { head_dim: 64 },
         Self::Attention { head_dim: 128 },
         Self::Attention { head_dim: 20 },
+        Self::Attention { head_dim: 160 },
     ];
 
     /// Whether it is only for Hopper, with activations of bfloat16.

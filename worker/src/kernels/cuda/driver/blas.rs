@@ -8,6 +8,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::{result as cuda, sys as cuda_sys};
 
 use super::super::error::CudaError;
+use super::device::memory;
 use super::{Address, Factor, Product, Scalar};
 
 /// Memory that products may use, in bytes: what cuBLAS recommends for Hopper.
@@ -176,11 +177,10 @@ impl Blas {
     /// For the current context.
     pub(super) fn new() -> Result<Self, CudaError> {
         let handle = result::create_handle().map_err(failed("starting"))?;
-        // SAFETY: products write the workspace before they read it.
-        let workspace = unsafe { cuda::malloc_sync(WORKSPACE_BYTES) };
-        let workspace = workspace.map_err(|error| CudaError::Driver {
-            operation: "asking for the products' workspace",
-            reason: format!("{:?}", error.0),
+        // Products write the workspace before they read it.
+        let workspace = memory(WORKSPACE_BYTES).inspect_err(|_| {
+            // SAFETY: the handle was just made, and nothing uses it.
+            let _ = unsafe { result::destroy_handle(handle) };
         })?;
         Ok(Self { handle, shared: Mutex::new(Shared { workspace, plans: HashMap::new() }) })
     }

@@ -67,19 +67,32 @@ impl Device {
             }
             initialised => initialised.map_err(failed("starting CUDA"))?,
         }
+        check_driver()?;
         let count = result::device::get_count().map_err(failed("counting the GPUs"))?;
         let count = usize::try_from(count).unwrap_or(0);
         let number = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
         let number = number.ok_or(CudaError::NoDevice { ordinal, count })?;
         let device = result::device::get(number).map_err(failed("finding the GPU"))?;
         let properties = properties(device)?;
-        // SAFETY: the device is one of the driver's; the context is released when this is dropped.
+        // SAFETY: the device is one of the driver's; the context is released below, or when this is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("opening the GPU"))?;
+        Self::in_context(properties, device, context).inspect_err(|_| {
+            // SAFETY: the context was retained above, and nothing that was made in it is left but what ends with it.
+            let _ = unsafe { result::primary_ctx::release(device) };
+        })
+    }
+
+    fn in_context(
+        properties: Properties,
+        device: sys::CUdevice,
+        context: sys::CUcontext,
+    ) -> Result<Self, CudaError> {
         // SAFETY: the context was just made.
         unsafe { result::ctx::set_current(context) }.map_err(failed("opening the GPU"))?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(failed("making a queue"))?;
         let blas = Blas::new()?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .inspect_err(|_| blas.destroy())
+            .map_err(failed("making a queue"))?;
         let held_bytes = AtomicUsize::new(0);
         let (modules, allowed) = (Mutex::default(), Mutex::default());
         Ok(Self { properties, held_bytes, device, context, stream, blas, modules, allowed })
@@ -143,6 +156,29 @@ impl Device {
     }
 }
 
+/// Memory of the current context, which holds anything.
+pub(super) fn memory(bytes: usize) -> Result<Address, CudaError> {
+    // SAFETY: callers write the memory before anything reads it.
+    match unsafe { result::malloc_sync(bytes) } {
+        Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            let (free, total) = result::mem_get_info().map_err(failed("asking for free memory"))?;
+            Err(CudaError::OutOfMemory { asked: bytes, free, total })
+        }
+        address => address.map_err(failed("asking for memory")),
+    }
+}
+
+/// A driver runs what compilers of its own major version make, or of older ones.
+fn check_driver() -> Result<(), CudaError> {
+    let mut driver = 0;
+    // SAFETY: the pointer is valid for the call.
+    unsafe { sys::cuDriverGetVersion(&raw mut driver) }
+        .result()
+        .map_err(failed("asking for the driver's version"))?;
+    let (nvrtc, _) = compile::version();
+    if driver / 1000 < nvrtc { Err(CudaError::OldDriver { driver, nvrtc }) } else { Ok(()) }
+}
+
 fn properties(device: sys::CUdevice) -> Result<Properties, CudaError> {
     use sys::CUdevice_attribute as Attribute;
     let attribute = |attribute| {
@@ -185,15 +221,8 @@ impl Driver for Device {
             return Ok(0);
         }
         self.bind()?;
-        // SAFETY: the memory is zeroed before anything reads it.
-        let address = match unsafe { result::malloc_sync(bytes) } {
-            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                let (free, total) = result::mem_get_info().map_err(failed("asking for free memory"))?;
-                return Err(CudaError::OutOfMemory { asked: bytes, free, total });
-            }
-            address => address.map_err(failed("asking for memory"))?,
-        };
-        self.zero(address, bytes)?;
+        let address = memory(bytes)?;
+        self.zero(address, bytes).inspect_err(|_| self.free(address, bytes))?;
         Ok(address)
     }
 

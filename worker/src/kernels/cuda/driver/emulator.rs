@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::ffi::{c_uint, c_void};
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::Library;
@@ -52,6 +52,22 @@ fn units() -> &'static Mutex<Units> {
 /// A kernel that runs is alone: blocks have their shared memory in static variables.
 static RUNNING: Mutex<()> = Mutex::new(());
 
+/// What the device in whose place this machine is would have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Emulated {
+    /// The most dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// Memory in all, in bytes.
+    pub memory_bytes: usize,
+}
+
+impl Default for Emulated {
+    /// Hopper's shared memory, and no limit to the other.
+    fn default() -> Self {
+        Self { shared_bytes: 227 * 1024, memory_bytes: usize::MAX }
+    }
+}
+
 /// This machine's memory and processor in a GPU's place.
 #[derive(Debug)]
 pub(crate) struct Emulator {
@@ -67,23 +83,21 @@ impl Emulator {
     ///
     /// # Errors
     /// If there is none.
-    pub(crate) fn new() -> Result<Self, CudaError> {
+    pub(crate) fn new(emulated: Emulated) -> Result<Self, CudaError> {
         let compiler =
             std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".to_owned());
         let found =
             Command::new(&compiler).arg("--version").output().is_ok_and(|output| output.status.success());
         if !found {
-            return Err(CudaError::Driver {
-                operation: "emulating a GPU",
-                reason: format!("there is no C++ compiler {compiler}"),
-            });
+            return Err(CudaError::NoCompiler(compiler));
         }
+        let Emulated { shared_bytes, memory_bytes } = emulated;
         let properties = Properties {
             name: "emulated".to_owned(),
             architecture: 80,
             multiprocessors: 2,
-            shared_bytes: 227 * 1024,
-            memory_bytes: usize::MAX,
+            shared_bytes,
+            memory_bytes,
         };
         let held_bytes = AtomicUsize::new(0);
         Ok(Self { properties, held_bytes, compiler, launches: Mutex::default() })
@@ -157,17 +171,22 @@ impl Driver for Emulator {
     }
 
     fn free_bytes(&self) -> Result<usize, CudaError> {
-        Ok(usize::MAX)
+        Ok(self.properties.memory_bytes.saturating_sub(self.held_bytes.load(Ordering::Relaxed)))
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address, CudaError> {
         if bytes == 0 {
             return Ok(0);
         }
+        let (free, total) = (self.free_bytes()?, self.properties.memory_bytes);
+        let none = CudaError::OutOfMemory { asked: bytes, free, total };
+        if bytes > free {
+            return Err(none);
+        }
         // SAFETY: the size is not zero.
         let address = unsafe { std::alloc::alloc_zeroed(layout(bytes)) };
         if address.is_null() {
-            return Err(CudaError::OutOfMemory { asked: bytes, free: 0, total: 0 });
+            return Err(none);
         }
         Ok(address.expose_provenance() as u64)
     }

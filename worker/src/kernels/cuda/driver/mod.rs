@@ -18,6 +18,8 @@ use std::sync::atomic::AtomicUsize;
 pub use self::compile::{CompileError, compile_to_ptx};
 pub(super) use self::device::Device;
 #[cfg(feature = "emulator")]
+pub use self::emulator::Emulated;
+#[cfg(feature = "emulator")]
 pub(super) use self::emulator::Emulator;
 pub use self::libraries::{Library, missing_library};
 use super::error::CudaError;
