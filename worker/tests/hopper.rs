@@ -2,19 +2,16 @@
 //! stands in for the copy engine and the tensor cores, and compares the kernels with plain loops.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-#![allow(clippy::print_stdout, reason = "a test that is skipped says so")]
+
+#[path = "skip/mod.rs"]
+mod skip;
 
 use std::path::Path;
 use std::process::Command;
 
 #[test]
 fn expert_products_for_hopper_are_those_of_plain_loops() {
-    let compiler =
-        std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".to_owned());
-    if !Command::new(&compiler).arg("--version").output().is_ok_and(|output| output.status.success()) {
-        println!("SKIPPED: there is no C++ compiler {compiler}");
-        return;
-    }
+    let Some(compiler) = skip::compiler() else { return };
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels/cuda");
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("experts_hopper");
     let compiled = Command::new(&compiler)

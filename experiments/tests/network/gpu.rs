@@ -8,6 +8,7 @@ use sanderling_worker::site::{Gpu, Place};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::skip;
 use crate::support::{Scene, Serving, options};
 
 /// As many as computed at once where a GPU was seen to stop.
@@ -18,10 +19,7 @@ const STEPS: u64 = 3;
 
 /// Workers with more blocking threads than cores train to the end on one device, and say goodbye.
 async fn train(made: Result<Cuda, CudaError>, steps: u64) {
-    let cuda = match made {
-        Ok(cuda) => cuda,
-        Err(error) => return println!("SKIPPED: {error}"),
-    };
+    let Some(cuda) = skip::kernels(made) else { return };
     let steps = steps * WORKERS;
     let scene = Scene::new(steps).with(&format!(
         "[run]\nworkers = {WORKERS}\n[data]\nbatch_size = 1\n\

@@ -14,5 +14,7 @@ mod order;
 mod peer;
 mod recovery;
 mod runs;
+#[path = "../../../worker/tests/skip/mod.rs"]
+mod skip;
 mod strangers;
 mod support;

@@ -2,6 +2,8 @@
 
 use sanderling_worker::kernels::cuda::{Cuda, Precision};
 
+use crate::skip;
+
 /// Where the kernels run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -11,17 +13,10 @@ pub(crate) enum Place {
 
 /// The kernels in a place, or a loud word that there are none.
 pub(crate) fn kernels(place: Place, precision: Precision) -> Option<Cuda> {
-    let kernels = match place {
+    skip::kernels(match place {
         Place::Emulator => Cuda::emulated(precision),
         Place::Gpu => Cuda::new(0, precision),
-    };
-    match kernels {
-        Ok(kernels) => Some(kernels),
-        Err(error) => {
-            println!("SKIPPED: {error}");
-            None
-        }
-    }
+    })
 }
 
 /// The largest |a − b| / |b| of a tensor, in the Euclidean norm, that a precision allows.

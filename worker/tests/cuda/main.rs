@@ -5,7 +5,7 @@
 //! from the sources.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-#![allow(clippy::print_stdout, reason = "a test prints the deviations it found, and that it is skipped")]
+#![allow(clippy::print_stdout, reason = "a test prints the deviations it found")]
 
 mod compile;
 mod device;
@@ -15,3 +15,5 @@ mod fixtures;
 mod operations;
 mod random;
 mod shared;
+#[path = "../skip/mod.rs"]
+mod skip;

@@ -6,7 +6,7 @@
 use ndarray::Array2;
 use sanderling_common::model_config::RouterOrder;
 use sanderling_worker::kernels::cpu::{self, Cpu};
-use sanderling_worker::kernels::cuda::{Buffer, Cuda, Precision, Routing};
+use sanderling_worker::kernels::cuda::{Buffer, Cuda, Emulated, Precision, Routing};
 use sanderling_worker::kernels::{
     ATTENTION_STATISTICS, AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape,
     RouterStatistics, RowScale, RowScaleGradient, Weights, Write,
@@ -14,6 +14,7 @@ use sanderling_worker::kernels::{
 
 use crate::device::{Place, everywhere, kernels, relative, tolerance};
 use crate::random::Random;
+use crate::skip;
 
 /// Both devices, and what compares them.
 struct Pair {
@@ -31,8 +32,12 @@ struct Both {
 
 impl Pair {
     fn new(place: Place, precision: Precision) -> Option<Self> {
-        let cuda = kernels(place, precision)?;
-        Some(Self { cuda, cpu: Cpu::new(), random: Random::new(7), tolerance: tolerance(precision) })
+        kernels(place, precision).map(Self::of)
+    }
+
+    fn of(cuda: Cuda) -> Self {
+        let tolerance = tolerance(cuda.precision());
+        Self { cuda, cpu: Cpu::new(), random: Random::new(7), tolerance }
     }
 
     fn with(&mut self, mut cuda: Box<Buffer>, len: usize, deviation: f64) -> Both {
@@ -221,16 +226,13 @@ fn attention_shapes(place: Place) -> Vec<AttentionShape> {
         (3, 64, 32, 8, 64),
         (1, 333, 4, 4, 80),
     ];
-    let shapes = shapes(place, &small, &large).into_iter();
-    shapes
-        .map(|(batch, time, heads, kv_heads, head_dim)| AttentionShape {
-            batch,
-            time,
-            heads,
-            kv_heads,
-            head_dim,
-        })
-        .collect()
+    shapes(place, &small, &large).into_iter().map(attention_shape).collect()
+}
+
+fn attention_shape(
+    (batch, time, heads, kv_heads, head_dim): (usize, usize, usize, usize, usize),
+) -> AttentionShape {
+    AttentionShape { batch, time, heads, kv_heads, head_dim }
 }
 
 /// Cosines and sines of random angles.
@@ -260,7 +262,24 @@ fn rotations(place: Place, precision: Precision) {
 
 fn attention(place: Place, precision: Precision) {
     let Some(mut pair) = Pair::new(place, precision) else { return };
-    for shape in attention_shapes(place) {
+    attends_like_the_cpu(&mut pair, attention_shapes(place));
+}
+
+/// Heads of widths whose tiles depend on how much shared memory there is, with as much as cards for games have, and with more.
+#[test]
+fn wide_heads_attend_with_any_shared_memory() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        for shared_bytes in [99 * 1024, 163 * 1024] {
+            let emulated = Emulated { shared_bytes, ..Emulated::default() };
+            let Some(cuda) = skip::kernels(Cuda::emulated_as(precision, emulated)) else { return };
+            let shapes = [(1, 70, 2, 1, 64), (1, 40, 2, 1, 96), (1, 35, 1, 1, 128), (1, 20, 1, 1, 160)];
+            attends_like_the_cpu(&mut Pair::of(cuda), shapes.into_iter().map(attention_shape));
+        }
+    }
+}
+
+fn attends_like_the_cpu(pair: &mut Pair, shapes: impl IntoIterator<Item = AttentionShape>) {
+    for shape in shapes {
         let rows = shape.rows();
         let qkv = pair.activations(rows * shape.qkv_width(), 1.0);
         let mut out = pair.activations(rows * shape.out_width(), 1.0);

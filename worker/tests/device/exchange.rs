@@ -13,11 +13,11 @@ use sanderling_worker::engine::Compute;
 use sanderling_worker::kernels::cuda::{Cuda, CudaError, Precision};
 use sanderling_worker::site::{Gpu, Host, Site};
 
-use crate::kernels;
+use crate::skip::kernels;
 
 const EXCHANGES: u64 = 3;
 
-fn run() -> RunConfig {
+pub(crate) fn run() -> RunConfig {
     let file = "[run]\nworkers = 1\nseed = 3\n[data]\nbatch_size = 1\n\
                 [model]\nhidden_size = 16\nlayers = 1\nheads = 2\nkv_heads = 1\nintermediate_size = 16\nexperts = 3\n\
                 context = 8\n\
@@ -28,17 +28,21 @@ fn run() -> RunConfig {
 
 /// What can be seen of a worker that exchanges with a server of one worker: losses, the payloads' sizes, θ's hashes and the
 /// loss of an evaluation.
-struct Seen {
+pub(crate) struct Seen {
     losses: Vec<f32>,
     bytes: Vec<usize>,
     hashes: Vec<Option<[u8; 32]>>,
     evaluated: f32,
 }
 
-fn live<S: Site>(site: &S) -> Seen {
-    let run = run();
-    // The last tenth is for validation: an evaluation is over soon.
-    let corpus = Arc::new(Corpus::from_bytes(&Corpus::bundled().bytes()[..1500]).unwrap());
+/// A short text: the last tenth is for validation, and an evaluation is over soon.
+pub(crate) fn corpus() -> Arc<Corpus> {
+    Arc::new(Corpus::from_bytes(&Corpus::bundled().bytes()[..1500]).unwrap())
+}
+
+/// Calls `at_its_fullest` while the worker holds an evaluated model beside everything else.
+pub(crate) fn live<S: Site>(site: &S, at_its_fullest: impl FnOnce()) -> Seen {
+    let (run, corpus) = (run(), corpus());
     let config = run.model_config(corpus.vocabulary().len());
     let theta = initial_parameters(&config, 3).unwrap();
     let mut engine = site.engine(&run, config, corpus).unwrap();
@@ -74,6 +78,7 @@ fn live<S: Site>(site: &S) -> Seen {
     let model = core.model_aside(&join_aside(&nothing, &nothing)).unwrap_or_else(|_| panic!("it is finite"));
     let job = EvaluationJob { id: 0, step: Step(EXCHANGES), split: Split::Validation };
     seen.evaluated = engine.evaluate_while(&model, job, &|| true).unwrap().unwrap().loss as f32;
+    at_its_fullest();
     seen
 }
 
@@ -83,11 +88,11 @@ fn assert_near(a: f32, b: f32, tolerance: f32) {
 
 /// Compares a worker at a place with one on the CPU, in each precision that there are kernels of.
 fn trains_like_the_cpu(make: impl Fn(Precision) -> Result<Cuda, CudaError>) {
-    let host = live(&Host::default());
+    let host = live(&Host::default(), || ());
     assert!(host.losses[EXCHANGES as usize - 1] != host.losses[0]);
     for (precision, tolerance) in [(Precision::F32, 1e-3), (Precision::Tf32, 5e-3), (Precision::Bf16, 2e-2)] {
         let Some(cuda) = kernels(make(precision)) else { continue };
-        let gpu = live(&Gpu::new(cuda));
+        let gpu = live(&Gpu::new(cuda), || ());
         assert_eq!(gpu.losses.len(), host.losses.len());
         for (&loss, &expected) in gpu.losses.iter().zip(&host.losses) {
             assert_near(loss, expected, tolerance);

@@ -4,15 +4,18 @@
 //! say so loudly when they are skipped.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-#![allow(clippy::print_stdout, reason = "a test says that it is skipped")]
 
 mod exchange;
+mod memory;
+#[path = "../skip/mod.rs"]
+mod skip;
 mod twins;
 
 use proptest::prelude::*;
 use sanderling_worker::kernels::cpu::CpuMethod;
-use sanderling_worker::kernels::cuda::{Cuda, CudaError, Precision};
+use sanderling_worker::kernels::cuda::{Cuda, Precision};
 
+use skip::kernels;
 use twins::{Course, course, same_as_the_host};
 
 proptest! {
@@ -27,11 +30,6 @@ fn every_method_format_and_rate_comes_to_what_the_host_comes_to() {
     for course in Course::all() {
         same_as_the_host(&course, CpuMethod::default);
     }
-}
-
-/// The kernels in a place, or a loud word that there are none.
-fn kernels(made: Result<Cuda, CudaError>) -> Option<Cuda> {
-    made.inspect_err(|error| println!("SKIPPED: {error}")).ok()
 }
 
 fn all_courses(device: &Cuda) {

@@ -1,0 +1,163 @@
+//! What a GPU's memory is needed for, what is refused before it begins, and what is said when it runs out: on an emulated
+//! one that has as little as a test wants.
+
+use ndarray::Array2;
+use sanderling_common::config::RunConfig;
+use sanderling_common::corpus::Corpus;
+use sanderling_common::ids::BatchId;
+use sanderling_common::init::initial_parameters;
+use sanderling_common::model_config::{FeedForward, ModelConfig};
+use sanderling_worker::engine::Compute;
+use sanderling_worker::kernels::Kernels;
+use sanderling_worker::kernels::cuda::{Cuda, CudaError, Emulated, Precision, RESERVE_BYTES};
+use sanderling_worker::model::{Balancing, Model, ModelError, TooLarge};
+use sanderling_worker::site::{Gpu, Site};
+
+use crate::exchange::{corpus, live, run};
+use crate::skip::kernels;
+
+fn emulated(precision: Precision, memory_bytes: usize) -> Option<Cuda> {
+    kernels(Cuda::emulated_as(precision, Emulated { memory_bytes, ..Emulated::default() }))
+}
+
+fn config(run: &RunConfig, corpus: &Corpus) -> ModelConfig {
+    run.model_config(corpus.vocabulary().len())
+}
+
+fn too_large<T>(outcome: Result<T, ModelError>) -> TooLarge {
+    match outcome {
+        Err(ModelError::TooLarge(too_large)) => too_large,
+        Err(other) => panic!("refused for another reason: {other:?}"),
+        Ok(_) => panic!("not refused"),
+    }
+}
+
+/// What a run needs, as a GPU without a limit says.
+fn needed(run: &RunConfig, corpus: &Corpus) -> Option<usize> {
+    let none = Gpu::new(emulated(Precision::Bf16, 0)?);
+    Some(too_large(none.estimate(run, &config(run, corpus), 1)).needed_bytes)
+}
+
+#[test]
+fn a_worker_takes_no_more_than_it_said() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let Some(cuda) = emulated(precision, usize::MAX) else { return };
+        let observer = cuda.beside();
+        let mut held = 0;
+        live(&Gpu::new(cuda), || held = observer.held_bytes());
+        let none = Gpu::new(emulated(precision, 0).unwrap());
+        let needed = too_large(none.estimate(&run(), &config(&run(), &corpus()), 1)).needed_bytes;
+        let said = needed - RESERVE_BYTES;
+        assert!(held <= said, "{precision}: {held} of {said} bytes");
+    }
+}
+
+#[test]
+fn a_run_that_does_not_fit_is_refused_with_a_batch_that_would() {
+    let corpus = corpus();
+    let mut run = run();
+    run.data.batch_size = 40;
+    let Some(of_forty) = needed(&run, &corpus) else { return };
+    run.data.batch_size = 64;
+    let gpu = Gpu::new(emulated(Precision::Bf16, of_forty).unwrap());
+    let refused = too_large(gpu.engine(&run, config(&run, &corpus), corpus.clone()));
+    assert_eq!((refused.fits, refused.batch, refused.free_bytes), (Some(40), 64, of_forty));
+    run.data.batch_size = 40;
+    assert!(gpu.engine(&run, config(&run, &corpus), corpus).is_ok());
+}
+
+/// Each of them takes its memory bit by bit; nothing of that is there for others.
+#[test]
+fn workers_that_share_a_gpu_share_its_memory() {
+    let (corpus, run) = (corpus(), run());
+    let config = config(&run, &corpus);
+    let Some(of_one) = needed(&run, &corpus) else { return };
+    let each = of_one - RESERVE_BYTES;
+    let gpu = Gpu::new(emulated(Precision::Bf16, RESERVE_BYTES + 2 * each + each / 2).unwrap());
+    assert!(gpu.estimate(&run, &config, 2).unwrap().starts_with("2 workers need about"));
+    assert_eq!(too_large(gpu.estimate(&run, &config, 3)).workers, 3);
+    let engine = || gpu.engine(&run, config.clone(), corpus.clone());
+    let (first, second) = (engine().unwrap(), engine().unwrap());
+    let third = too_large(engine());
+    assert_eq!((third.needed_bytes, third.fits), (of_one, None));
+    drop(first);
+    assert!(engine().is_ok());
+    drop(second);
+}
+
+#[test]
+fn models_without_kernels_are_refused() {
+    let (corpus, run) = (corpus(), run());
+    let of_run = config(&run, &corpus);
+    let Some(cuda) = emulated(Precision::F32, usize::MAX) else { return };
+    let gpu = Gpu::new(cuda);
+    let refused = |change: &dyn Fn(&mut ModelConfig)| {
+        let mut config = of_run.clone();
+        change(&mut config);
+        gpu.engine(&run, config, corpus.clone()).err().map(|error| match error {
+            ModelError::Device(error) => error.to_string(),
+            other => panic!("{other}"),
+        })
+    };
+    let FeedForward::Moe { experts: 3, top_k, router } = of_run.feed_forward else { panic!("three experts") };
+    let experts = |experts| FeedForward::Moe { experts, top_k, router };
+    assert_eq!(refused(&|config| config.feed_forward = experts(256)), None);
+    let too_many = refused(&|config| config.feed_forward = experts(257)).unwrap();
+    assert!(too_many.contains("at most 256 experts, and the model has 257"), "{too_many}");
+    let too_wide = refused(&|config| config.head_dim = 258).unwrap();
+    assert!(too_wide.contains("at most 256 elements a head, and the model has 258"), "{too_wide}");
+}
+
+/// Wherever in a step memory runs out, also after its loss is known: nobody takes what is in the gradient for one.
+#[test]
+fn a_step_without_enough_memory_says_so() {
+    let run = run();
+    let config = config(&run, &corpus());
+    let theta = initial_parameters(&config, 1).unwrap();
+    let ids = Array2::from_shape_fn((2, 9), |(row, at)| ((row * 5 + at * 3) % config.vocab_size) as u32);
+    let step = |cuda: Cuda| {
+        let observer = cuda.beside();
+        let mut kernels = cuda;
+        let mut params = Kernels::allocate_factors(&mut kernels, theta.len())?;
+        kernels.upload(&theta, &mut params);
+        let mut grad = Kernels::allocate(&mut kernels, theta.len())?;
+        let device = |error: ModelError| match error {
+            ModelError::Device(error) => *error.downcast::<CudaError>().unwrap(),
+            other => panic!("{other}"),
+        };
+        let mut model = Model::new(config.clone(), kernels).map_err(device)?;
+        let (inputs, targets) = (ids.slice(ndarray::s![.., ..-1]), ids.slice(ndarray::s![.., 1..]));
+        model.loss_and_grad(&params, inputs, targets, Balancing::default(), &mut grad).map_err(device)?;
+        Ok::<_, CudaError>(observer.held_bytes())
+    };
+    let Some(cuda) = emulated(Precision::Bf16, usize::MAX) else { return };
+    let enough = step(cuda).unwrap();
+    assert_eq!(step(emulated(Precision::Bf16, enough).unwrap()).unwrap(), enough);
+    for lacking in (1..enough).step_by(enough / 64) {
+        let cuda = emulated(Precision::Bf16, enough - lacking).unwrap();
+        assert!(matches!(step(cuda), Err(CudaError::OutOfMemory { .. })), "{lacking} bytes too little");
+    }
+}
+
+/// What was free when the run began is taken meanwhile; when it is given back, the worker goes on.
+#[test]
+fn memory_that_is_taken_meanwhile_is_told_and_missed_no_longer_than_it_is() {
+    let (corpus, run) = (corpus(), run());
+    let config = config(&run, &corpus);
+    let Some(of_one) = needed(&run, &corpus) else { return };
+    let cuda = emulated(Precision::Bf16, of_one).unwrap();
+    let mut other = cuda.beside();
+    let mut engine = Gpu::new(cuda).engine(&run, config.clone(), corpus).unwrap();
+    let theta = initial_parameters(&config, 1).unwrap();
+    let mut params = Kernels::allocate_factors(&mut other, theta.len()).unwrap();
+    other.upload(&theta, &mut params);
+    let left = other.free_bytes().unwrap();
+    let taken = Kernels::allocate(&mut other, (left - 64) / 4).unwrap();
+    let batch = engine.batch(BatchId(0));
+    let error = engine.take_gradient(&params, &batch).unwrap_err();
+    let ModelError::Device(source) = &error else { panic!("{error:?}") };
+    assert!(source.to_string().ends_with("a smaller batch_size needs less"), "{source}");
+    drop(taken);
+    let loss = engine.take_gradient(&params, &batch).unwrap();
+    assert!(loss.cross_entropy.is_finite());
+}
