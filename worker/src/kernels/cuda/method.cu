@@ -297,14 +297,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK) accumulate_adam(
 // ---- The threshold ----
 
 // Finds the bin of each tensor's threshold among those counted, for the bits from `shift` on (UPPER_SHIFT, MIDDLE_SHIFT, then 0),
-// and empties the histogram. Zeros were not counted: they are what is missing. The first call also zeroes `largest`.
+// and empties the histogram. Zeros were not counted: they are what is missing.
 // launch: grid tensors, block 256, shared 0, scratch 4·tensors unsigned: thresholds
 extern "C" __global__ void __launch_bounds__(BLOCK) select_bin(
-    const long long* tensors, unsigned* histograms, unsigned* thresholds, unsigned* largest, int shift) {
+    const long long* tensors, unsigned* histograms, unsigned* thresholds, int shift) {
     __shared__ unsigned sums[BLOCK / WARP];
     const Tensor tensor = tensor_at(tensors, blockIdx.x);
     Threshold* place = (Threshold*)thresholds + blockIdx.x;
-    if (shift == UPPER_SHIFT && threadIdx.x == 0) largest[blockIdx.x] = 0;
     if (tensor.kept >= tensor.len) return;
     const Threshold known =
         shift == UPPER_SHIFT ? Threshold{0, (unsigned)tensor.kept, (unsigned)tensor.len, 0} : *place;
@@ -577,9 +576,8 @@ __device__ __forceinline__ unsigned warps_sum_before(unsigned value, unsigned* s
     return before;
 }
 
-// Writes the entries that are sent, per tensor in the order of indices: `indices`, relative to the tensor, and factor · value.
+// Writes the entries that are sent, per tensor in the order of indices: `indices`, relative to the tensor, and values.
 // Tensors that are sent whole have values only. sent_before and equal_before are what select_scan left in above and inside.
-// largest becomes the bits of the largest magnitude sent of each tensor, those of infinity or more if a value is not finite.
 // launch: grid spans, block 256, shared 0
 extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
     const long long* tensors,
@@ -589,9 +587,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
     const unsigned* sent_before,
     const unsigned* equal_before,
     unsigned* indices,
-    float* sent,
-    unsigned* largest,
-    float factor) {
+    float* sent) {
     __shared__ unsigned shared[3][BLOCK / WARP];
     const int index = span_tensor[blockIdx.x];
     const Tensor tensor = tensor_at(tensors, index);
@@ -599,7 +595,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
     const Threshold threshold = whole ? Threshold{0, 0, 0, 0} : ((const Threshold*)thresholds)[index];
     values += tensor.offset;
     const bool vectors = aligned(values, 16);
-    unsigned max = 0;
     for (int number = 0; number < SPAN_CHUNKS; number++) {
         const Chunk chunk = chunk_at(tensor, number);
         if (chunk.size == 0) break;
@@ -611,15 +606,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
             float* to = sent + tensor.first_place + chunk.first;
             const bool aligned_vectors = aligned(to, 16);
 #pragma unroll
-            for (int i = 0; i < GROUPS; i++) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    groups[i][j] = times(factor, groups[i][j]);
-                    const bool exists = group_start(i) + j < chunk.size;
-                    if (exists && magnitude(groups[i][j]) > max) max = magnitude(groups[i][j]);
-                }
+            for (int i = 0; i < GROUPS; i++)
                 store_group(to + group_start(i), chunk.size - group_start(i), aligned_vectors, groups[i]);
-            }
             continue;
         }
         unsigned taken = 0, equal = 0;
@@ -644,19 +632,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK) select_write(
         // Which of the two rows are in use alternates, so that one barrier a chunk is enough.
         const unsigned before = sent_before[chunk.place] + warps_sum_before(__popc(taken), shared[1 + number % 2]);
         for_each_flag(taken, before, [&](int i, int j, unsigned place) {
-            const float value = times(factor, groups[i][j]);
-            max = magnitude(value) > max ? magnitude(value) : max;
             indices[tensor.first_index + place] = (unsigned)(chunk.first + group_start(i) + j);
-            sent[tensor.first_place + place] = value;
+            sent[tensor.first_place + place] = groups[i][j];
         });
     }
-    // The largest of the block; integers do not mind the order.
-#pragma unroll
-    for (int offset = WARP / 2; offset > 0; offset /= 2) {
-        const unsigned other = __shfl_xor_sync(FULL_WARP, max, offset);
-        max = other > max ? other : max;
-    }
-    if (threadIdx.x % WARP == 0 && max != 0) atomicMax(&largest[index], max);
 }
 
 // ---- Entries ----

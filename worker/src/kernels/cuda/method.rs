@@ -64,7 +64,6 @@ struct Selection {
     span_tensor: Memory,
     histograms: Memory,
     thresholds: Memory,
-    largest: Memory,
     above: Memory,
     inside: Memory,
     lists: Memory,
@@ -103,7 +102,7 @@ pub fn selection_bytes(layout: &Layout, compression: Compression) -> usize {
         let (count, spans) = (compression.entries(len), len.div_ceil(SPAN));
         let selects =
             if count < len { spans * SPAN_CHUNKS * (LIST + 2) + BINS + THRESHOLD + count } else { 0 };
-        4 * (selects + count + spans + 1) + 8 * TENSOR_FIELDS
+        4 * (selects + count + spans) + 8 * TENSOR_FIELDS
     };
     layout.tensors().iter().map(|tensor| of_tensor(tensor.len)).sum()
 }
@@ -128,7 +127,6 @@ impl Selection {
             span_tensor: Memory::new(driver, 4 * spans)?,
             histograms: numbers(tensors.len() * BINS)?,
             thresholds: numbers(tensors.len() * THRESHOLD)?,
-            largest: Memory::new(driver, 4 * tensors.len())?,
             above: numbers(spans * SPAN_CHUNKS)?,
             inside: numbers(spans * SPAN_CHUNKS)?,
             lists: numbers(spans * SPAN_CHUNKS * LIST)?,
@@ -277,11 +275,10 @@ impl Cuda {
         let (histograms, thresholds) = (selection.histograms.address(), selection.thresholds.address());
         let (above, inside, lists) =
             (selection.above.address(), selection.inside.address(), selection.lists.address());
-        let largest = selection.largest.address();
         let (of_tensors, of_spans) = (flat(entries.tensors(), 256), flat(selection.spans, 256));
-        let bin = |shift: i32| arguments![table, histograms, thresholds, largest, shift].to_vec();
-        self.launch(Unit::Method, "select_bin", of_tensors, &bin(SHIFTS[0]));
         if selection.selects() {
+            let bin = |shift: i32| arguments![table, histograms, thresholds, shift].to_vec();
+            self.launch(Unit::Method, "select_bin", of_tensors, &bin(SHIFTS[0]));
             let arguments = arguments![table, span_tensor, sum, histograms, thresholds, above, inside, lists];
             self.launch(Unit::Method, "select_inside", of_spans, arguments);
             self.launch(Unit::Method, "select_bin", of_tensors, &bin(SHIFTS[1]));
@@ -294,8 +291,7 @@ impl Cuda {
             self.launch(Unit::Method, "select_scan", flat(entries.tensors(), 1024), arguments);
         }
         let (indices, values) = (entries.indices.address(), entries.values.address());
-        let arguments =
-            arguments![table, span_tensor, sum, thresholds, above, inside, indices, values, largest, 1.0_f32];
+        let arguments = arguments![table, span_tensor, sum, thresholds, above, inside, indices, values];
         self.launch(Unit::Method, "select_write", of_spans, arguments);
     }
 
