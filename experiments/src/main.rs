@@ -11,6 +11,7 @@ use sanderling::{bench, reproduce};
 use sanderling_common::config::cli::{RunOptionsError, with_defaults};
 use sanderling_common::report::one_sentence;
 use sanderling_server::net::ServerError;
+use sanderling_worker::site::PlaceError;
 use tracing::level_filters::LevelFilter;
 
 /// Train mixture-of-experts language models asynchronously, with tens of times fewer bytes
@@ -123,7 +124,8 @@ fn main() -> ExitCode {
             // 2: the command line or the run file is to be mended; 1: anything else.
             let is_usage =
                 matches!(error.downcast_ref(), Some(ServerError::Listen(_) | ServerError::Config(_)))
-                    || error.is::<UsageError>();
+                    || error.is::<UsageError>()
+                    || matches!(error.downcast_ref(), Some(PlaceError::Precision));
             let other = if is_usage { 2 } else { 1 };
             ExitCode::from(error.downcast_ref().map_or(other, RunOptionsError::exit_code))
         }

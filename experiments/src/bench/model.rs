@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::{bail, ensure};
 use sanderling_common::config::RunConfig;
 use sanderling_common::model_config::ModelConfig;
-use sanderling_worker::kernels::cuda::{Cuda, MemoryNeeded, Precision};
+use sanderling_worker::kernels::cuda::{Cuda, MemoryNeeded, Precision, RESERVE_BYTES};
 use sanderling_worker::kernels::timed::{Clocked, TimedCpu};
 use sanderling_worker::model::forward_flops_per_token;
 use sanderling_worker::site::{DeviceOptions, Place};
@@ -14,9 +14,6 @@ use super::report::{Peak, Report};
 use super::shape::{Shape, expert_layer};
 use super::step::{Measured, measure_layer, measure_model};
 use crate::commands::{UsageError, say};
-
-/// Memory that scratch, cuBLASLt's workspace and the driver take beside what is estimated, in bytes.
-const RESERVE_BYTES: usize = 3 << 30;
 
 /// The most sequences that a batch is tried with.
 const BATCH_MAX: usize = 1024;
@@ -72,7 +69,9 @@ pub fn model(arguments: &Arguments) -> anyhow::Result<()> {
         let is_peak = peak.is_finite() && peak > 0.0;
         ensure!(is_peak, UsageError(format!("--peak {peak} is no speed; it is a number of TFLOP/s")));
     }
-    let (place, _) = arguments.device.open()?;
+    let (place, said) = arguments.device.open()?;
+    // Nobody is left to tell when standard error is closed.
+    let _ = writeln!(std::io::stderr(), "{said}");
     let shapes: &[Shape] = match (&arguments.shape[..], &place) {
         ([], Place::Cpu) => &[Shape::Default],
         ([], Place::Gpu(_)) => &[Shape::Dense, Shape::E8t2, Shape::Layer],
@@ -116,7 +115,17 @@ fn on_cpu(arguments: &Arguments, shape: Shape) -> anyhow::Result<()> {
         Shape::Dense | Shape::E8t2 | Shape::Layer => 1,
     });
     let needed_bytes = arguments.needed(shape, Precision::F32, batch)?;
-    announce(shape, batch, needed_bytes, None);
+    let available_bytes = available_bytes();
+    announce(shape, batch, needed_bytes, available_bytes);
+    if let Some(available_bytes) = available_bytes.filter(|&available| available < needed_bytes) {
+        bail!(
+            "{} with a batch of {batch} needs about {:.1} GB of memory, and {:.1} GB are available; --layers, --context and \
+             --batch make it smaller",
+            shape.name(),
+            needed_bytes as f64 / GB,
+            available_bytes as f64 / GB
+        );
+    }
     let measured = step(arguments, shape, batch, TimedCpu::default())?;
     let device = "one core of the CPU".to_owned();
     let peak = arguments.peak.map(given);
@@ -125,16 +134,17 @@ fn on_cpu(arguments: &Arguments, shape: Shape) -> anyhow::Result<()> {
 
 fn on_gpu(arguments: &Arguments, shape: Shape, cuda: Cuda) -> anyhow::Result<()> {
     let (precision, free_bytes) = (cuda.precision(), cuda.free_bytes()?);
-    let fits = |batch: usize| {
-        arguments.needed(shape, precision, batch).is_ok_and(|needed| needed + RESERVE_BYTES <= free_bytes)
+    let needed = |batch: usize| {
+        arguments.needed(shape, precision, batch).map(|needed| needed.saturating_add(RESERVE_BYTES))
     };
+    let fits = |batch: usize| needed(batch).is_ok_and(|needed| needed <= free_bytes);
     let largest = || (1..=BATCH_MAX).take_while(|&batch| fits(batch)).last();
     let batch = match (arguments.batch(), shape) {
         (Some(batch), _) => batch,
         (None, Shape::Layer) => LAYER_BATCH,
         (None, _) => largest().unwrap_or(1),
     };
-    let needed_bytes = arguments.needed(shape, precision, batch)?;
+    let needed_bytes = needed(batch)?;
     announce(shape, batch, needed_bytes, Some(free_bytes));
     if needed_bytes > free_bytes {
         let remedy = largest().map_or("not even --batch 1 would fit".to_owned(), |largest| {
@@ -151,6 +161,14 @@ fn on_gpu(arguments: &Arguments, shape: Shape, cuda: Cuda) -> anyhow::Result<()>
     let peak = arguments.peak.map(given).or_else(|| known_peak(&device, precision));
     let measured = step(arguments, shape, batch, cuda)?;
     tell(arguments, shape, batch, (device, precision), peak, needed_bytes, &measured)
+}
+
+/// Memory that the host has for more, in bytes, where the system says so.
+fn available_bytes() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kilobytes: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kilobytes.checked_mul(1024)
 }
 
 /// Says what is about to be done; nobody is left to tell when standard error is closed.

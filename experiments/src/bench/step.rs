@@ -177,6 +177,7 @@ pub(super) fn measure_layer<K: Clocked>(
 
 #[cfg(test)]
 mod tests {
+    use sanderling_worker::kernels::cuda::{Cuda, CudaError, Precision};
     use sanderling_worker::kernels::timed::TimedCpu;
 
     use super::super::shape::Shape;
@@ -195,6 +196,25 @@ mod tests {
         assert_eq!(measured.kernels["expert_product"].calls, 2);
         let in_kernels: f64 = measured.kernels.values().map(|spent| spent.ms).sum();
         assert!(in_kernels > 0.0);
+    }
+
+    /// A GPU's half of the command: its kernels are timed by name, and come to the loss that the CPU's do.
+    #[test]
+    fn an_emulated_gpu_is_measured_like_the_cpu() {
+        let cuda = match Cuda::emulated(Precision::Bf16) {
+            Err(CudaError::NoCompiler(_)) => return,
+            made => made.unwrap(),
+        };
+        let config = Shape::Default.config(Some(1), 8).unwrap();
+        let on_cpu = measure_model(TimedCpu::default(), &config, 1, 1).unwrap().loss.unwrap();
+        let measured = measure_model(cuda.beside(), &config, 1, 2).unwrap();
+        assert_eq!(measured.seconds.len(), 2);
+        let loss = measured.loss.unwrap();
+        assert!((loss / on_cpu - 1.0).abs() < 2e-2, "{loss} and {on_cpu}");
+        assert_eq!(measured.kernels["attention_forward"].calls, 1);
+        let layer = LayerShape { hidden_size: 16, intermediate_size: 24, experts: 4, top_k: 2, rows: 20 };
+        let measured = measure_layer(cuda, layer, 1).unwrap();
+        assert_eq!(measured.kernels["route_choose"].calls, 1);
     }
 
     #[test]

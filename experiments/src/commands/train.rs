@@ -15,7 +15,7 @@ use sanderling_server::net::{Outcome, Server};
 use sanderling_server::progress::ProgressView;
 use sanderling_transport::stop_on_interrupt;
 use sanderling_worker::net::{WorkerError, WorkerOptions, WorkerReport, work};
-use sanderling_worker::site::{DeviceOptions, Place};
+use sanderling_worker::site::{DeviceOptions, Gpu, Place};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::warn;
@@ -74,7 +74,7 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
         // It would keep its own workers out.
         anyhow::ensure!(value.is_empty(), "{key} is for sanderling-server; train starts its own workers");
     }
-    let place = arguments.device.open()?;
+    let (place, said) = arguments.device.open()?;
     // It lives until the report is made: it is what listens for signals.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.context("cannot start the runtime")?;
@@ -82,12 +82,24 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
         let stop =
             stop_on_interrupt(|| warn!("stopping early; Ctrl-C again to stop at once, without a checkpoint"));
         let server = Server::start(run, None)?;
-        serve_with_workers(server, place, stop).await
+        let said = match &place {
+            Place::Cpu => said,
+            // All at once: the last of them is not to find out that there is no room when the others have begun.
+            Place::Gpu(gpu) => format!("{said}; {}", estimate(gpu, &server)?),
+        };
+        serve_with_workers(server, (place, said), stop).await
     });
     let reported = outcome.and_then(|outcome| report(&outcome));
     // To drop the runtime is to wait without end for threads that a GPU has left waiting.
     runtime.shutdown_timeout(WORKERS_WAIT);
     reported
+}
+
+/// What the workers need of a GPU, in a sentence.
+fn estimate(gpu: &Gpu, server: &Server) -> anyhow::Result<String> {
+    let run = server.run();
+    let config = run.model_config(server.corpus().vocabulary().len());
+    Ok(gpu.estimate(run, &config, run.run.workers)?)
 }
 
 async fn serve_with_workers(

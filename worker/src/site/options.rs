@@ -104,7 +104,9 @@ impl DeviceOptions {
                 opened.map_err(|source| PlaceError::Cuda { device: self.device, source })
             }
             Device::Auto => Ok(gpu(0, precision).unwrap_or_else(|error| {
-                (Place::Cpu, format!("computing on the CPU, since no GPU can be used: {error}"))
+                let ignored = self.precision.map(|asked| format!("; it computes in f32, not in {asked}"));
+                let ignored = ignored.unwrap_or_default();
+                (Place::Cpu, format!("computing on the CPU, since no GPU can be used: {error}{ignored}"))
             })),
         }
     }
