@@ -278,6 +278,15 @@ fn wide_heads_attend_with_any_shared_memory() {
     }
 }
 
+/// By wgmma and a pipeline of warpgroups, both emulated: one tile, several, and what is left of one.
+#[test]
+fn attention_for_hopper_is_the_cpus() {
+    let emulated = Emulated { architecture: 90, ..Emulated::default() };
+    let Some(cuda) = skip::kernels(Cuda::emulated_as(Precision::Bf16, emulated)) else { return };
+    let shapes = [(2, 70, 2, 1, 64), (1, 450, 1, 1, 64), (1, 300, 2, 1, 128), (1, 1, 1, 1, 128)];
+    attends_like_the_cpu(&mut Pair::of(cuda), shapes.into_iter().map(attention_shape));
+}
+
 fn attends_like_the_cpu(pair: &mut Pair, shapes: impl IntoIterator<Item = AttentionShape>) {
     for shape in shapes {
         let rows = shape.rows();

@@ -145,7 +145,8 @@ impl Cuda {
     /// If there is no such compiler.
     #[cfg(feature = "emulator")]
     pub fn emulated_as(precision: Precision, emulated: Emulated) -> Result<Self, CudaError> {
-        Ok(Self::with_driver(Arc::new(driver::Emulator::new(emulated)?), precision, LeftOut::default()))
+        let left_out = LeftOut { experts: true, attention: false };
+        Ok(Self::with_driver(Arc::new(driver::Emulator::new(emulated)?), precision, left_out))
     }
 
     fn with_driver(driver: Arc<dyn Driver>, precision: Precision, left_out: LeftOut) -> Self {

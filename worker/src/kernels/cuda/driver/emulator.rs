@@ -55,6 +55,9 @@ static RUNNING: Mutex<()> = Mutex::new(());
 /// What the device in whose place this machine is would have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Emulated {
+    /// Compute capability times ten: attention of 90 is Hopper's. The experts' products are not, which have a program of their
+    /// own that emulates them.
+    pub architecture: u32,
     /// The most dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
     /// Memory in all, in bytes.
@@ -62,9 +65,9 @@ pub struct Emulated {
 }
 
 impl Default for Emulated {
-    /// Hopper's shared memory, and no limit to the other.
+    /// Not Hopper, but with its shared memory, and no limit to the other.
     fn default() -> Self {
-        Self { shared_bytes: 227 * 1024, memory_bytes: usize::MAX }
+        Self { architecture: 80, shared_bytes: 227 * 1024, memory_bytes: usize::MAX }
     }
 }
 
@@ -91,10 +94,10 @@ impl Emulator {
         if !found {
             return Err(CudaError::NoCompiler(compiler));
         }
-        let Emulated { shared_bytes, memory_bytes } = emulated;
+        let Emulated { architecture, shared_bytes, memory_bytes } = emulated;
         let properties = Properties {
             name: "emulated".to_owned(),
-            architecture: 80,
+            architecture,
             multiprocessors: 2,
             shared_bytes,
             memory_bytes,
