@@ -38,7 +38,30 @@ id!(
     "step {}"
 );
 id!(
-    /// The number of a training batch; its content is a pure function of the run's seed and this number.
+    /// The number of a training batch; its content is a pure function of the run's seed, this number and the run's local steps.
     BatchId(u64),
     "batch {}"
 );
+
+impl BatchId {
+    /// The batch of a worker's step by itself, the `step`-th of `local_steps` per exchange. Where there are several, a batch that is
+    /// leased and pushed stands for so many batches of sequences.
+    #[must_use]
+    pub fn of_local_step(self, local_steps: u32, step: u32) -> Self {
+        Self(self.0.wrapping_mul(u64::from(local_steps)).wrapping_add(u64::from(step)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn local_steps_go_through_all_batches_of_sequences() {
+        let of = |batch, steps: u32| (0..steps).map(move |step| BatchId(batch).of_local_step(steps, step).0);
+        assert_eq!((0..3).flat_map(|batch| of(batch, 1)).collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!((0..2).flat_map(|batch| of(batch, 3)).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
+        // A number that no server leases is no reason to stop.
+        let _ = BatchId(u64::MAX).of_local_step(u32::MAX, 7);
+    }
+}

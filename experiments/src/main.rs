@@ -71,6 +71,7 @@ enum Reproduction {
     Bandwidth(reproduce::BandwidthArguments),
     Secondary(reproduce::SecondaryArguments),
     Quantisation(reproduce::QuantisationArguments),
+    LocalSteps(reproduce::LocalStepsArguments),
     Staleness(reproduce::StalenessArguments),
     Upcycling(reproduce::UpcyclingArguments),
 }
@@ -112,6 +113,7 @@ fn main() -> ExitCode {
             Reproduction::Bandwidth(arguments) => reproduce::bandwidth(&arguments),
             Reproduction::Secondary(arguments) => reproduce::secondary(&arguments),
             Reproduction::Quantisation(arguments) => reproduce::quantisation(&arguments),
+            Reproduction::LocalSteps(arguments) => reproduce::local_steps(&arguments),
             Reproduction::Staleness(arguments) => reproduce::staleness(&arguments),
             Reproduction::Upcycling(arguments) => reproduce::upcycling(&arguments),
         },

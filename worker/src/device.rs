@@ -179,7 +179,7 @@ impl<D: MethodKernels> DeviceReplica<D> {
     }
 
     /// Takes the gradient in, and selects from the residual.
-    fn accumulate(
+    fn take_in(
         &mut self,
         gradient: &D::Buffer,
         Rates { scale, rate, local_rate }: Rates,
@@ -290,6 +290,13 @@ impl<D: MethodKernels> Replica for DeviceReplica<D> {
         Ok(self.kernels.sum_of_squares(self.layout.len(), gradient)?.sqrt())
     }
 
+    /// Selects as well: a pass over the residual is little beside a gradient, and the kernels that take in count what they
+    /// select from.
+    fn accumulate(&mut self, gradient: &D::Buffer, rates: Rates) -> Result<(), D::Error> {
+        self.view_is_current = false;
+        self.take_in(gradient, rates)
+    }
+
     fn step(
         &mut self,
         gradient: &D::Buffer,
@@ -298,7 +305,7 @@ impl<D: MethodKernels> Replica for DeviceReplica<D> {
     ) -> Result<Result<(), NonFinite>, D::Error> {
         let Rates { rate, local_rate, .. } = rates;
         self.view_is_current = false;
-        self.accumulate(gradient, rates)?;
+        self.take_in(gradient, rates)?;
         let factor = match self.form {
             Form::Sum { .. } => 1.0,
             Form::Momentum { .. } => rate,

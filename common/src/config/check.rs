@@ -85,6 +85,9 @@ pub enum ConfigError {
     Model(#[from] ModelConfigError),
 }
 
+/// The most steps that a worker takes by itself per exchange.
+const LOCAL_STEPS_MAX: u32 = 1024;
+
 /// The most parameters a run may have: the flat vector, two optimiser states and a replica per worker must fit.
 pub(super) const PARAMETERS_MAX: usize = 4_000_000_000;
 
@@ -148,6 +151,15 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     require(usable, "norm_limit", norm_limit, "0, or above 1")?;
     require(server.shards >= 1, "shards", server.shards, at_least_one)?;
     require(server.sessions_max <= 1 << 16, "sessions_max", server.sessions_max, "at most 65536")?;
+    let local_steps = training.local_steps;
+    require((1..=LOCAL_STEPS_MAX).contains(&local_steps), "local_steps", local_steps, "from 1 to 1024")?;
+    let alone = local_steps == 1 || !training.overlap;
+    require(
+        alone,
+        "local_steps",
+        local_steps,
+        "1 with overlap, which takes one gradient while an exchange is under way",
+    )?;
     if training.method == Method::Msgd && config.run.workers != 1 {
         return Err(ConfigError::OneWorkerOnly(config.run.workers));
     }

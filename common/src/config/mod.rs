@@ -145,6 +145,9 @@ settings! {
         weight_decay: f32 = 0.0;
         /// Gradients are scaled down to this norm; 0 leaves them alone
         clip_norm: f32 = 1.0;
+        /// Steps that a worker takes by itself per exchange, on a batch each: what they come to is sent together, so that with 4 a
+        /// quarter as many bytes and exchanges serve as many gradients, each worth a little less (dgs-adam)
+        local_steps: u32 = 1;
         /// Compute the next gradient while an exchange is under way: hides the network, adds a step of staleness
         overlap: bool = false;
         /// Server steps between evaluations on the validation split
@@ -655,6 +658,17 @@ mod tests {
         let told = run.unwrap().resolve().unwrap().for_workers();
         let shards = ServerSettings { shards: 2, ..RunConfig::default().server };
         assert_eq!(told.server, shards);
+    }
+
+    #[test]
+    fn local_steps_go_without_overlap() {
+        let resolved = |file: &str| parse(file).unwrap().resolve();
+        assert_eq!(resolved("").unwrap().training.local_steps, 1);
+        assert!(resolved("[training]\nlocal_steps = 4").is_ok());
+        for file in ["local_steps = 0", "local_steps = 1025", "local_steps = 2\noverlap = true"] {
+            let refused = resolved(&format!("[training]\n{file}")).unwrap_err().to_string();
+            assert!(refused.contains("local_steps = "), "{refused}");
+        }
     }
 
     #[test]

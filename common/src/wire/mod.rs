@@ -10,7 +10,7 @@ use crate::ids::{BatchId, Seq, SessionId, Step};
 
 /// The application protocol name negotiated by TLS. It changes with every incompatible change of any byte here or
 /// in the codec, so two versions that disagree fail at the handshake instead of misreading each other.
-pub const ALPN: &[u8] = b"sanderling/6";
+pub const ALPN: &[u8] = b"sanderling/7";
 
 /// The largest magnitude of an entry of an update. A server refuses a push with a larger one, and a worker makes none: a
 /// training that wants such updates has diverged.

@@ -163,6 +163,10 @@ impl WorkerProcess {
         let view = core.view().iter();
         let gradient: Vec<f32> = view.map(|theta| 0.1 * theta + normal_pair(&mut rng).0 as f32).collect();
         let staleness = core.last_staleness();
+        // Now and then a batch of several local steps.
+        for _ in 0..batch.0 % 3 {
+            let Ok(()) = core.handle_local_gradient(&gradient);
+        }
         // Now and then one that cannot be used.
         let loss = if batch.0 % 17 == 5 { f32::NAN } else { 1.0 };
         core.handle_gradient(batch, &gradient, loss, 0.0, 1, staleness).expect("the rate is small");

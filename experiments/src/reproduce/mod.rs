@@ -2,6 +2,7 @@
 
 mod bandwidth;
 mod lab;
+mod local_steps;
 mod methods;
 mod quantisation;
 mod recipe;
@@ -14,6 +15,7 @@ pub use bandwidth::{
     WorkersArguments as BandwidthWorkersArguments, bandwidth, join as bandwidth_workers,
     serve as bandwidth_server,
 };
+pub use local_steps::{Arguments as LocalStepsArguments, local_steps};
 pub use methods::{Arguments as MethodsArguments, methods};
 pub use quantisation::{Arguments as QuantisationArguments, quantisation};
 pub use recipe::{Arguments as RecipeArguments, recipe};

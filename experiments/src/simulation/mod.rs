@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use rand_chacha::ChaCha12Rng;
 use sanderling_common::config::RunConfig;
-use sanderling_common::ids::{SessionId, Step, WorkerId};
+use sanderling_common::ids::{BatchId, SessionId, Step, WorkerId};
 use sanderling_common::init::{Purpose, stream};
 use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::frame::{Reply, WireError};
@@ -27,7 +27,7 @@ use conditions::{Direction, happens};
 pub use script::follow;
 
 use crate::due::Due;
-use crate::task::{Score, Task};
+use crate::task::{Score, Taken, Task};
 
 /// How long a worker waits for a lost answer, and for work when there is none.
 const RETRY_AFTER: f64 = 3.0;
@@ -37,6 +37,27 @@ const LEASE: f64 = 20.0;
 
 /// How long an evaluation takes.
 const EVALUATION: f64 = 10.0;
+
+/// Takes the gradient of a batch, and before it the local steps that it has; loss and dropped share are means over them.
+fn take_gradients(
+    task: &mut dyn Task,
+    core: &mut WorkerCore,
+    batch: BatchId,
+    local_steps: u32,
+) -> Result<Taken, ModelError> {
+    let mut sum = Taken { loss: 0.0, dropped: 0.0, samples: 0 };
+    for step in 0..local_steps {
+        let taken = task.take_gradient(core.view(), batch.of_local_step(local_steps, step))?;
+        sum.loss += taken.loss;
+        sum.dropped += taken.dropped;
+        sum.samples = sum.samples.saturating_add(taken.samples);
+        if step + 1 < local_steps {
+            let Ok(()) = core.handle_local_gradient(task.gradient());
+        }
+    }
+    let count = f64::from(local_steps);
+    Ok(Taken { loss: sum.loss / count, dropped: sum.dropped / count, ..sum })
+}
 
 /// Who evaluates the model along the way.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -337,7 +358,8 @@ impl<'a> Simulation<'a> {
         } else if let Some(job) = work.evaluation {
             self.wake(worker, EVALUATION * duration, Stage::Evaluating(job));
         } else if core.next_batch().is_some() {
-            let duration = duration * self.conditions.variation(rng);
+            let gradients = f64::from(self.run.training.local_steps);
+            let duration = gradients * duration * self.conditions.variation(rng);
             self.wake(worker, duration, Stage::Computing);
         } else {
             self.wake(worker, RETRY_AFTER, Stage::Idle);
@@ -348,7 +370,7 @@ impl<'a> Simulation<'a> {
         let step = self.server.core().standing().step;
         let core = &mut self.workers[worker].core;
         let batch = core.next_batch().expect("a worker computes what it has");
-        let taken = self.task.take_gradient(core.view(), batch)?;
+        let taken = take_gradients(self.task, core, batch, self.run.training.local_steps)?;
         // A real worker hears of the server's step in datagrams that take no time to speak of.
         let staleness = u32::try_from(step.0 - core.view_step().0).unwrap_or(u32::MAX);
         let (loss, dropped) = (taken.loss as f32, taken.dropped as f32);

@@ -43,11 +43,11 @@ fn records(scene: &Scene) -> Vec<Record<'static>> {
 }
 
 /// Trains over QUIC, and then again in the order that came about.
-async fn compare(method: &str) {
+async fn compare(method: &str, local_steps: u64) {
     let scene = Scene::new(150);
     let state = scene.path("state");
     let scene = scene.with(&format!(
-        "[training]\nmethod = '{method}'\n[server]\nshards = 2\nkeep_journal = true\nstate_dir = '{}'",
+        "[training]\nmethod = '{method}'\nlocal_steps = {local_steps}\n[server]\nshards = 2\nkeep_journal = true\nstate_dir = '{}'",
         state.display()
     ));
     let serving = Serving::start(&scene);
@@ -63,6 +63,8 @@ async fn compare(method: &str) {
     let theta = follow(&run, &mut task, real.iter().map(owned), Box::new(told.clone())).unwrap();
     let pushes = real.iter().filter(|record| matches!(record, Record::Pushed(_))).count();
     assert_eq!(pushes, 150);
+    let of_a_batch = u64::from(run.data.batch_size) * run.model.context as u64;
+    assert_eq!(outcome.summary.tokens, 150 * local_steps * of_a_batch);
     let told = told.0.lock().unwrap();
     for (number, (real, told)) in real.iter().zip(&*told).enumerate() {
         // Payloads are too long to be looked at.
@@ -75,10 +77,16 @@ async fn compare(method: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_real_run_of_dgs_is_simulated_bit_for_bit() {
-    compare("dgs").await;
+    compare("dgs", 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_real_run_of_dgs_adam_is_simulated_bit_for_bit() {
-    compare("dgs-adam").await;
+    compare("dgs-adam", 1).await;
+}
+
+/// What a worker did by itself between two exchanges is told by the second.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_run_with_local_steps_is_simulated_bit_for_bit() {
+    compare("dgs-adam", 3).await;
 }

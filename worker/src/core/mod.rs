@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`next_batch`](WorkerCore::next_batch) | to learn which batch comes next; `None`: ask the server for work |
 //! | [`view`](WorkerCore::view) | to take that batch's gradient |
+//! | [`handle_local_gradient`](WorkerCore::handle_local_gradient) | with the gradient of a step that the worker takes by itself, if it takes several per exchange, before another view |
 //! | [`handle_gradient`](WorkerCore::handle_gradient) | with the gradient, once no push is pending; makes one |
 //! | [`pending`](WorkerCore::pending) | to send, and to send again after a lost connection |
 //! | [`handle_answer`](WorkerCore::handle_answer) | with the server's answer to it |
@@ -262,6 +263,24 @@ impl<R: Replica> WorkerCore<R> {
         self.replica.view(if_pending)
     }
 
+    /// Takes in the gradient of a step that the worker takes by itself, on a part of the next batch and at the last
+    /// [`view`](Self::view); what it comes to is sent with what follows. Its rate is that of the last push's staleness, so that what
+    /// becomes of it depends on nothing that the push does not tell. A gradient that is not finite changes nothing.
+    ///
+    /// # Errors
+    /// The replica's if the place where it is kept fails.
+    ///
+    /// # Panics
+    /// If a push is pending, or the gradient is of another layout.
+    pub fn handle_local_gradient(&mut self, gradient: &R::Vector) -> Result<(), R::Error> {
+        assert!(!self.is_pending, "a gradient came while a push was pending");
+        let norm = self.replica.norm(gradient)?;
+        let Some(scale) = scale_of_norm(norm, self.settings.method.clip_norm) else { return Ok(()) };
+        let entered_at = Step(self.view_step.0.saturating_add(u64::from(self.staleness)));
+        let (rate, local_rate) = self.settings.schedule.rates(entered_at, self.staleness);
+        self.replica.accumulate(gradient, Rates { scale, rate, local_rate })
+    }
+
     /// Takes in the gradient of the next batch, taken at the last [`view`](Self::view), and makes the push.
     ///
     /// `loss`, `dropped` (the share of the choices of experts that were dropped) and `tokens` are for the server's
@@ -395,9 +414,33 @@ impl<R: Replica> WorkerCore<R> {
 #[cfg(test)]
 mod tests {
     use sanderling_common::config::RunPartial;
-    use sanderling_common::method::Method;
+    use sanderling_common::method::{Method, RateScaling};
 
     use super::*;
+
+    /// SGD that sends everything: the push has all local gradients, clipped each, but those that are of no use.
+    #[test]
+    fn local_gradients_are_sent_together() {
+        let layout = Arc::new(Layout::new([("a", vec![2])]).unwrap());
+        let mut partial = RunPartial::default();
+        partial.training.method = Some(Method::Asgd);
+        partial.training.learning_rate = Some(0.5);
+        partial.training.rate_scaling = Some(RateScaling::Constant);
+        partial.training.warmup_steps = Some(0);
+        let run = partial.resolve().unwrap();
+        let settings = WorkerSettings::from(&run);
+        let mut core = WorkerCore::new(layout, &settings, SessionId(1), vec![1.0, 2.0], Step(0));
+        let batches = Some(BatchRange { first: BatchId(0), count: 1 });
+        core.add_work(&Work { batches, ..Work::default() }).unwrap();
+        for gradient in [[0.25, 0.0], [f32::NAN, 1.0], [0.0, -3.0]] {
+            let Ok(()) = core.handle_local_gradient(&gradient);
+        }
+        assert_eq!(core.view(), [1.0, 2.0]);
+        let push = core.handle_gradient(BatchId(0), &[0.25, 0.5], 1.0, 0.0, 1, 0).unwrap();
+        assert!(!push.skipped);
+        let sent = core.method().sent().values().to_vec();
+        assert_eq!(sent, [0.5 * (0.25 + 0.25), 0.5 * (-1.0 + 0.5)]);
+    }
 
     #[test]
     fn an_update_that_no_server_applies_is_not_sent() {

@@ -195,6 +195,7 @@ pub(super) struct Member<S: Site> {
     state: Option<Arc<Mutex<StateFolder>>>,
     settings: WorkerSettings,
     overlap: bool,
+    local_steps: u32,
     layout: Arc<Layout>,
     /// θ0 with its hash, where the worker makes it, until the base arrives that is added to it.
     initial: Option<Vec<f32>>,
@@ -206,7 +207,7 @@ pub(super) struct Member<S: Site> {
     /// Away only while a blocking thread computes with it.
     desk: Option<Box<Desk<S>>>,
     evaluation: Option<EvaluationJob>,
-    /// The tokens of a batch, prepared while an exchange was under way.
+    /// The tokens of a batch, of its first step if it has several, prepared while an exchange was under way.
     prepared: Option<(BatchId, Batch)>,
     /// A gradient that waits to be pushed, taken while an exchange was under way.
     computed: Option<Computed>,
@@ -228,8 +229,21 @@ impl<S: Site> Desk<S> {
 #[derive(Clone, Copy, Debug)]
 struct Computed {
     batch: BatchId,
-    loss: StepLoss,
+    /// Means over the batch's local steps.
+    loss: f32,
+    dropped: f32,
+    /// Of all of them.
     tokens: usize,
+}
+
+impl Computed {
+    fn of(batch: BatchId, taken: &[(StepLoss, usize)]) -> Self {
+        let mean = |of: fn(&StepLoss) -> f64| {
+            (taken.iter().map(|(loss, _)| of(loss)).sum::<f64>() / taken.len() as f64) as f32
+        };
+        let tokens = taken.iter().map(|(_, tokens)| tokens).sum();
+        Self { batch, loss: mean(|loss| loss.cross_entropy), dropped: mean(|loss| loss.dropped), tokens }
+    }
 }
 
 impl<S: Site> Member<S> {
@@ -261,6 +275,7 @@ impl<S: Site> Member<S> {
             state: shelf.state.clone(),
             settings: WorkerSettings::from(&welcome.run),
             overlap: welcome.run.training.overlap,
+            local_steps: welcome.run.training.local_steps,
             reply_bytes_max: usize::try_from(frame_bytes_max(&layout)).unwrap_or(usize::MAX),
             layout,
             download: Download::default(),
@@ -385,14 +400,23 @@ impl<S: Site> Member<S> {
         Ok(())
     }
 
-    /// Takes the gradient of a batch on a blocking thread, under a permit where computations are rationed.
+    /// Takes the gradient of a batch on a blocking thread, under a permit where computations are rationed, and before it the local
+    /// steps that it has.
     async fn compute(&mut self, options: &WorkerOptions, batch: BatchId) -> Result<(), Lost> {
-        let prepared = self.prepared.take().filter(|(id, _)| *id == batch).map(|(_, tokens)| tokens);
+        let mut prepared = self.prepared.take().filter(|(id, _)| *id == batch).map(|(_, tokens)| tokens);
+        let local_steps = self.local_steps;
         let computed = self.at_desk(options, move |desk| {
-            let batch_tokens = prepared.unwrap_or_else(|| desk.engine.batch(batch));
-            let parameters = desk.core.as_mut().expect("the base model has arrived").view();
-            let loss = desk.engine.take_gradient(parameters, &batch_tokens)?;
-            Ok(Computed { batch, loss, tokens: batch_tokens.tokens() })
+            let mut taken = Vec::new();
+            for step in 0..local_steps {
+                let own = batch.of_local_step(local_steps, step);
+                let sequences = prepared.take().unwrap_or_else(|| desk.engine.batch(own));
+                let core = desk.core.as_mut().expect("the base model has arrived");
+                taken.push((desk.engine.take_gradient(core.view(), &sequences)?, sequences.tokens()));
+                if step + 1 < local_steps {
+                    core.handle_local_gradient(desk.engine.gradient()).map_err(ModelError::device)?;
+                }
+            }
+            Ok(Computed::of(batch, &taken))
         });
         self.computed = Some(computed.await?);
         Ok(())
@@ -432,10 +456,9 @@ impl<S: Site> Member<S> {
 
     /// Hands the computed gradient to the method; the push stays pending until it is answered.
     async fn push(&mut self, link: &Link) -> Result<(), Lost> {
-        let Computed { batch, loss, tokens } = self.computed.take().expect("a gradient was taken");
+        let Computed { batch, loss, dropped, tokens } = self.computed.take().expect("a gradient was taken");
         let staleness = self.staleness(link);
-        let (loss, dropped) = (loss.cross_entropy as f32, loss.dropped as f32);
-        let tokens = u32::try_from(tokens).expect("the configuration bounds a batch");
+        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
         let pushed = self.blocking(move |desk| {
             let core = desk.core.as_mut().expect("the base model has arrived");
             let gradient = desk.engine.gradient();
@@ -486,7 +509,8 @@ impl<S: Site> Member<S> {
             match next {
                 Some(batch) if self.overlap => self.compute(options, batch).await,
                 Some(batch) => {
-                    let tokens = self.desk().engine.batch(batch);
+                    let first = batch.of_local_step(self.local_steps, 0);
+                    let tokens = self.desk().engine.batch(first);
                     self.prepared = Some((batch, tokens));
                     Ok(())
                 }

@@ -25,7 +25,7 @@ pub(in crate::reproduce) struct Variant {
     pub(in crate::reproduce) cells: Vec<String>,
     /// Of the picture that its curve is drawn in.
     pub(in crate::reproduce) picture: String,
-    /// What the run file says besides the model, the steps and the seed.
+    /// What the run file says besides the model and the seed, and the steps unless it says other ones.
     pub(in crate::reproduce) settings: String,
     pub(in crate::reproduce) workers: u32,
     pub(in crate::reproduce) trainer: Trainer,
@@ -90,9 +90,20 @@ impl Varied<'_> {
         self.mean(|run| run.outcome.bytes_down as f64)
     }
 
-    /// Bytes of as many dense float32 exchanges, in one direction.
+    /// Gradients of an update.
+    fn local_steps(&self) -> f64 {
+        f64::from(self.runs[0].spec.training.local_steps)
+    }
+
+    /// Bytes of a dense float32 exchange of every gradient, in one direction.
     fn dense_bytes(&self) -> f64 {
-        self.mean(|run| 4.0 * run.outcome.parameters as f64 * run.outcome.updates as f64)
+        self.local_steps() * self.mean(|run| 4.0 * run.outcome.parameters as f64 * run.outcome.updates as f64)
+    }
+
+    /// The validation loss over the gradients taken.
+    fn curve(&self) -> Vec<(f64, f64)> {
+        let of_updates = mean_curve(outcomes(&self.runs)).into_iter();
+        of_updates.map(|(updates, loss)| (self.local_steps() * updates, loss)).collect()
     }
 
     fn line(&self) -> String {
@@ -134,8 +145,8 @@ impl Sweep {
             variant.workers
         );
         let mut partial = parse(&file)?;
-        partial.training.steps = Some(self.steps);
-        partial.training.eval_every = Some(look_every(self.steps, LOOKS));
+        let steps = *partial.training.steps.get_or_insert(self.steps);
+        partial.training.eval_every = Some(look_every(steps, LOOKS));
         let has_rate = partial.training.learning_rate.is_some();
         let mut run = partial.resolve()?;
         if !has_rate {
@@ -159,7 +170,7 @@ impl Sweep {
         pictures.dedup();
         for picture in pictures {
             let curves: Vec<Curve> = (rows.iter().filter(|row| row.variant.picture == picture))
-                .map(|row| Curve { name: row.variant.name(), points: mean_curve(outcomes(&row.runs)) })
+                .map(|row| Curve { name: row.variant.name(), points: row.curve() })
                 .collect();
             let axes = ("gradient evaluations", "validation loss, nats per character");
             let _ = write!(text, "\n{}", plot_both(&folder, &file_name(picture), picture, axes, &curves)?);
@@ -194,7 +205,7 @@ impl Sweep {
         let mut text = format!(
             "# {}\n\n{} {} gradient evaluations each, {}; characters of the bundled text, {} parameters; in virtual time, whose \
              unit is a gradient of a worker of middling speed. Bytes are those of the frames, with how many times fewer they are \
-             than dense float32. Runs of one seed share parameters and batches, and are compared with each other.\n\n",
+             than a dense float32 exchange of every gradient. Runs of one seed share parameters and batches, and are compared with each other.\n\n",
             self.title,
             self.introduction,
             self.steps,

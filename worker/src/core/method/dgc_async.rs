@@ -28,14 +28,16 @@ impl DgcAsync {
 }
 
 impl CompressionMethod for DgcAsync {
-    fn step(&mut self, direction: &Direction<'_>, payload: &mut Vec<u8>) -> Result<(), NonFinite> {
+    fn accumulate(&mut self, direction: &Direction<'_>) {
         let momentum = self.momentum;
         let mut r = self.r.iter_mut();
         for_each_direction(&mut self.u, direction, self.weight_decay, |u, d| {
             *u = momentum * *u + d;
             *r.next().expect("r is as long as u") += *u;
         });
-        let rate = direction.rate;
+    }
+
+    fn send(&mut self, rate: f32, _: f32, payload: &mut Vec<u8>) -> Result<(), NonFinite> {
         self.sender.send(&self.r, rate, payload)?;
         self.sender.for_each_sent(&mut self.u, |u, _| *u = 0.0);
         if self.sender.compression.format == ValueFormat::F32 && rate > 0.0 {

@@ -35,7 +35,9 @@ impl DgsAdam {
         assert!(epsilon > 0.0, "epsilon {epsilon} is not positive");
         Self { beta2, epsilon, weight_decay, beta2_power: 1.0, u: sender.zeros(), v: sender.zeros(), sender }
     }
+}
 
+impl CompressionMethod for DgsAdam {
     fn accumulate(&mut self, direction: &Direction<'_>) {
         let &Direction { gradient, scale, local_rate, theta, .. } = direction;
         assert_eq!(gradient.len(), self.u.len(), "the gradient is of another layout");
@@ -57,13 +59,9 @@ impl DgsAdam {
             }
         }
     }
-}
 
-impl CompressionMethod for DgsAdam {
-    fn step(&mut self, direction: &Direction<'_>, payload: &mut Vec<u8>) -> Result<(), NonFinite> {
-        let &Direction { rate, local_rate, .. } = direction;
+    fn send(&mut self, rate: f32, local_rate: f32, payload: &mut Vec<u8>) -> Result<(), NonFinite> {
         assert!(rate <= local_rate, "a rate of {rate} is more than the worker's own of {local_rate}");
-        self.accumulate(direction);
         if rate == local_rate {
             self.sender.send(&self.u, 1.0, payload)?;
             self.sender.for_each_sent(&mut self.u, |u, q| *u -= q);

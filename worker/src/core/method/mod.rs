@@ -52,15 +52,30 @@ pub struct Direction<'a> {
 
 /// A way to turn gradients into sparse updates without losing what is not sent.
 pub trait CompressionMethod: Send {
-    /// Takes a gradient in, appends to `payload` the bytes of what is sent, and remembers it as [`sent`](Self::sent).
+    /// Takes a gradient in.
+    ///
+    /// # Panics
+    /// If a slice is not of the layout's length.
+    fn accumulate(&mut self, direction: &Direction<'_>);
+
+    /// Appends to `payload` the bytes of what is sent, at the rates of the last gradient, and remembers it as [`sent`](Self::sent).
     ///
     /// # Errors
     /// [`NonFinite`] if an accumulator overflowed, which only an absurd rate brings about; the method is then of no
     /// further use.
+    fn send(&mut self, rate: f32, local_rate: f32, payload: &mut Vec<u8>) -> Result<(), NonFinite>;
+
+    /// Takes a gradient in and sends.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
     ///
     /// # Panics
     /// If a slice is not of the layout's length.
-    fn step(&mut self, direction: &Direction<'_>, payload: &mut Vec<u8>) -> Result<(), NonFinite>;
+    fn step(&mut self, direction: &Direction<'_>, payload: &mut Vec<u8>) -> Result<(), NonFinite> {
+        self.accumulate(direction);
+        self.send(direction.rate, direction.local_rate, payload)
+    }
 
     /// What the last step sent, as its receiver decodes it.
     fn sent(&self) -> &Update;

@@ -26,9 +26,12 @@ impl SaMomentum {
 }
 
 impl CompressionMethod for SaMomentum {
-    fn step(&mut self, direction: &Direction<'_>, payload: &mut Vec<u8>) -> Result<(), NonFinite> {
+    fn accumulate(&mut self, direction: &Direction<'_>) {
         let rate = direction.rate;
         for_each_direction(&mut self.u, direction, self.weight_decay, |u, d| *u += rate * d);
+    }
+
+    fn send(&mut self, _: f32, _: f32, payload: &mut Vec<u8>) -> Result<(), NonFinite> {
         self.sender.send(&self.u, 1.0, payload)?;
         let release = self.release;
         self.sender.for_each_sent(&mut self.u, |u, q| *u -= release * q);

@@ -81,16 +81,25 @@ impl Replica for HostReplica {
         Ok(gradient_norm(gradient))
     }
 
-    fn step(
+    fn accumulate(
         &mut self,
         gradient: &[f32],
         Rates { scale, rate, local_rate }: Rates,
+    ) -> Result<(), Infallible> {
+        let theta = if self.method.uses_local_view() { &self.view } else { &self.theta };
+        self.method.accumulate(&Direction { gradient, scale, rate, local_rate, theta });
+        self.view_is_current = false;
+        Ok(())
+    }
+
+    fn step(
+        &mut self,
+        gradient: &[f32],
+        rates: Rates,
         payload: &mut Vec<u8>,
     ) -> Result<Result<(), NonFinite>, Infallible> {
-        let theta = if self.method.uses_local_view() { &self.view } else { &self.theta };
-        let direction = Direction { gradient, scale, rate, local_rate, theta };
-        self.view_is_current = false;
-        Ok(self.method.step(&direction, payload))
+        self.accumulate(gradient, rates)?;
+        Ok(self.method.send(rates.rate, rates.local_rate, payload))
     }
 
     fn sent(&self) -> &Update {

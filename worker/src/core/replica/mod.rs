@@ -75,6 +75,13 @@ pub trait Replica: Send {
     /// If the gradient is of another layout.
     fn norm(&mut self, gradient: &Self::Vector) -> Result<f64, Self::Error>;
 
+    /// Takes in a gradient that was taken at the last [`view`](Self::view) and whose norm is finite, and sends nothing: it waits with
+    /// what was not sent before, and counts in the next view of methods with a local one.
+    ///
+    /// # Errors
+    /// If the place fails.
+    fn accumulate(&mut self, gradient: &Self::Vector, rates: Rates) -> Result<(), Self::Error>;
+
     /// Takes in a gradient that was taken at the last [`view`](Self::view) and whose norm is finite, appends to `payload`
     /// the bytes of what is sent, and remembers it as [`sent`](Self::sent).
     ///
