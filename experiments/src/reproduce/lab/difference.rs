@@ -54,13 +54,24 @@ impl Difference {
         }
     }
 
+    fn better(&self) -> usize {
+        self.values.iter().filter(|&&value| value < 0.0).count()
+    }
+
+    fn worse(&self) -> usize {
+        self.values.iter().filter(|&&value| value > 0.0).count()
+    }
+
     /// Whether a claim that this is better, or as good, held.
     pub(in crate::reproduce) fn held(&self) -> &'static str {
         match self.agreement() {
             Agreement::Better => "**held**",
             Agreement::Worse => "**did not hold**",
             Agreement::Mixed if self.values.iter().all(|&value| value == 0.0) => "**a tie**",
-            Agreement::Mixed => "**a tie**, better with some seeds and worse with others",
+            Agreement::Mixed if self.better() > 0 && self.worse() > 0 => {
+                "**a tie**, better with some seeds and worse with others"
+            }
+            Agreement::Mixed => "**a tie**, as good with some seeds",
         }
     }
 }
@@ -74,10 +85,12 @@ impl fmt::Display for Difference {
         }
         let (mean, spread) = mean_and_spread(&self.values);
         write!(f, "{}{}", if mean < 0.0 { "−" } else { "+" }, plus_minus(mean.abs(), spread, 4))?;
-        let better = self.values.iter().filter(|&&value| value < 0.0).count();
+        let (better, worse) = (self.better(), self.worse());
         match (seeds, self.agreement()) {
             (1, _) => write!(f, " with the only seed"),
-            (_, Agreement::Mixed) => write!(f, ", lower with {better} of {seeds} seeds"),
+            (_, Agreement::Mixed) => {
+                write!(f, ", lower with {better} and higher with {worse} of {seeds} seeds")
+            }
             _ => write!(f, " with every seed"),
         }
     }
@@ -127,9 +140,10 @@ mod tests {
         let mixed = of(&[1.0, 1.2, 1.0], &[1.1, 1.1, 1.1]);
         assert_eq!(mixed.agreement(), Agreement::Mixed);
         assert!(mixed.held().starts_with("**a tie**"));
-        assert_eq!(mixed.to_string(), "−0.0333 ± 0.1155, lower with 2 of 3 seeds");
+        assert_eq!(mixed.to_string(), "−0.0333 ± 0.1155, lower with 2 and higher with 1 of 3 seeds");
         assert_eq!(of(&[1.0], &[0.5]).to_string(), "+0.5000 with the only seed");
         assert_eq!(of(&[1.0, 1.0], &[1.0, 1.0]).held(), "**a tie**");
+        assert_eq!(of(&[1.0, 1.0], &[1.0, 0.5]).held(), "**a tie**, as good with some seeds");
     }
 
     #[test]
