@@ -127,7 +127,7 @@ fn main() -> ExitCode {
             let is_usage =
                 matches!(error.downcast_ref(), Some(ServerError::Listen(_) | ServerError::Config(_)))
                     || error.is::<UsageError>()
-                    || matches!(error.downcast_ref(), Some(PlaceError::Precision));
+                    || error.downcast_ref().is_some_and(PlaceError::is_usage);
             let other = if is_usage { 2 } else { 1 };
             ExitCode::from(error.downcast_ref().map_or(other, RunOptionsError::exit_code))
         }

@@ -90,7 +90,8 @@ pub struct DeviceReplica<D: MethodKernels> {
     u: D::Storage,
     /// DGC's r, or the second moment v.
     second: Option<D::Storage>,
-    /// What was selected last; its indices are those of `sent`, its values anything.
+    /// What was selected last. While a push is pending its indices are those of `sent`, its values anything; nothing is accumulated
+    /// then.
     selected: D::Entries,
     /// Of what is added to the model.
     received: D::Entries,

@@ -106,8 +106,8 @@ fn main() -> ExitCode {
             // Nobody is left to tell when standard error is closed.
             let _ = writeln!(std::io::stderr(), "error: {}", one_sentence(error.as_ref()));
             // 2: the command line is to be mended; 1: anything else.
-            let is_of_command_line = error.is::<JoinError>()
-                || matches!(error.downcast_ref::<PlaceError>(), Some(PlaceError::Precision));
+            let is_of_command_line =
+                error.is::<JoinError>() || error.downcast_ref().is_some_and(PlaceError::is_usage);
             ExitCode::from(if is_of_command_line { 2 } else { 1 })
         }
     }

@@ -151,19 +151,26 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     require(usable, "norm_limit", norm_limit, "0, or above 1")?;
     require(server.shards >= 1, "shards", server.shards, at_least_one)?;
     require(server.sessions_max <= 1 << 16, "sessions_max", server.sessions_max, "at most 65536")?;
-    let local_steps = training.local_steps;
-    require((1..=LOCAL_STEPS_MAX).contains(&local_steps), "local_steps", local_steps, "from 1 to 1024")?;
-    let alone = local_steps == 1 || !training.overlap;
-    require(
-        alone,
-        "local_steps",
-        local_steps,
-        "1 with overlap, which takes one gradient while an exchange is under way",
-    )?;
+    check_local_steps(config)?;
     if training.method == Method::Msgd && config.run.workers != 1 {
         return Err(ConfigError::OneWorkerOnly(config.run.workers));
     }
     check_model(config)
+}
+
+fn check_local_steps(config: &RunConfig) -> Result<(), ConfigError> {
+    let training = &config.training;
+    let local_steps = training.local_steps;
+    let refuse_unless = |holds, allowed| require(holds, "local_steps", local_steps, allowed);
+    refuse_unless((1..=LOCAL_STEPS_MAX).contains(&local_steps), "from 1 to 1024")?;
+    let is_one = local_steps == 1;
+    let allowed = "1 with a method other than dgs-adam: they have no view that the steps could be seen in";
+    refuse_unless(is_one || training.method == Method::DgsAdam, allowed)?;
+    let allowed = "1 with overlap, which takes one gradient while an exchange is under way";
+    refuse_unless(is_one || !training.overlap, allowed)?;
+    let tokens = u64::from(config.data.batch_size) * config.model.context.min(1 << 31) as u64;
+    let fits = u32::try_from(tokens.saturating_mul(u64::from(local_steps))).is_ok();
+    refuse_unless(fits, "smaller: a push counts fewer than 2^32 tokens, of batch_size sequences a step")
 }
 
 /// Checks that what is said about keeping the state does not go without a place to keep it.

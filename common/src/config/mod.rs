@@ -119,7 +119,7 @@ settings! {
     TrainingSettings / TrainingPart ["Training"] from (defaults: &MethodDefaults) {
         /// What workers accumulate and send
         method: Method = defaults.method;
-        /// Gradient evaluations over all workers
+        /// Exchanges of all workers together: of a gradient each, or of local_steps
         steps: u64 = 4500;
         /// Peak learning rate (η0)
         learning_rate: f64 = defaults.learning_rate;
@@ -145,8 +145,8 @@ settings! {
         weight_decay: f32 = 0.0;
         /// Gradients are scaled down to this norm; 0 leaves them alone
         clip_norm: f32 = 1.0;
-        /// Steps that a worker takes by itself per exchange, on a batch each: what they come to is sent together, so that with 4 a
-        /// quarter as many bytes and exchanges serve as many gradients, each worth a little less (dgs-adam)
+        /// Steps that a worker takes by itself per exchange, on a batch each; what they come to is sent together. With 4, a quarter of
+        /// the steps have as many gradients, for a quarter of the bytes (dgs-adam only; for up to about 8 workers)
         local_steps: u32 = 1;
         /// Compute the next gradient while an exchange is under way: hides the network, adds a step of staleness
         overlap: bool = false;
@@ -661,11 +661,17 @@ mod tests {
     }
 
     #[test]
-    fn local_steps_go_without_overlap() {
+    fn local_steps_have_their_limits() {
         let resolved = |file: &str| parse(file).unwrap().resolve();
         assert_eq!(resolved("").unwrap().training.local_steps, 1);
         assert!(resolved("[training]\nlocal_steps = 4").is_ok());
-        for file in ["local_steps = 0", "local_steps = 1025", "local_steps = 2\noverlap = true"] {
+        for file in [
+            "local_steps = 0",
+            "local_steps = 1025",
+            "local_steps = 2\noverlap = true",
+            "local_steps = 2\nmethod = 'dgs'",
+            "local_steps = 1024\n[data]\nbatch_size = 65536",
+        ] {
             let refused = resolved(&format!("[training]\n{file}")).unwrap_err().to_string();
             assert!(refused.contains("local_steps = "), "{refused}");
         }

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use sanderling_common::config::RunConfig;
 use sanderling_common::config::cli::RunOptions;
 use sanderling_common::corpus::{Characters, Corpus, Vocabulary};
 use sanderling_common::join::JoinString;
+use sanderling_common::origin::Origin;
 use sanderling_common::report::one_sentence;
 use sanderling_common::tokenizer::Tokenizer;
 use sanderling_server::net::{Outcome, Server};
@@ -81,12 +83,12 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
     let outcome = runtime.block_on(async {
         let stop =
             stop_on_interrupt(|| warn!("stopping early; Ctrl-C again to stop at once, without a checkpoint"));
-        let server = Server::start(run, None)?;
         let said = match &place {
-            Place::Cpu => said,
-            // All at once: the last of them is not to find out that there is no room when the others have begun.
-            Place::Gpu(gpu) => format!("{said}; {}", estimate(gpu, &server)?),
+            // What a run that is upcycled needs is known when it is: the workers say it.
+            Place::Gpu(gpu) if !run.upcycles() => format!("{said}; {}", estimate(gpu, &run)?),
+            _ => said,
         };
+        let server = Server::start(run, None)?;
         serve_with_workers(server, (place, said), stop).await
     });
     let reported = outcome.and_then(|outcome| report(&outcome));
@@ -95,10 +97,11 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
     reported
 }
 
-/// What the workers need of a GPU, in a sentence.
-fn estimate(gpu: &Gpu, server: &Server) -> anyhow::Result<String> {
-    let run = server.run();
-    let config = run.model_config(server.corpus().vocabulary().len());
+/// What the workers need of a GPU, in a sentence: all at once, so that the last of them does not find out that there is no room
+/// when the others have begun.
+fn estimate(gpu: &Gpu, run: &RunConfig) -> anyhow::Result<String> {
+    let corpus = Origin::open(run)?.corpus(run)?;
+    let config = run.model_config(corpus.vocabulary().len());
     Ok(gpu.estimate(run, &config, run.run.workers)?)
 }
 

@@ -165,7 +165,7 @@ impl WorkerProcess {
         let staleness = core.last_staleness();
         // Now and then a batch of several local steps.
         for _ in 0..batch.0 % 3 {
-            let Ok(()) = core.handle_local_gradient(&gradient);
+            let Ok(()) = core.handle_local_gradient(&gradient, 1.0);
         }
         // Now and then one that cannot be used.
         let loss = if batch.0 % 17 == 5 { f32::NAN } else { 1.0 };

@@ -24,6 +24,9 @@ pub struct Arguments {
 /// Local steps, and the fraction kept up.
 const WAYS: [(u32, f64); 6] = [(1, 0.01), (1, 0.005), (1, 0.0025), (2, 0.01), (4, 0.01), (8, 0.01)];
 
+/// All local steps divide it.
+const LOCAL_STEPS_MOST: u64 = 8;
+
 /// Runs the command.
 ///
 /// # Errors
@@ -31,13 +34,14 @@ const WAYS: [(u32, f64); 6] = [(1, 0.01), (1, 0.005), (1, 0.0025), (2, 0.01), (4
 pub fn local_steps(arguments: &Arguments) -> anyhow::Result<()> {
     let quick = arguments.options.quick;
     let workers: &[u32] = if quick { &[8] } else { &[4, 8, 32] };
-    let steps = arguments.options.steps(8000, 1600);
+    // As many gradients in every row.
+    let steps = arguments.options.steps(8000, 1600).next_multiple_of(LOCAL_STEPS_MOST);
     let variant = |workers: u32, (local_steps, keep): (u32, f64)| Variant {
         cells: vec![workers.to_string(), local_steps.to_string(), format!("{} %", 100.0 * keep)],
         picture: format!("Local steps, {workers} workers"),
         settings: format!(
             "[training]\nlocal_steps = {local_steps}\nsteps = {}\n[exchange]\nkeep = {keep:?}\n",
-            (steps / u64::from(local_steps)).max(1)
+            steps / u64::from(local_steps)
         ),
         workers,
         trainer: Trainer::Workers(Conditions::default()),

@@ -19,7 +19,7 @@ use sanderling_common::wire::control::EvaluationReport;
 use sanderling_common::wire::frame::{Reply, WireError};
 use sanderling_common::wire::{EvaluationJob, Push, Refusal, Split, Work};
 use sanderling_server::core::{Base, Log, SerialServer, ServerSettings, SessionsFull};
-use sanderling_worker::core::{AnswerError, Diverged, WorkerCore, WorkerSettings};
+use sanderling_worker::core::{AnswerError, Diverged, WorkerCore, WorkerSettings, means_over_steps};
 use sanderling_worker::model::ModelError;
 
 pub use conditions::Conditions;
@@ -27,7 +27,7 @@ use conditions::{Direction, happens};
 pub use script::follow;
 
 use crate::due::Due;
-use crate::task::{Score, Taken, Task};
+use crate::task::{Score, Task};
 
 /// How long a worker waits for a lost answer, and for work when there is none.
 const RETRY_AFTER: f64 = 3.0;
@@ -38,25 +38,31 @@ const LEASE: f64 = 20.0;
 /// How long an evaluation takes.
 const EVALUATION: f64 = 10.0;
 
-/// Takes the gradient of a batch, and before it the local steps that it has; loss and dropped share are means over them.
+/// What a push says of the batch that it is of.
+struct Pushed {
+    loss: f32,
+    dropped: f32,
+    samples: u32,
+}
+
+/// Takes the gradient of a batch, and before it the local steps that it has.
 fn take_gradients(
     task: &mut dyn Task,
     core: &mut WorkerCore,
     batch: BatchId,
     local_steps: u32,
-) -> Result<Taken, ModelError> {
-    let mut sum = Taken { loss: 0.0, dropped: 0.0, samples: 0 };
+) -> Result<Pushed, ModelError> {
+    let (mut steps, mut samples) = (Vec::new(), 0_u32);
     for step in 0..local_steps {
         let taken = task.take_gradient(core.view(), batch.of_local_step(local_steps, step))?;
-        sum.loss += taken.loss;
-        sum.dropped += taken.dropped;
-        sum.samples = sum.samples.saturating_add(taken.samples);
+        steps.push((taken.loss, taken.dropped));
+        samples = samples.saturating_add(taken.samples);
         if step + 1 < local_steps {
-            let Ok(()) = core.handle_local_gradient(task.gradient());
+            let Ok(()) = core.handle_local_gradient(task.gradient(), taken.loss);
         }
     }
-    let count = f64::from(local_steps);
-    Ok(Taken { loss: sum.loss / count, dropped: sum.dropped / count, ..sum })
+    let (loss, dropped) = means_over_steps(&steps);
+    Ok(Pushed { loss, dropped, samples })
 }
 
 /// Who evaluates the model along the way.
@@ -373,8 +379,8 @@ impl<'a> Simulation<'a> {
         let taken = take_gradients(self.task, core, batch, self.run.training.local_steps)?;
         // A real worker hears of the server's step in datagrams that take no time to speak of.
         let staleness = u32::try_from(step.0 - core.view_step().0).unwrap_or(u32::MAX);
-        let (loss, dropped) = (taken.loss as f32, taken.dropped as f32);
-        core.handle_gradient(batch, self.task.gradient(), loss, dropped, taken.samples, staleness)?;
+        let Pushed { loss, dropped, samples } = taken;
+        core.handle_gradient(batch, self.task.gradient(), loss, dropped, samples, staleness)?;
         self.send(worker);
         Ok(())
     }

@@ -9,7 +9,7 @@ use sanderling_common::wire::frame::Reply;
 use sanderling_server::core::{Begun, Log, Note, Record, SerialServer, ServerSettings};
 use sanderling_worker::core::{AnswerError, WorkerCore, WorkerSettings};
 
-use super::{SimulationError, take_gradients};
+use super::{Pushed, SimulationError, take_gradients};
 use crate::task::Task;
 
 /// A worker, and its push between its step and its answer.
@@ -45,10 +45,9 @@ pub fn follow<'a>(
                 let batch = core.next_batch().ok_or(Refusal::NotLeased)?;
                 assert_eq!(batch, push.batch, "the worker of {} has another batch next", push.session);
                 let staleness = push.known_staleness;
-                let taken = take_gradients(task, core, batch, run.training.local_steps)?;
-                let (loss, dropped) = (taken.loss as f32, taken.dropped as f32);
-                let push =
-                    core.handle_gradient(batch, task.gradient(), loss, dropped, taken.samples, staleness)?;
+                let Pushed { loss, dropped, samples } =
+                    take_gradients(task, core, batch, run.training.local_steps)?;
+                let push = core.handle_gradient(batch, task.gradient(), loss, dropped, samples, staleness)?;
                 *begun = Some(server.begin_push(push)?);
                 continue;
             }

@@ -69,6 +69,20 @@ pub struct WorkerCounters {
     pub answers: u64,
 }
 
+/// What a push says of its gradients, of the loss and the dropped share of each: means over those whose loss is finite. A last one that
+/// is not makes the loss no number, as the push is of no use then.
+pub fn means_over_steps(steps: &[(f64, f64)]) -> (f32, f32) {
+    let Some((last, _)) = steps.last().filter(|(loss, _)| loss.is_finite()) else { return (f32::NAN, 0.0) };
+    let finite = || steps.iter().filter(|(loss, _)| loss.is_finite());
+    let mean = |of: fn(&(f64, f64)) -> f64| (finite().map(of).sum::<f64>() / finite().count() as f64) as f32;
+    // A single one is told as it is.
+    if steps.len() == 1 {
+        (*last as f32, steps[0].1 as f32)
+    } else {
+        (mean(|step| step.0), mean(|step| step.1))
+    }
+}
+
 /// With this learning rate the training cannot go on, and neither can the session.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 pub enum Diverged {
@@ -265,17 +279,22 @@ impl<R: Replica> WorkerCore<R> {
 
     /// Takes in the gradient of a step that the worker takes by itself, on a part of the next batch and at the last
     /// [`view`](Self::view); what it comes to is sent with what follows. Its rate is that of the last push's staleness, so that what
-    /// becomes of it depends on nothing that the push does not tell. A gradient that is not finite changes nothing.
+    /// becomes of it depends on nothing that the push does not tell. A gradient or a loss that is not finite changes nothing, and is
+    /// counted as skipped.
     ///
     /// # Errors
     /// The replica's if the place where it is kept fails.
     ///
     /// # Panics
     /// If a push is pending, or the gradient is of another layout.
-    pub fn handle_local_gradient(&mut self, gradient: &R::Vector) -> Result<(), R::Error> {
+    pub fn handle_local_gradient(&mut self, gradient: &R::Vector, loss: f64) -> Result<(), R::Error> {
         assert!(!self.is_pending, "a gradient came while a push was pending");
         let norm = self.replica.norm(gradient)?;
-        let Some(scale) = scale_of_norm(norm, self.settings.method.clip_norm) else { return Ok(()) };
+        let usable = scale_of_norm(norm, self.settings.method.clip_norm).filter(|_| loss.is_finite());
+        let Some(scale) = usable else {
+            self.counters.skipped += 1;
+            return Ok(());
+        };
         let entered_at = Step(self.view_step.0.saturating_add(u64::from(self.staleness)));
         let (rate, local_rate) = self.settings.schedule.rates(entered_at, self.staleness);
         self.replica.accumulate(gradient, Rates { scale, rate, local_rate })
@@ -418,6 +437,13 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn a_push_tells_means_of_what_is_finite() {
+        assert_eq!(means_over_steps(&[(2.0, 0.5)]), (2.0, 0.5));
+        assert_eq!(means_over_steps(&[(2.0, 0.5), (f64::NAN, 0.0), (4.0, 0.25)]), (3.0, 0.375));
+        assert!(means_over_steps(&[(2.0, 0.5), (f64::INFINITY, 0.0)]).0.is_nan());
+    }
+
     /// SGD that sends everything: the push has all local gradients, clipped each, but those that are of no use.
     #[test]
     fn local_gradients_are_sent_together() {
@@ -432,9 +458,12 @@ mod tests {
         let mut core = WorkerCore::new(layout, &settings, SessionId(1), vec![1.0, 2.0], Step(0));
         let batches = Some(BatchRange { first: BatchId(0), count: 1 });
         core.add_work(&Work { batches, ..Work::default() }).unwrap();
-        for gradient in [[0.25, 0.0], [f32::NAN, 1.0], [0.0, -3.0]] {
-            let Ok(()) = core.handle_local_gradient(&gradient);
+        for (gradient, loss) in
+            [([0.25, 0.0], 1.0), ([f32::NAN, 1.0], 1.0), ([9.0, 9.0], f64::NAN), ([0.0, -3.0], 1.0)]
+        {
+            let Ok(()) = core.handle_local_gradient(&gradient, loss);
         }
+        assert_eq!(core.counters().skipped, 2);
         assert_eq!(core.view(), [1.0, 2.0]);
         let push = core.handle_gradient(BatchId(0), &[0.25, 0.5], 1.0, 0.0, 1, 0).unwrap();
         assert!(!push.skipped);

@@ -20,8 +20,8 @@ use sanderling_common::model_config::{FeedForward, ModelConfig, ModelConfigError
 pub use self::cache::Cache;
 use self::pass::Pass;
 use self::plan::Plan;
-pub(crate) use self::too_large::GB;
 pub use self::too_large::TooLarge;
+pub(crate) use self::too_large::{GB, bytes_text};
 pub use self::workspace::StepMemory;
 use self::workspace::{Activations, Gradients};
 use crate::kernels::{AttentionShape, Kernels, RouterStatistics};

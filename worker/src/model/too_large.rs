@@ -3,6 +3,12 @@
 /// Bytes in a gigabyte, as memory is told to people.
 pub(crate) const GB: f64 = 1e9;
 
+/// Bytes of memory as people are told: megabytes below a gigabyte.
+pub(crate) fn bytes_text(bytes: usize) -> String {
+    let bytes = bytes as f64;
+    if bytes < GB { format!("{:.1} MB", bytes / 1e6) } else { format!("{:.1} GB", bytes / GB) }
+}
+
 /// A run needs more memory than a GPU has free.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[error(
@@ -41,6 +47,12 @@ fn remedy(fits: Option<usize>, workers: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn little_memory_is_told_in_megabytes() {
+        assert_eq!(bytes_text(2_300_000), "2.3 MB");
+        assert_eq!(bytes_text(141_000_000_000), "141.0 GB");
+    }
 
     #[test]
     fn what_does_not_fit_is_said_with_what_would() {

@@ -25,7 +25,9 @@ use super::bulk::{BulkError, Download, parameters};
 use super::connection::Link;
 use super::{Lost, WorkerError, WorkerOptions, WorkerReport};
 use crate::core::replica::Replica;
-use crate::core::{AnswerError, Diverged, ImageError, RestoredWorker, WorkerCore, WorkerSettings};
+use crate::core::{
+    AnswerError, Diverged, ImageError, RestoredWorker, WorkerCore, WorkerSettings, means_over_steps,
+};
 use crate::data::Batch;
 use crate::engine::Compute;
 use crate::model::{ModelError, StepLoss};
@@ -236,16 +238,6 @@ struct Computed {
     tokens: usize,
 }
 
-impl Computed {
-    fn of(batch: BatchId, taken: &[(StepLoss, usize)]) -> Self {
-        let mean = |of: fn(&StepLoss) -> f64| {
-            (taken.iter().map(|(loss, _)| of(loss)).sum::<f64>() / taken.len() as f64) as f32
-        };
-        let tokens = taken.iter().map(|(_, tokens)| tokens).sum();
-        Self { batch, loss: mean(|loss| loss.cross_entropy), dropped: mean(|loss| loss.dropped), tokens }
-    }
-}
-
 impl<S: Site> Member<S> {
     /// Gets the text, and what the initial model is made of, and builds the model that the server describes.
     pub(super) async fn prepare(
@@ -380,7 +372,11 @@ impl<S: Site> Member<S> {
                 self.evaluate(link, options, job, stop).await?;
             } else if let Some(batch) = next_batch {
                 if self.computed.is_none() {
-                    self.compute(options, batch).await?;
+                    let (stop, is_over) = (stop.clone(), link.run_is_over());
+                    self.compute(options, batch, move || !*stop.borrow() && !is_over()).await?;
+                }
+                if self.computed.is_none() {
+                    return if *stop.borrow() { Ok(()) } else { Err(Lost::Finished) };
                 }
                 self.push(link).await?;
             } else {
@@ -401,24 +397,37 @@ impl<S: Site> Member<S> {
     }
 
     /// Takes the gradient of a batch on a blocking thread, under a permit where computations are rationed, and before it the local
-    /// steps that it has.
-    async fn compute(&mut self, options: &WorkerOptions, batch: BatchId) -> Result<(), Lost> {
+    /// steps that it has. It is given up between two of them for `keep_going`, after which the session ends.
+    async fn compute(
+        &mut self,
+        options: &WorkerOptions,
+        batch: BatchId,
+        keep_going: impl Fn() -> bool + Send + 'static,
+    ) -> Result<(), Lost> {
         let mut prepared = self.prepared.take().filter(|(id, _)| *id == batch).map(|(_, tokens)| tokens);
         let local_steps = self.local_steps;
         let computed = self.at_desk(options, move |desk| {
-            let mut taken = Vec::new();
+            let (mut taken, mut tokens) = (Vec::new(), 0);
             for step in 0..local_steps {
+                if step > 0 && !keep_going() {
+                    return Ok(None);
+                }
                 let own = batch.of_local_step(local_steps, step);
                 let sequences = prepared.take().unwrap_or_else(|| desk.engine.batch(own));
                 let core = desk.core.as_mut().expect("the base model has arrived");
-                taken.push((desk.engine.take_gradient(core.view(), &sequences)?, sequences.tokens()));
+                let StepLoss { cross_entropy: loss, dropped, .. } =
+                    desk.engine.take_gradient(core.view(), &sequences)?;
+                taken.push((loss, dropped));
+                tokens += sequences.tokens();
                 if step + 1 < local_steps {
-                    core.handle_local_gradient(desk.engine.gradient()).map_err(ModelError::device)?;
+                    let handled = core.handle_local_gradient(desk.engine.gradient(), loss);
+                    handled.map_err(ModelError::device)?;
                 }
             }
-            Ok(Computed::of(batch, &taken))
+            let (loss, dropped) = means_over_steps(&taken);
+            Ok(Some(Computed { batch, loss, dropped, tokens }))
         });
-        self.computed = Some(computed.await?);
+        self.computed = computed.await?;
         Ok(())
     }
 
@@ -458,7 +467,7 @@ impl<S: Site> Member<S> {
     async fn push(&mut self, link: &Link) -> Result<(), Lost> {
         let Computed { batch, loss, dropped, tokens } = self.computed.take().expect("a gradient was taken");
         let staleness = self.staleness(link);
-        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+        let tokens = u32::try_from(tokens).expect("the configuration bounds a batch");
         let pushed = self.blocking(move |desk| {
             let core = desk.core.as_mut().expect("the base model has arrived");
             let gradient = desk.engine.gradient();
@@ -507,7 +516,8 @@ impl<S: Site> Member<S> {
         let next = core.next_batch().filter(|_| self.computed.is_none());
         let meanwhile = async {
             match next {
-                Some(batch) if self.overlap => self.compute(options, batch).await,
+                // It has one step, which is not given up.
+                Some(batch) if self.overlap => self.compute(options, batch, || true).await,
                 Some(batch) => {
                     let first = batch.of_local_step(self.local_steps, 0);
                     let tokens = self.desk().engine.batch(first);

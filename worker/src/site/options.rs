@@ -77,6 +77,13 @@ pub enum PlaceError {
     Precision,
 }
 
+impl PlaceError {
+    /// Whether what people said is to be mended, and not the machine.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Precision | Self::Cuda { source: CudaError::UnknownKernels(_), .. })
+    }
+}
+
 /// Where a worker computes and how precisely, as options of a command line.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
 pub struct DeviceOptions {
@@ -103,11 +110,19 @@ impl DeviceOptions {
                 let opened = gpu(number, precision);
                 opened.map_err(|source| PlaceError::Cuda { device: self.device, source })
             }
-            Device::Auto => Ok(gpu(0, precision).unwrap_or_else(|error| {
-                let ignored = self.precision.map(|asked| format!("; it computes in f32, not in {asked}"));
-                let ignored = ignored.unwrap_or_default();
-                (Place::Cpu, format!("computing on the CPU, since no GPU can be used: {error}{ignored}"))
-            })),
+            Device::Auto => match gpu(0, precision) {
+                Ok(found) => Ok(found),
+                // That is nothing that the machine lacks.
+                Err(source @ CudaError::UnknownKernels(_)) => {
+                    Err(PlaceError::Cuda { device: self.device, source })
+                }
+                Err(error) => {
+                    let ignored = self.precision.map(|asked| format!("; it computes in f32, not in {asked}"));
+                    let ignored = ignored.unwrap_or_default();
+                    let why = format!("computing on the CPU, since no GPU can be used: {error}{ignored}");
+                    Ok((Place::Cpu, why))
+                }
+            },
         }
     }
 }

@@ -21,7 +21,7 @@ pub(crate) fn run() -> RunConfig {
     let file = "[run]\nworkers = 1\nseed = 3\n[data]\nbatch_size = 1\n\
                 [model]\nhidden_size = 16\nlayers = 1\nheads = 2\nkv_heads = 1\nintermediate_size = 16\nexperts = 3\n\
                 context = 8\n\
-                [exchange]\nreplica_check_every = 2\n\
+                [exchange]\nreplica_check_every = 2\ndense_below = 20\n\
                 [training]\nsteps = 20\nwarmup_steps = 2\n";
     parse(file).unwrap().resolve().unwrap()
 }

@@ -17,8 +17,11 @@ use sanderling_worker::kernels::method::MethodKernels;
 
 const FORMATS: [ValueFormat; 4] = [ValueFormat::F32, ValueFormat::Bf16, ValueFormat::Int8, ValueFormat::Sign];
 
-/// The gradient of this batch cannot be used.
+/// The gradient of this batch cannot be used, though that of a local step before it can.
 const BAD_BATCH: u64 = 3;
+
+/// Of this one it is the other way round.
+const BAD_LOCAL_BATCH: u64 = 5;
 
 /// What two workers live through.
 #[derive(Clone, Debug)]
@@ -197,7 +200,15 @@ pub(crate) fn same_as_the_host<D: MethodKernels>(course: &Course, make: impl Fn(
     twins.device.add_work(&Work { batches, ..Work::default() }).unwrap();
     let mut taken = None;
     for exchange in 0..course.exchanges {
-        let gradient = taken.take().unwrap_or_else(|| twins.take_gradient(course));
+        let gradient = match taken.take() {
+            Some(gradient) => gradient,
+            None => {
+                if exchange % 2 == 1 {
+                    twins.take_local_step(course);
+                }
+                twins.take_gradient(course)
+            }
+        };
         twins.push(&gradient);
         twins.compare_images();
         if exchange == course.exchanges / 2 {
@@ -210,7 +221,8 @@ pub(crate) fn same_as_the_host<D: MethodKernels>(course: &Course, make: impl Fn(
         twins.evaluate(course, exchange);
     }
     assert_eq!(twins.host.counters(), twins.device.counters());
-    assert_eq!(twins.host.counters().skipped, u64::from(course.exchanges > BAD_BATCH));
+    let local = !course.overlap && course.exchanges > BAD_LOCAL_BATCH;
+    assert_eq!(twins.host.counters().skipped, u64::from(course.exchanges > BAD_BATCH) + u64::from(local));
 }
 
 impl<D: MethodKernels, M: Fn() -> D> Twins<D, M> {
@@ -227,14 +239,23 @@ impl<D: MethodKernels, M: Fn() -> D> Twins<D, M> {
         gradient(course, self.host.next_batch().unwrap(), &view)
     }
 
+    /// A step that both take by themselves, before the one whose gradient is pushed.
+    fn take_local_step(&mut self, course: &Course) {
+        let batch = self.host.next_batch().unwrap();
+        let view = self.download(|device| device.view());
+        assert_eq!(bits(&view), bits(self.host.view()));
+        let mut gradient = gradient(course, BatchId(1000 + batch.0), &view);
+        if batch.0 == BAD_LOCAL_BATCH {
+            gradient[0] = f32::INFINITY;
+        }
+        self.hand.upload(&gradient, &mut self.gradient);
+        let Ok(()) = self.host.handle_local_gradient(&gradient, 1.0);
+        self.device.handle_local_gradient(&self.gradient, 1.0).unwrap();
+    }
+
     fn push(&mut self, gradient: &[f32]) {
         let batch = self.host.next_batch().unwrap();
         self.hand.upload(gradient, &mut self.gradient);
-        // Some batches have a local step before, one of them with a gradient of no use.
-        if batch.0 % 2 == 1 {
-            let Ok(()) = self.host.handle_local_gradient(gradient);
-            self.device.handle_local_gradient(&self.gradient).unwrap();
-        }
         let expected = self.host.handle_gradient(batch, gradient, 1.0, 0.5, 9, 0).unwrap();
         let push = self.device.handle_gradient(batch, &self.gradient, 1.0, 0.5, 9, 0).unwrap();
         assert_eq!(push, expected);

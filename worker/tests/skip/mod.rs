@@ -13,6 +13,9 @@ use std::sync::{Mutex, PoisonError};
 
 use sanderling_worker::kernels::cuda::{Cuda, CudaError};
 
+/// What can be lacking.
+const KINDS: [&str; 3] = ["gpu", "nvrtc", "compiler"];
+
 const REQUIRE_VARIABLE: &str = "SANDERLING_TESTS_REQUIRE";
 
 /// What was said already in this process.
@@ -24,7 +27,10 @@ static SAID: Mutex<Option<HashSet<String>>> = Mutex::new(None);
 /// If it must be there.
 pub(crate) fn skip(lacking: &str, why: &dyn Display) {
     let required = std::env::var(REQUIRE_VARIABLE).unwrap_or_default();
-    let is_required = required.split(',').any(|name| name.trim() == lacking);
+    let mut names = required.split(',').map(str::trim).filter(|name| !name.is_empty());
+    let unknown = names.clone().find(|name| !KINDS.contains(name));
+    assert!(unknown.is_none(), "{REQUIRE_VARIABLE} names {unknown:?}, which is none of {KINDS:?}");
+    let is_required = names.any(|name| name == lacking);
     assert!(!is_required, "{REQUIRE_VARIABLE} names {lacking}, and {why}");
     let text = format!("SKIPPED, what needs {lacking}: {why}\n");
     if SAID.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().insert(text.clone()) {
@@ -43,9 +49,10 @@ pub(crate) fn kernels(made: Result<Cuda, CudaError>) -> Option<Cuda> {
         Err(error) => error,
     };
     match error {
-        CudaError::MissingLibrary(_) | CudaError::NoDevice { .. } | CudaError::TooOld { .. } => {
-            skip("gpu", &error)
-        }
+        CudaError::MissingLibrary(_)
+        | CudaError::NoDevice { .. }
+        | CudaError::TooOld { .. }
+        | CudaError::OldDriver { .. } => skip("gpu", &error),
         CudaError::NoCompiler(_) => skip("compiler", &error),
         _ => panic!("{error}"),
     }

@@ -105,7 +105,7 @@ pub(in crate::reproduce) struct Spec {
     pub(in crate::reproduce) workers: u32,
     pub(in crate::reproduce) data: DataSettings,
     pub(in crate::reproduce) model: ModelSettings,
-    /// `steps` counts gradient evaluations; `eval_every` is how often the onlooker looks.
+    /// `steps` counts updates, of as many gradient evaluations as there are local steps; `eval_every` is how often the onlooker looks.
     pub(in crate::reproduce) training: TrainingSettings,
     pub(in crate::reproduce) exchange: ExchangeSettings,
 }
@@ -280,7 +280,9 @@ pub(in crate::reproduce) fn by_workers(
     let started = Instant::now();
     let evaluations = Evaluations::Aside { every: run.training.eval_every };
     let parameters = task.layout().len() as u64;
-    let report = match simulate(run, task, conditions, evaluations, &|done| progress.at(done)) {
+    let report = match simulate(run, task, conditions, evaluations, &|done| {
+        progress.at(done * u64::from(run.training.local_steps))
+    }) {
         Ok(report) => report,
         Err(error @ (SimulationError::Diverged(_) | SimulationError::Refused(Refusal::AbsurdNorm))) => {
             return Ok(Outcome::diverged(parameters, error.to_string()));

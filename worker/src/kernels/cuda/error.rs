@@ -1,7 +1,7 @@
 //! What can go wrong on a GPU.
 
 use super::driver::{CompileError, Library};
-use crate::model::GB;
+use crate::model::bytes_text;
 
 /// Why a GPU cannot be used, or what it failed at.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -61,8 +61,8 @@ pub enum CudaError {
     UnknownKernels(String),
     /// Memory ran out.
     #[error(
-        "the GPU has no {:.2} GB more of memory: {:.2} of {:.2} GB are free; a smaller batch_size needs less",
-        *.asked as f64 / GB, *.free as f64 / GB, *.total as f64 / GB
+        "the GPU has no {} more of memory: {} of {} are free; a smaller batch_size needs less",
+        bytes_text(*.asked), bytes_text(*.free), bytes_text(*.total)
     )]
     OutOfMemory {
         /// Bytes asked for at once.

@@ -8,8 +8,15 @@ use super::router::ROUTE_TOKENS;
 use super::routing::routing_bytes;
 use crate::model::step_memory;
 
-/// Memory that the kernels' code, cuBLASLt's workspace and the rounding of allocations take in a process, in bytes.
+/// Memory that the kernels' code and cuBLASLt's workspace take in a process, and what is left to other programs, in bytes.
 pub const RESERVE_BYTES: usize = 1 << 30;
+
+/// What a large allocation is rounded up to, in bytes.
+const ALLOCATION_BYTES: usize = 2 << 20;
+
+/// Buffers of a layer, of the rest of a step, and of a method, at most.
+const BUFFERS_PER_LAYER: usize = 20;
+const BUFFERS_BESIDE: usize = 64;
 
 /// Multiprocessors that partial sums are reckoned for: more than any GPU has.
 const MULTIPROCESSORS_MAX: usize = 256;
@@ -26,6 +33,8 @@ pub struct MemoryNeeded {
     pub step: usize,
     /// What operations need while they run, at most.
     pub scratch: usize,
+    /// What the rounding of allocations may take; small ones share what they are rounded up to.
+    pub rounding: usize,
 }
 
 impl MemoryNeeded {
@@ -41,12 +50,15 @@ impl MemoryNeeded {
         let routings: usize = step.routings.iter().map(|&shape| routing_bytes(shape)).sum();
         let step = step.floats * 4 + step.factors * twin + step.activations * activation + step.tokens * 4;
         let scratch = partials_bytes(config, rows) + integers_bytes(config, rows);
-        Ok(Self { model: parameters * (2 * 4 + twin), step: step + routings, scratch })
+        let (model, step) = (parameters * (2 * 4 + twin), step + routings);
+        let buffers = BUFFERS_PER_LAYER * config.layers + BUFFERS_BESIDE;
+        let rounding = (buffers * ALLOCATION_BYTES).min((model + step) / 4);
+        Ok(Self { model, step, scratch, rounding })
     }
 
     /// All together.
     pub fn bytes(self) -> usize {
-        self.model + self.step + self.scratch
+        self.model + self.step + self.scratch + self.rounding
     }
 }
 
@@ -57,10 +69,10 @@ fn partials_bytes(config: &ModelConfig, rows: usize) -> usize {
     let experts = experts_of(config);
     [
         rows * heads * 2 * size_of::<f32>(),
-        4 * MULTIPROCESSORS_MAX * d * size_of::<f32>(),
+        rows.min(4 * MULTIPROCESSORS_MAX) * d * size_of::<f32>(),
         2 * rows.div_ceil(EMBED_RUN) * d * size_of::<f32>(),
-        BIAS_PARTS_MAX * qkv * size_of::<f32>(),
-        (256 * experts + 2 * experts + 1) * size_of::<f64>(),
+        rows.div_ceil(32).min(BIAS_PARTS_MAX) * qkv * size_of::<f32>(),
+        (rows.div_ceil(64).min(256) * experts + 2 * experts + 1) * size_of::<f64>(),
         1025 * size_of::<f64>(),
     ]
     .into_iter()

@@ -98,11 +98,14 @@ fn reserve(memory: &mut Memory, driver: &Arc<dyn Driver>, bytes: usize) -> Resul
 
 /// What selecting from vectors of a layout takes, and what is selected, in bytes.
 pub fn selection_bytes(layout: &Layout, compression: Compression) -> usize {
+    // One that selects makes room for all.
+    let selects = layout.tensors().iter().any(|tensor| compression.entries(tensor.len) < tensor.len);
     let of_tensor = |len: usize| {
         let (count, spans) = (compression.entries(len), len.div_ceil(SPAN));
-        let selects =
-            if count < len { spans * SPAN_CHUNKS * (LIST + 2) + BINS + THRESHOLD + count } else { 0 };
-        4 * (selects + count + spans) + 8 * TENSOR_FIELDS
+        let selecting = if selects { spans * SPAN_CHUNKS * (LIST + 2) + BINS + THRESHOLD } else { 0 };
+        let indices = if count < len { count } else { 0 };
+        // With a table for what is selected, and one for what is received.
+        4 * (selecting + indices + count + spans) + 2 * 8 * TENSOR_FIELDS
     };
     layout.tensors().iter().map(|tensor| of_tensor(tensor.len)).sum()
 }

@@ -53,7 +53,7 @@ fn units() -> &'static Mutex<Units> {
 static RUNNING: Mutex<()> = Mutex::new(());
 
 /// What the device in whose place this machine is would have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Emulated {
     /// Compute capability times ten: attention of 90 is Hopper's. The experts' products are not, which have a program of their
     /// own that emulates them.
@@ -62,12 +62,22 @@ pub struct Emulated {
     pub shared_bytes: u32,
     /// Memory in all, in bytes.
     pub memory_bytes: usize,
+    /// What other programs have of it, in bytes.
+    pub others_bytes: &'static AtomicUsize,
 }
+
+/// Nobody has anything.
+static NO_OTHERS: AtomicUsize = AtomicUsize::new(0);
 
 impl Default for Emulated {
     /// Not Hopper, but with its shared memory, and no limit to the other.
     fn default() -> Self {
-        Self { architecture: 80, shared_bytes: 227 * 1024, memory_bytes: usize::MAX }
+        Self {
+            architecture: 80,
+            shared_bytes: 227 * 1024,
+            memory_bytes: usize::MAX,
+            others_bytes: &NO_OTHERS,
+        }
     }
 }
 
@@ -75,6 +85,7 @@ impl Default for Emulated {
 #[derive(Debug)]
 pub(crate) struct Emulator {
     properties: Properties,
+    others_bytes: &'static AtomicUsize,
     held_bytes: AtomicUsize,
     compiler: String,
     /// The function that starts each kernel, by the kernel's address.
@@ -94,7 +105,7 @@ impl Emulator {
         if !found {
             return Err(CudaError::NoCompiler(compiler));
         }
-        let Emulated { architecture, shared_bytes, memory_bytes } = emulated;
+        let Emulated { architecture, shared_bytes, memory_bytes, others_bytes } = emulated;
         let properties = Properties {
             name: "emulated".to_owned(),
             architecture,
@@ -103,7 +114,7 @@ impl Emulator {
             memory_bytes,
         };
         let held_bytes = AtomicUsize::new(0);
-        Ok(Self { properties, held_bytes, compiler, launches: Mutex::default() })
+        Ok(Self { properties, others_bytes, held_bytes, compiler, launches: Mutex::default() })
     }
 
     fn compile(&self, units: &mut Units, source: &Source) -> Result<Loaded, CudaError> {
@@ -174,7 +185,8 @@ impl Driver for Emulator {
     }
 
     fn free_bytes(&self) -> Result<usize, CudaError> {
-        Ok(self.properties.memory_bytes.saturating_sub(self.held_bytes.load(Ordering::Relaxed)))
+        let taken = self.held_bytes.load(Ordering::Relaxed) + self.others_bytes.load(Ordering::Relaxed);
+        Ok(self.properties.memory_bytes.saturating_sub(taken))
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address, CudaError> {
