@@ -21,7 +21,7 @@ pub use self::cache::Cache;
 use self::pass::Pass;
 use self::plan::Plan;
 pub use self::too_large::TooLarge;
-pub(crate) use self::too_large::{GB, bytes_text};
+pub(crate) use self::too_large::{bytes_text, who_needs};
 pub use self::workspace::StepMemory;
 use self::workspace::{Activations, Gradients};
 use crate::kernels::{AttentionShape, Kernels, RouterStatistics};

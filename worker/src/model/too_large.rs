@@ -1,7 +1,7 @@
 //! A run that a device has not the memory for, as people are told.
 
 /// Bytes in a gigabyte, as memory is told to people.
-pub(crate) const GB: f64 = 1e9;
+const GB: f64 = 1e9;
 
 /// Bytes of memory as people are told: megabytes below a gigabyte.
 pub(crate) fn bytes_text(bytes: usize) -> String {
@@ -13,7 +13,7 @@ pub(crate) fn bytes_text(bytes: usize) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[error(
     "{workers} about {needed:.1} GB of the GPU's memory with batches of {batch} sequences, and {free:.1} GB are free; {remedy}",
-    workers = subject(*.workers), needed = *.needed_bytes as f64 / GB, free = *.free_bytes as f64 / GB,
+    workers = who_needs(*.workers), needed = *.needed_bytes as f64 / GB, free = *.free_bytes as f64 / GB,
     remedy = remedy(*.fits, *.workers)
 )]
 pub struct TooLarge {
@@ -29,7 +29,8 @@ pub struct TooLarge {
     pub fits: Option<usize>,
 }
 
-fn subject(workers: u32) -> String {
+/// How a sentence on what so many workers need begins.
+pub(crate) fn who_needs(workers: u32) -> String {
     match workers {
         1 => "the run needs".to_owned(),
         _ => format!("{workers} workers need"),

@@ -17,7 +17,7 @@ use crate::data::Batch;
 use crate::device::{DeviceReplica, piece_bytes};
 use crate::engine::{Compute, Engine};
 use crate::kernels::cuda::{Buffer, Cuda, CudaError, MemoryNeeded, RESERVE_BYTES, selection_bytes};
-use crate::model::{GB, ModelError, StepLoss, TooLarge};
+use crate::model::{ModelError, StepLoss, TooLarge, bytes_text, who_needs};
 
 /// An NVIDIA GPU and its memory. Workers that share one share its queue.
 #[derive(Debug)]
@@ -108,9 +108,8 @@ impl Gpu {
     ) -> Result<String, ModelError> {
         let promised = *self.promised.lock().unwrap_or_else(PoisonError::into_inner);
         let (needed, free) = self.fit(run, config, workers, promised)?;
-        let (needed, free) = (needed as f64 / GB, free as f64 / GB);
-        let who = if workers == 1 { "the run needs".to_owned() } else { format!("{workers} workers need") };
-        Ok(format!("{who} about {needed:.1} GB of the GPU's memory, of which {free:.1} GB are free"))
+        let (who, needed, free) = (who_needs(workers), bytes_text(needed), bytes_text(free));
+        Ok(format!("{who} about {needed} of the GPU's memory, of which {free} are free"))
     }
 
     /// Sets aside what a worker needs, if there is that much.
