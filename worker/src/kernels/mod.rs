@@ -289,6 +289,10 @@ pub trait Kernels {
     /// # Errors
     /// The first failure of the device since the last wait.
     fn download(&mut self, buffer: &Self::Buffer, values: &mut [f32]) -> Result<(), Self::Error>;
+    /// Begins a step of the model: until [`end_step`](Self::end_step) operations may be held back, to be queued together.
+    fn begin_step(&mut self) {}
+    /// Ends it: what was held back is queued.
+    fn end_step(&mut self) {}
     /// The sum of the first `len` values, in f64.
     ///
     /// # Errors

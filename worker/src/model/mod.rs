@@ -244,6 +244,7 @@ impl<K: Kernels> Model<K> {
                 balancing.capacity.map(|capacity| capacity.limit(rows, experts, top_k))
             }
         };
+        self.kernels.begin_step();
         let (mut pass, activations) = self.pass(shape);
         pass.capacity = capacity;
         pass.forward(params, activations);
@@ -265,6 +266,7 @@ impl<K: Kernels> Model<K> {
         };
         let per_layer = balancing.auxiliary / self.config.layers as f32;
         pass.backward(params, activations, gradients, per_layer, grad);
+        self.kernels.end_step();
         // Nothing is asked of the device before all of the step is queued: it waits for the host nowhere in between, and what
         // fails in the backward pass is known before anybody has the gradient.
         let loss = self.kernels.sum(&activations.losses, rows).map_err(ModelError::device)?;
@@ -373,6 +375,7 @@ impl<K: Kernels> Model<K> {
     ) -> Result<EvalSums, ModelError> {
         let shape = self.prepare(inputs, Some(targets))?;
         let rows = shape.rows();
+        self.kernels.begin_step();
         self.forward(shape, params);
         let activations = present(&mut self.activations);
         let kernels = &mut self.kernels;
@@ -383,6 +386,7 @@ impl<K: Kernels> Model<K> {
             &mut activations.logits,
             &mut activations.losses,
         );
+        kernels.end_step();
         let loss_sum = kernels.sum(&activations.losses, rows).map_err(ModelError::device)?;
         let mut layers = Vec::new();
         for moe in activations.layers.iter().filter_map(|layer| layer.moe.as_ref()) {

@@ -12,6 +12,7 @@ mod device;
 #[path = "../fixture/mod.rs"]
 mod fixture;
 mod fixtures;
+mod graphs;
 mod operations;
 mod random;
 mod shared;

@@ -43,11 +43,15 @@ use crate::task::{LanguageTask, Score, Task};
 Examples:
   sanderling reproduce upcycling --quick                  # minutes, one seed
   sanderling reproduce upcycling                          # the full form, three seeds
-  sanderling reproduce upcycling --workers 8 --seeds 1    # trained on by 8 asynchronous workers")]
+  sanderling reproduce upcycling --workers 8 --seeds 1    # trained on by 8 asynchronous workers
+  sanderling reproduce upcycling --workers 8 --pretraining-steps 8000   # after a dense model that has learnt more")]
 pub struct Arguments {
     /// Train on with so many asynchronous workers instead of AdamW in one process
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     workers: Option<u32>,
+    /// Steps of the dense model before it is upcycled; as many as the dense model is trained on for, unless said otherwise
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pretraining_steps: Option<u64>,
     /// What all reproductions take.
     #[command(flatten)]
     options: Options,
@@ -93,7 +97,7 @@ impl Settings {
         Ok(Self {
             run,
             dense,
-            pretraining_steps: steps,
+            pretraining_steps: arguments.pretraining_steps.unwrap_or(steps),
             steps,
             workers,
             rates,
@@ -260,7 +264,9 @@ struct Experiment {
 pub fn upcycling(arguments: &Arguments) -> anyhow::Result<()> {
     let corpus = Arc::new(Corpus::bundled());
     let settings = Settings::new(arguments, corpus.vocabulary().len())?;
-    let name = settings.workers.map_or("upcycling".to_owned(), |workers| format!("upcycling-{workers}w"));
+    let mut name = "upcycling".to_owned();
+    settings.workers.iter().for_each(|workers| name += &format!("-{workers}w"));
+    arguments.pretraining_steps.iter().for_each(|steps| name += &format!("-{steps}p"));
     let folder = arguments.options.folder(&name)?;
     let book = Book::open(&folder)?;
     let experiment = Experiment { settings, corpus, folder, jobs: arguments.options.jobs(), book };

@@ -57,7 +57,7 @@ pub enum CudaError {
         most: usize,
     },
     /// What [`WITHOUT_VARIABLE`](super::WITHOUT_VARIABLE) names is nothing that can be left out.
-    #[error("{0:?} in {variable} is none of the kernels that can be left out: experts, attention", variable = super::WITHOUT_VARIABLE)]
+    #[error("{0:?} in {variable} is nothing that can be left out: experts, attention, graphs", variable = super::WITHOUT_VARIABLE)]
     UnknownKernels(String),
     /// Memory ran out.
     #[error(

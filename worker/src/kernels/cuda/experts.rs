@@ -1,6 +1,7 @@
 //! Products over sorted tokens: every expert in one launch.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::driver::{Address, Scalar, Tensor, TensorMap};
 use super::products::Kind;
@@ -31,7 +32,7 @@ const OUTPUT_FLOAT: i32 = 1;
 const OUTPUT_ADD: i32 = 2;
 
 /// Tensor maps that were made, by what they describe.
-pub(super) type Tensors = HashMap<Tensor, Option<TensorMap>>;
+pub(super) type Tensors = HashMap<Tensor, Option<Arc<TensorMap>>>;
 
 /// Tensor maps kept; when there are more, all are forgotten: buffers that are gone leave theirs behind.
 const TENSORS_MAX: usize = 4096;
@@ -237,16 +238,16 @@ impl Cuda {
         true
     }
 
-    fn tensor(&mut self, tensor: Tensor) -> Option<TensorMap> {
-        if let Some(&map) = self.experts.get(&tensor) {
-            return map;
+    fn tensor(&mut self, tensor: Tensor) -> Option<Arc<TensorMap>> {
+        if let Some(map) = self.experts.get(&tensor) {
+            return map.clone();
         }
         let made = self.driver.tensor_map(&tensor);
-        let map = self.attempt(made)?;
+        let map = self.attempt(made)?.map(Arc::new);
         if self.experts.len() >= TENSORS_MAX {
             self.experts.clear();
         }
-        self.experts.insert(tensor, map);
+        self.experts.insert(tensor, map.clone());
         map
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use ndarray::ArrayView2;
 
 use super::buffer::{Memory, decode, encode};
-use super::driver::Scalar;
+use super::driver::{Operation, Scalar};
 use super::{Buffer, Cuda, CudaError, Routing, Tokens};
 use crate::kernels::{
     AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
@@ -48,13 +48,13 @@ impl Kernels for Cuda {
 
     fn upload_at(&mut self, values: &[f32], buffer: &mut Buffer, first: usize) {
         let bytes = encode(values, buffer.scalar());
-        let uploaded = self.driver.upload(&bytes, buffer.at_mut(first..first + values.len()));
+        let uploaded = self.driver().upload(&bytes, buffer.at_mut(first..first + values.len()));
         self.attempt(uploaded);
     }
 
     fn upload_tokens(&mut self, ids: ArrayView2<'_, u32>, tokens: &mut Tokens) {
         let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_ne_bytes()).collect();
-        let uploaded = self.driver.upload(&bytes, tokens.at(ids.len()));
+        let uploaded = self.driver().upload(&bytes, tokens.at(ids.len()));
         self.attempt(uploaded);
     }
 
@@ -65,17 +65,21 @@ impl Kernels for Cuda {
         Ok(())
     }
 
+    fn begin_step(&mut self) {
+        self.open_step();
+    }
+
+    fn end_step(&mut self) {
+        self.close_step();
+    }
+
     fn sum(&mut self, values: &Buffer, len: usize) -> Result<f64, CudaError> {
         self.sum_of(values, len)
     }
 
     fn zero(&mut self, buffer: &mut Buffer, range: Range<usize>) {
-        if self.failure.is_some() {
-            return;
-        }
         let bytes = range.len() * buffer.scalar().bytes();
-        let at = buffer.at_mut(range);
-        self.timed("zero", |driver| driver.zero(at, bytes));
+        self.operate("zero", Operation::Zero { address: buffer.at_mut(range), bytes });
     }
 
     fn add(&mut self, len: usize, a: &Buffer, b: &Buffer, out: &mut Buffer) {

@@ -333,7 +333,7 @@ impl MethodKernels for Cuda {
     }
 
     fn upload(&mut self, values: &[f32], buffer: &mut Buffer) {
-        let uploaded = self.driver.upload(bytes(values), floats_at_mut(buffer, values.len()));
+        let uploaded = self.driver().upload(bytes(values), floats_at_mut(buffer, values.len()));
         self.attempt(uploaded);
     }
 
@@ -345,7 +345,7 @@ impl MethodKernels for Cuda {
     fn copy(&mut self, len: usize, from: &Buffer, to: &mut Buffer) {
         let (from, to) = (floats_at(from, 0..len), floats_at_mut(to, len));
         if self.failure.is_none() {
-            let copied = self.driver.copy(from, to, 4 * len);
+            let copied = self.driver().copy(from, to, 4 * len);
             self.attempt(copied);
         }
     }
@@ -416,9 +416,9 @@ impl MethodKernels for Cuda {
                 sparse::Entries::Dense(_) => None,
             });
             let read: Vec<u32> = read.flatten().copied().collect();
-            self.driver.upload(bytes(&read), entries.indices.address())?;
+            self.driver().upload(bytes(&read), entries.indices.address())?;
         } else {
-            self.driver.upload(bytes(part.indices()), entries.indices.address())?;
+            self.driver().upload(bytes(part.indices()), entries.indices.address())?;
         }
         self.write_values(part.values(), entries);
         Ok(())
@@ -426,14 +426,14 @@ impl MethodKernels for Cuda {
 
     fn write_values(&mut self, values: &[f32], entries: &mut Entries) {
         assert_eq!(values.len(), entries.places, "other values than entries");
-        let uploaded = self.driver.upload(bytes(values), entries.values.address());
+        let uploaded = self.driver().upload(bytes(values), entries.values.address());
         self.attempt(uploaded);
     }
 
     fn add_entries(&mut self, entries: &Entries, vector: &mut Buffer) -> Result<bool, CudaError> {
         let flag = self.scratch(Slot::Integers, size_of::<i32>());
         if self.failure.is_none() {
-            let zeroed = self.driver.zero(flag, size_of::<i32>());
+            let zeroed = self.driver().zero(flag, size_of::<i32>());
             self.attempt(zeroed);
         }
         self.entries_add(entries, 1.0, vector, flag);

@@ -16,6 +16,7 @@ mod buffer;
 mod driver;
 mod error;
 mod experts;
+mod graphs;
 mod implementation;
 mod memory;
 mod method;
@@ -37,9 +38,11 @@ use sanderling_common::model_config::{FeedForward, ModelConfig};
 pub use self::buffer::{Buffer, Tokens};
 #[cfg(feature = "emulator")]
 pub use self::driver::Emulated;
-use self::driver::{Argument, Driver, Kernel, Launch, Module, Scalar};
+use self::driver::{Argument, Driver, Kernel, Launch, Module, Operation, Scalar};
 pub use self::driver::{CompileError, Library, Properties, compile_to_ptx, missing_library};
 pub use self::error::CudaError;
+pub use self::graphs::GraphCounts;
+use self::graphs::Graphs;
 pub use self::memory::{MemoryNeeded, RESERVE_BYTES};
 pub use self::method::{Entries, selection_bytes};
 pub use self::routing::Routing;
@@ -50,8 +53,8 @@ use self::timing::Timing;
 /// Shared memory of a block below which attention takes smaller tiles, in bytes.
 const SHARED_BYTES_LARGE: u32 = 120 * 1024;
 
-/// Names, separated by commas, the kernels for Hopper that are not to be used: `experts`, `attention`. For comparisons, and
-/// for the day when one of them is wrong.
+/// Names, separated by commas, what is not to be used: the kernels for Hopper of `experts` and of `attention`, and `graphs`. For
+/// comparisons, and for the day when one of them is wrong.
 pub const WITHOUT_VARIABLE: &str = "SANDERLING_CUDA_WITHOUT";
 
 /// What products multiply. Sums are `f32` always, and so are the parameters that are trained.
@@ -75,11 +78,12 @@ impl fmt::Display for Precision {
     }
 }
 
-/// The kernels for Hopper that are not to be used.
+/// What is not to be used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct LeftOut {
     experts: bool,
     attention: bool,
+    graphs: bool,
 }
 
 impl LeftOut {
@@ -94,6 +98,7 @@ impl LeftOut {
             match name {
                 "experts" => left_out.experts = true,
                 "attention" => left_out.attention = true,
+                "graphs" => left_out.graphs = true,
                 _ => return Err(CudaError::UnknownKernels(name.to_owned())),
             }
         }
@@ -115,6 +120,8 @@ pub struct Cuda {
     failure: Option<CudaError>,
     timing: Option<Timing>,
     experts: experts::Tensors,
+    bounds: products::Bounds,
+    graphs: Graphs,
 }
 
 impl Cuda {
@@ -145,7 +152,7 @@ impl Cuda {
     /// If there is no such compiler.
     #[cfg(feature = "emulator")]
     pub fn emulated_as(precision: Precision, emulated: Emulated) -> Result<Self, CudaError> {
-        let left_out = LeftOut { experts: true, attention: false };
+        let left_out = LeftOut { experts: true, ..LeftOut::default() };
         Ok(Self::with_driver(Arc::new(driver::Emulator::new(emulated)?), precision, left_out))
     }
 
@@ -167,6 +174,8 @@ impl Cuda {
             failure: None,
             timing: None,
             experts: experts::Tensors::default(),
+            bounds: products::Bounds::default(),
+            graphs: Graphs::default(),
         }
     }
 
@@ -219,6 +228,7 @@ impl Cuda {
     /// # Errors
     /// The first failure since the last wait.
     pub fn wait(&mut self) -> Result<(), CudaError> {
+        self.settle();
         self.driver.wait().and(Ok(())).map_err(|error| self.failure.take().unwrap_or(error))?;
         self.failure.take().map_or(Ok(()), Err)
     }
@@ -270,17 +280,7 @@ impl Cuda {
         }
         let kernel = self.kernel(unit, name);
         let Some(kernel) = self.attempt(kernel) else { return };
-        self.timed(name, |driver| driver.launch(kernel, launch, arguments));
-    }
-
-    /// Queues something, between two marks if time is measured.
-    fn timed(&mut self, name: &'static str, queue: impl FnOnce(&dyn Driver) -> Result<(), CudaError>) {
-        let Self { driver, timing, .. } = self;
-        let outcome = match timing {
-            None => queue(driver.as_ref()),
-            Some(timing) => timing.around(name, driver.as_ref(), queue),
-        };
-        self.attempt(outcome);
+        self.operate(name, Operation::Launch { kernel, launch, arguments });
     }
 }
 
@@ -319,8 +319,9 @@ mod tests {
     fn kernels_are_left_out_by_name() {
         let left_out = |names| LeftOut::parse(names).map_err(|error| error.to_string());
         assert_eq!(left_out(""), Ok(LeftOut::default()));
-        assert_eq!(left_out(" attention, "), Ok(LeftOut { experts: false, attention: true }));
-        assert_eq!(left_out("experts,attention"), Ok(LeftOut { experts: true, attention: true }));
+        assert_eq!(left_out(" attention, "), Ok(LeftOut { attention: true, ..LeftOut::default() }));
+        let all = LeftOut { experts: true, attention: true, graphs: true };
+        assert_eq!(left_out("experts,attention,graphs"), Ok(all));
         assert!(left_out("attntion").unwrap_err().starts_with("\"attntion\" in SANDERLING_CUDA_WITHOUT"));
     }
 }

@@ -39,6 +39,7 @@ impl Cuda {
 
     /// Copies bytes to the host, after everything that was queued.
     pub(super) fn fetch(&mut self, from: Address, bytes: &mut [u8]) -> Result<(), CudaError> {
+        self.settle();
         match self.failure.take() {
             Some(failure) => Err(failure),
             None => self.driver.download(from, bytes),

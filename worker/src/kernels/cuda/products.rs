@@ -1,10 +1,12 @@
 //! Dense products: cuBLASLt's, and the experts' kernels with a single expert where it has none.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
-use super::driver::{Address, Factor, Product, Scalar};
+use super::buffer::Memory;
+use super::driver::{Address, Factor, Operation, Product, Scalar};
 use super::scratch::Slot;
-use super::{Buffer, Cuda, Precision, Unit, arguments, experts, flat, long};
+use super::{Buffer, Cuda, CudaError, Precision, Unit, arguments, experts, flat, int, long};
 use crate::kernels::{Weights, Write};
 
 /// Which of the three products of y = x·Wᵀ.
@@ -25,7 +27,31 @@ impl Kind {
     }
 }
 
+/// The slots of a single expert that gets all rows, by their number: 0 and that number.
+pub(super) type Bounds = HashMap<usize, Memory>;
+
+/// Numbers of rows for which they are kept; when there are more, all are forgotten.
+const BOUNDS_MAX: usize = 64;
+
 impl Cuda {
+    /// Where the slots of a single expert are that gets so many rows.
+    fn all_rows(&mut self, rows: usize) -> Result<Address, CudaError> {
+        if let Some(bounds) = self.bounds.get(&rows) {
+            return Ok(bounds.address());
+        }
+        if self.bounds.len() == BOUNDS_MAX {
+            // What is queued may use them.
+            self.driver().wait()?;
+            self.bounds.clear();
+        }
+        let bounds = [0, int(rows)].map(i32::to_ne_bytes);
+        let memory = Memory::new(&self.driver, size_of_val(&bounds))?;
+        let address = memory.address();
+        self.driver().upload(bounds.as_flattened(), address)?;
+        self.bounds.insert(rows, memory);
+        Ok(address)
+    }
+
     /// Where some elements lie in the type that products multiply: as they are, in the buffer's twin, or converted.
     pub(super) fn factor(&mut self, buffer: &Buffer, range: Range<usize>, slot: Slot) -> Address {
         let scalar = self.activation();
@@ -146,22 +172,14 @@ impl Cuda {
         if self.failure.is_some() || rows == 0 {
             return;
         }
-        let mut done = false;
-        self.timed(kind.name(), |driver| {
-            done = driver.product(product)?;
-            Ok(())
-        });
-        if done || self.failure.is_some() {
-            return;
+        let has = self.driver.has_product(product);
+        match self.attempt(has) {
+            None => return,
+            Some(true) => return self.operate(kind.name(), Operation::Product(*product)),
+            Some(false) => (),
         }
-        let bounds = [0, i32::try_from(rows).expect("rows fit 31 bits")];
-        let starts = self.scratch(Slot::Integers, size_of_val(&bounds));
-        let bytes: Vec<u8> = bounds.iter().flat_map(|bound| bound.to_ne_bytes()).collect();
-        if self.failure.is_some() {
-            return;
-        }
-        let uploaded = self.driver.upload(&bytes, starts);
-        self.attempt(uploaded);
+        let starts = self.all_rows(rows);
+        let Some(starts) = self.attempt(starts) else { return };
         let shape = experts::Shape { experts: 1, slots: rows, outputs, inputs, stride: 0 };
         self.expert_tiles(kind, shape, starts, factors, product.d, product.result, product.add);
     }

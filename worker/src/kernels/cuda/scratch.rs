@@ -57,7 +57,7 @@ impl Cuda {
 
     fn grow(&mut self, place: usize, bytes: usize) -> Result<Address, CudaError> {
         // What is queued may use the old one.
-        self.driver.wait()?;
+        self.driver().wait()?;
         self.scratch.slots[place] = None;
         let memory = Memory::new(&self.driver, bytes)?;
         let address = memory.address();
@@ -67,6 +67,6 @@ impl Cuda {
 
     /// Scratch memory in all, in bytes.
     pub fn scratch_bytes(&self) -> usize {
-        self.scratch.bytes()
+        self.scratch.bytes() + self.bounds.values().map(Memory::bytes).sum::<usize>()
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use cudarc::cublaslt::{result, sys};
 use cudarc::driver::{result as cuda, sys as cuda_sys};
@@ -185,19 +185,38 @@ impl Blas {
         Ok(Self { handle, shared: Mutex::new(Shared { workspace, plans: HashMap::new() }) })
     }
 
-    /// Queues a product; false if cuBLASLt has none of such sizes and addresses.
-    pub(super) fn product(&self, product: &Product, stream: cuda_sys::CUstream) -> Result<bool, CudaError> {
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().expect("nothing panics while it holds the lock")
+    }
+
+    /// How a product is done, or that cuBLASLt has none of such sizes and addresses.
+    fn plan(&self, shared: &mut Shared, product: &Product) -> Result<Option<Plan>, CudaError> {
         let key = Key::new(product);
-        let mut shared = self.shared.lock().expect("nothing panics while it holds the lock");
-        let plan = match shared.plans.get(&key) {
-            Some(&plan) => plan,
-            None => {
-                let plan = key.plan(self.handle)?;
-                shared.plans.insert(key, plan);
-                plan
-            }
+        if let Some(&plan) = shared.plans.get(&key) {
+            return Ok(plan);
+        }
+        let plan = key.plan(self.handle)?;
+        shared.plans.insert(key, plan);
+        Ok(plan)
+    }
+
+    /// Whether cuBLASLt has a product of such sizes and addresses.
+    pub(super) fn has(&self, product: &Product) -> Result<bool, CudaError> {
+        Ok(self.plan(&mut self.shared(), product)?.is_some())
+    }
+
+    /// Queues what may hold products of its own while no other product is being queued.
+    pub(super) fn alone<T>(&self, queue: impl FnOnce() -> T) -> T {
+        let _shared = self.shared();
+        queue()
+    }
+
+    /// Queues a product, or writes it into the graph that the queue is recorded in.
+    pub(super) fn product(&self, product: &Product, stream: cuda_sys::CUstream) -> Result<(), CudaError> {
+        let mut shared = self.shared();
+        let Some(plan) = self.plan(&mut shared, product)? else {
+            return Err(CudaError::Blas { operation: "a product", status: format!("none for {product:?}") });
         };
-        let Some(plan) = plan else { return Ok(false) };
         let (alpha, beta) = (1.0f32, if product.add { 1.0f32 } else { 0.0 });
         let d = product.d as *mut c_void;
         // SAFETY: the addresses are those of allocations of at least the sizes that the plan was made for, and the plan
@@ -223,13 +242,12 @@ impl Blas {
                 stream.cast(),
             )
         }
-        .map_err(failed("a product"))?;
-        Ok(true)
+        .map_err(failed("a product"))
     }
 
     /// Gives everything back; nothing may be asked of it afterwards.
     pub(super) fn destroy(&self) {
-        let mut shared = self.shared.lock().expect("nothing panics while it holds the lock");
+        let mut shared = self.shared();
         // SAFETY: all of these were made by this and are used no more. A failure would leave memory to the process's end.
         unsafe {
             for plan in shared.plans.drain().filter_map(|(_, plan)| plan) {

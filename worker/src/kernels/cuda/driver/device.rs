@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{result, sys};
 
@@ -12,8 +12,8 @@ use super::super::source::Source;
 use super::blas::Blas;
 use super::cache::Entry;
 use super::{
-    Address, Argument, Driver, Kernel, Launch, Library, Mark, Module, Product, Properties, Tensor, TensorMap,
-    compile, missing_library,
+    Address, Argument, Driver, GraphHandle, Kernel, Launch, Library, Mark, Module, Operation, Product,
+    Properties, Tape, Tensor, TensorMap, compile, missing_library,
 };
 
 /// The dynamic shared memory that a kernel has without asking, in bytes.
@@ -21,6 +21,15 @@ const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
 
 /// The most arguments of a kernel.
 const ARGUMENTS_MAX: usize = 24;
+
+/// Held while a graph is recorded, and while a GPU is opened or closed: cuBLASLt then waits for the whole device, which CUDA
+/// forbids while any of its queues records, and which ends the recording.
+static RECORDING: Mutex<()> = Mutex::new(());
+
+/// Waits until nothing is recorded, opened or closed.
+fn no_recording() -> MutexGuard<'static, ()> {
+    RECORDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// One GPU with one queue.
 #[derive(Debug)]
@@ -87,6 +96,7 @@ impl Device {
         device: sys::CUdevice,
         context: sys::CUcontext,
     ) -> Result<Self, CudaError> {
+        let _none = no_recording();
         // SAFETY: the context was just made.
         unsafe { result::ctx::set_current(context) }.map_err(failed("opening the GPU"))?;
         let blas = Blas::new()?;
@@ -109,6 +119,63 @@ impl Device {
             90 => "sm_90a".to_owned(),
             architecture => format!("sm_{architecture}"),
         }
+    }
+
+    /// Queues a kernel, or writes it into the graph that the queue is recorded in.
+    fn launch_in(
+        &self,
+        stream: sys::CUstream,
+        kernel: Kernel,
+        launch: Launch,
+        arguments: &[Argument],
+    ) -> Result<(), CudaError> {
+        self.allow(kernel, launch.shared_bytes)?;
+        assert!(arguments.len() <= ARGUMENTS_MAX, "{} arguments", arguments.len());
+        let mut pointers = [std::ptr::null_mut::<c_void>(); ARGUMENTS_MAX];
+        for (pointer, argument) in pointers.iter_mut().zip(arguments) {
+            // The driver reads as many bytes as the kernel's parameter has; the lowest come first.
+            *pointer = match argument {
+                Argument::Word(word) => std::ptr::from_ref(word).cast_mut().cast(),
+                Argument::Float(float) => std::ptr::from_ref(float).cast_mut().cast(),
+                Argument::Map(map) => std::ptr::from_ref(map.as_ref()).cast_mut().cast(),
+            };
+        }
+        let Launch { grid, block, shared_bytes } = launch;
+        let (grid, block) = ((grid[0], grid[1], grid[2]), (block[0], block[1], block[2]));
+        let function = kernel.0 as sys::CUfunction;
+        let pointers = &mut pointers[..arguments.len()];
+        // SAFETY: the arguments are those of the kernel, in its order, which the tests of every operation show; they
+        // are copied by the call.
+        unsafe { result::launch_kernel(function, grid, block, shared_bytes, stream, pointers) }
+            .map_err(failed("starting a kernel"))
+    }
+
+    fn zero_in(&self, stream: sys::CUstream, address: Address, bytes: usize) -> Result<(), CudaError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the range lies in an allocation, see the buffers.
+        unsafe { result::memset_d8_async(address, 0, bytes, stream) }.map_err(failed("clearing memory"))
+    }
+
+    /// Writes operations into a graph, by a queue that nobody else knows: other threads go on queueing meanwhile.
+    fn record(&self, tape: &Tape, stream: sys::CUstream) -> Result<sys::CUgraph, CudaError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the queue was just made, and records nothing yet.
+        unsafe { result::stream::begin_capture(stream, mode) }.map_err(failed("beginning a graph"))?;
+        let recorded = tape.operations().try_for_each(|operation| match operation {
+            Operation::Launch { kernel, launch, arguments } => {
+                self.launch_in(stream, kernel, launch, arguments)
+            }
+            Operation::Product(product) => self.blas.product(&product, stream),
+            Operation::Zero { address, bytes } => self.zero_in(stream, address, bytes),
+        });
+        // SAFETY: the queue records since the call above.
+        let graph = unsafe { result::stream::end_capture(stream) }.map_err(failed("ending a graph"))?;
+        recorded.and(Ok(graph)).inspect_err(|_| {
+            // SAFETY: the graph was just made, and nothing else knows it.
+            let _ = unsafe { result::graph::destroy(graph) };
+        })
     }
 
     fn load_code(code: &[u8]) -> Result<Module, CudaError> {
@@ -267,12 +334,8 @@ impl Driver for Device {
     }
 
     fn zero(&self, address: Address, bytes: usize) -> Result<(), CudaError> {
-        if bytes == 0 {
-            return Ok(());
-        }
         self.bind()?;
-        // SAFETY: the range lies in an allocation, see the buffers.
-        unsafe { result::memset_d8_async(address, 0, bytes, self.stream) }.map_err(failed("clearing memory"))
+        self.zero_in(self.stream, address, bytes)
     }
 
     fn wait(&self) -> Result<(), CudaError> {
@@ -309,38 +372,57 @@ impl Driver for Device {
 
     fn launch(&self, kernel: Kernel, launch: Launch, arguments: &[Argument]) -> Result<(), CudaError> {
         self.bind()?;
-        self.allow(kernel, launch.shared_bytes)?;
-        assert!(arguments.len() <= ARGUMENTS_MAX, "{} arguments", arguments.len());
-        let mut pointers = [std::ptr::null_mut::<c_void>(); ARGUMENTS_MAX];
-        for (pointer, argument) in pointers.iter_mut().zip(arguments) {
-            // The driver reads as many bytes as the kernel's parameter has; the lowest come first.
-            *pointer = match argument {
-                Argument::Word(word) => std::ptr::from_ref(word).cast_mut().cast(),
-                Argument::Float(float) => std::ptr::from_ref(float).cast_mut().cast(),
-                Argument::Map(map) => std::ptr::from_ref(map).cast_mut().cast(),
-            };
-        }
-        let Launch { grid, block, shared_bytes } = launch;
-        let (grid, block) = ((grid[0], grid[1], grid[2]), (block[0], block[1], block[2]));
-        let function = kernel.0 as sys::CUfunction;
-        // SAFETY: the arguments are those of the kernel, in its order, which the tests of every operation show; they
-        // are copied by the call.
-        unsafe {
-            result::launch_kernel(
-                function,
-                grid,
-                block,
-                shared_bytes,
-                self.stream,
-                &mut pointers[..arguments.len()],
-            )
-        }
-        .map_err(failed("starting a kernel"))
+        self.launch_in(self.stream, kernel, launch, arguments)
     }
 
-    fn product(&self, product: &Product) -> Result<bool, CudaError> {
+    fn has_product(&self, product: &Product) -> Result<bool, CudaError> {
+        self.bind()?;
+        self.blas.has(product)
+    }
+
+    fn product(&self, product: &Product) -> Result<(), CudaError> {
         self.bind()?;
         self.blas.product(product, self.stream)
+    }
+
+    fn graph(&self, tape: &Tape) -> Result<GraphHandle, CudaError> {
+        self.bind()?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(failed("making a queue for a graph"))?;
+        let recorded = {
+            let _only = no_recording();
+            self.record(tape, stream)
+        };
+        // SAFETY: the queue was made above, and nothing was queued: what it was given is in the graph.
+        unsafe { result::stream::destroy(stream) }.map_err(failed("closing a graph's queue"))?;
+        let recorded = recorded?;
+        let flags = sys::CUgraphInstantiate_flags_enum(0);
+        // SAFETY: the graph was just recorded, and what is made of it does not need it any more.
+        let (made, destroyed) =
+            unsafe { (result::graph::instantiate(recorded, flags), result::graph::destroy(recorded)) };
+        let made = made.map_err(failed("making a graph"))?;
+        destroyed.map_err(failed("making a graph"))?;
+        Ok(GraphHandle(made as usize))
+    }
+
+    fn queue_graph(&self, graph: GraphHandle) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the graph came from `graph` and was not given back. Its products use the workspace that all products do,
+        // so that it must not come between the launches of one.
+        self.blas
+            .alone(|| unsafe { result::graph::launch(graph.0 as sys::CUgraphExec, self.stream) })
+            .map_err(failed("queueing a graph"))
+    }
+
+    fn free_graph(&self, graph: GraphHandle) {
+        // It may be running.
+        if self.wait().is_err() {
+            return;
+        }
+        // SAFETY: the graph came from `graph`, its owner is being dropped, and the wait is over.
+        if let Err(error) = unsafe { result::graph::exec_destroy(graph.0 as sys::CUgraphExec) } {
+            tracing::debug!("a graph was not given back: {error}");
+        }
     }
 
     fn tensor_map(&self, tensor: &Tensor) -> Result<Option<TensorMap>, CudaError> {
@@ -403,6 +485,7 @@ impl Drop for Device {
         if self.bind().is_err() {
             return;
         }
+        let _none = no_recording();
         self.blas.destroy();
         // SAFETY: nothing uses the queue or the context from here on.
         let released = unsafe {

@@ -17,8 +17,8 @@ use tempfile::TempDir;
 use super::super::error::CudaError;
 use super::super::source::Source;
 use super::{
-    Address, Argument, CompileError, Driver, Kernel, Launch, Mark, Module, Product, Properties, Tensor,
-    TensorMap,
+    Address, Argument, CompileError, Driver, GraphHandle, Kernel, Launch, Mark, Module, Product, Properties,
+    Tape, Tensor, TensorMap,
 };
 
 /// Integers and addresses, and floats, that `emulate_launch` takes.
@@ -64,6 +64,8 @@ pub struct Emulated {
     pub memory_bytes: usize,
     /// What other programs have of it, in bytes.
     pub others_bytes: &'static AtomicUsize,
+    /// Graphs that it refuses to make.
+    pub graphs_refused: usize,
 }
 
 /// Nobody has anything.
@@ -77,6 +79,7 @@ impl Default for Emulated {
             shared_bytes: 227 * 1024,
             memory_bytes: usize::MAX,
             others_bytes: &NO_OTHERS,
+            graphs_refused: 0,
         }
     }
 }
@@ -86,10 +89,14 @@ impl Default for Emulated {
 pub(crate) struct Emulator {
     properties: Properties,
     others_bytes: &'static AtomicUsize,
+    graphs_refused: usize,
     held_bytes: AtomicUsize,
     compiler: String,
     /// The function that starts each kernel, by the kernel's address.
     launches: Mutex<HashMap<usize, LaunchFunction>>,
+    /// The operations of each graph.
+    graphs: Mutex<HashMap<usize, Tape>>,
+    graphs_made: AtomicUsize,
 }
 
 impl Emulator {
@@ -105,7 +112,7 @@ impl Emulator {
         if !found {
             return Err(CudaError::NoCompiler(compiler));
         }
-        let Emulated { architecture, shared_bytes, memory_bytes, others_bytes } = emulated;
+        let Emulated { architecture, shared_bytes, memory_bytes, others_bytes, graphs_refused } = emulated;
         let properties = Properties {
             name: "emulated".to_owned(),
             architecture,
@@ -114,7 +121,17 @@ impl Emulator {
             memory_bytes,
         };
         let held_bytes = AtomicUsize::new(0);
-        Ok(Self { properties, others_bytes, held_bytes, compiler, launches: Mutex::default() })
+        let (launches, graphs, graphs_made) = (Mutex::default(), Mutex::default(), AtomicUsize::new(0));
+        Ok(Self {
+            properties,
+            others_bytes,
+            graphs_refused,
+            held_bytes,
+            compiler,
+            launches,
+            graphs,
+            graphs_made,
+        })
     }
 
     fn compile(&self, units: &mut Units, source: &Source) -> Result<Loaded, CudaError> {
@@ -316,8 +333,32 @@ impl Driver for Emulator {
         Ok(())
     }
 
-    fn product(&self, _product: &Product) -> Result<bool, CudaError> {
+    fn has_product(&self, _product: &Product) -> Result<bool, CudaError> {
         Ok(false)
+    }
+
+    fn product(&self, product: &Product) -> Result<(), CudaError> {
+        unreachable!("the emulator has no products, and was asked for {product:?}")
+    }
+
+    fn graph(&self, tape: &Tape) -> Result<GraphHandle, CudaError> {
+        let mut graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = self.graphs_made.fetch_add(1, Ordering::Relaxed);
+        if handle < self.graphs_refused {
+            return Err(CudaError::Driver { operation: "making a graph", reason: "refused".to_owned() });
+        }
+        graphs.insert(handle, tape.clone());
+        Ok(GraphHandle(handle))
+    }
+
+    fn queue_graph(&self, graph: GraphHandle) -> Result<(), CudaError> {
+        let graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        graphs[&graph.0].operations().try_for_each(|operation| operation.queue(self))
+    }
+
+    fn free_graph(&self, graph: GraphHandle) {
+        let removed = self.graphs.lock().unwrap_or_else(PoisonError::into_inner).remove(&graph.0);
+        assert!(removed.is_some(), "{graph:?} was given back twice");
     }
 
     fn tensor_map(&self, _tensor: &Tensor) -> Result<Option<TensorMap>, CudaError> {

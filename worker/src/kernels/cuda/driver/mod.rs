@@ -11,8 +11,10 @@ mod device;
 #[cfg(feature = "emulator")]
 mod emulator;
 mod libraries;
+mod tape;
 
 use std::fmt::Debug;
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 pub use self::compile::{CompileError, compile_to_ptx};
@@ -22,6 +24,7 @@ pub use self::emulator::Emulated;
 #[cfg(feature = "emulator")]
 pub(super) use self::emulator::Emulator;
 pub use self::libraries::{Library, missing_library};
+pub use self::tape::{Operation, Tape};
 use super::error::CudaError;
 use super::source::Source;
 
@@ -63,7 +66,7 @@ pub struct Launch {
 }
 
 /// A description of a matrix in memory for Hopper's copy engine.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(128))]
 pub struct TensorMap(pub(super) [u64; 16]);
 
@@ -81,14 +84,26 @@ pub struct Tensor {
 }
 
 /// An argument of a kernel.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Argument {
     /// An address or an integer, in the lowest bytes.
     Word(u64),
     /// A float.
     Float(f32),
-    /// A tensor map.
-    Map(TensorMap),
+    /// A tensor map. Shared, as it is large, and steps keep their arguments.
+    Map(Arc<TensorMap>),
+}
+
+/// Whether the kernel gets the same bits.
+impl PartialEq for Argument {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Word(a), Self::Word(b)) => a == b,
+            (Self::Float(a), Self::Float(b)) => a.to_bits() == b.to_bits(),
+            (Self::Map(a), Self::Map(b)) => a == b,
+            _ => false,
+        }
+    }
 }
 
 impl From<u64> for Argument {
@@ -111,8 +126,8 @@ impl From<f32> for Argument {
         Self::Float(value)
     }
 }
-impl From<TensorMap> for Argument {
-    fn from(map: TensorMap) -> Self {
+impl From<Arc<TensorMap>> for Argument {
+    fn from(map: Arc<TensorMap>) -> Self {
         Self::Map(map)
     }
 }
@@ -127,7 +142,7 @@ pub enum Scalar {
 }
 
 /// One factor of a dense product, column-major.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Factor {
     /// Where it starts.
     pub address: Address,
@@ -138,7 +153,7 @@ pub struct Factor {
 }
 
 /// d (m, n) = a (m, k) · b (k, n), or added to d; all column-major, a and b in the device's type for factors.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Product {
     /// The sizes (m, n, k).
     pub sizes: (usize, usize, usize),
@@ -157,6 +172,10 @@ pub struct Product {
     /// Whether `f32` factors may be rounded to TF32.
     pub tf32: bool,
 }
+
+/// Operations that are queued together.
+#[derive(Clone, Copy, Debug)]
+pub struct GraphHandle(usize);
 
 /// A moment in the device's queue.
 #[derive(Clone, Copy, Debug)]
@@ -220,11 +239,28 @@ pub trait Driver: Debug + Send + Sync {
     /// # Errors
     /// If the launch is refused.
     fn launch(&self, kernel: Kernel, launch: Launch, arguments: &[Argument]) -> Result<(), CudaError>;
-    /// Queues a dense product; false if it has none for such sizes and addresses.
+    /// Whether it has a dense product for such sizes and addresses.
     ///
     /// # Errors
     /// If the device failed.
-    fn product(&self, product: &Product) -> Result<bool, CudaError>;
+    fn has_product(&self, product: &Product) -> Result<bool, CudaError>;
+    /// Queues a dense product.
+    ///
+    /// # Errors
+    /// If the device failed, or has none for such sizes and addresses.
+    fn product(&self, product: &Product) -> Result<(), CudaError>;
+    /// Makes a graph of operations, which are not queued by that.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    fn graph(&self, tape: &Tape) -> Result<GraphHandle, CudaError>;
+    /// Queues all operations of a graph. One that is queued still may be queued again.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn queue_graph(&self, graph: GraphHandle) -> Result<(), CudaError>;
+    /// Gives a graph back, after all operations before it.
+    fn free_graph(&self, graph: GraphHandle);
     /// Describes memory to the copy engine; `None` where there is no such engine.
     ///
     /// # Errors
