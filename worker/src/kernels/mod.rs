@@ -289,7 +289,8 @@ pub trait Kernels {
     /// # Errors
     /// The first failure of the device since the last wait.
     fn download(&mut self, buffer: &Self::Buffer, values: &mut [f32]) -> Result<(), Self::Error>;
-    /// Begins a step of the model: until [`end_step`](Self::end_step) operations may be held back, to be queued together.
+    /// Begins a step of the model: until [`end_step`](Self::end_step) operations may be held back, to be queued together, and
+    /// what they read and write must not be dropped.
     fn begin_step(&mut self) {}
     /// Ends it: what was held back is queued.
     fn end_step(&mut self) {}

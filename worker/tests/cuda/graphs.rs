@@ -101,7 +101,7 @@ fn steps_by_graphs_are_steps_one_by_one(place: Place, precision: Precision) {
         let (mut course, mut expected) = (Course::new(name, cuda), Course::new(name, alone));
         let counts = course.run();
         assert_eq!(expected.run(), GraphCounts::default());
-        assert!(course.seen == expected.seen, "{name}: {counts:?}");
+        assert!(course.seen == expected.seen, "{name}: other bits, {counts:?}");
         println!("{name}: {counts:?}");
         assert!(counts.made >= 2 && counts.queued >= 3, "{name}: {counts:?}");
     }
@@ -118,10 +118,13 @@ fn refused_graphs_are_done_without() {
     let mut expected = Course::new("llama-gqa", alone);
     let all = expected.ids.ncols() - 1;
     (0..6).for_each(|_| expected.step(all, Balancing::default()));
-    for (refused, counts) in [(1, GraphCounts { made: 1, queued: 3 }), (3, GraphCounts::default())] {
+    for (refused, counts) in [
+        (1, GraphCounts { made: 1, queued: 3, refused: 1 }),
+        (3, GraphCounts { refused: 3, ..GraphCounts::default() }),
+    ] {
         let mut course = Course::new("llama-gqa", refusing(refused).unwrap());
         (0..6).for_each(|_| course.step(all, Balancing::default()));
-        assert!(course.seen == expected.seen);
+        assert!(course.seen == expected.seen, "{refused} refused");
         assert_eq!(course.model.kernels_mut().graph_counts(), counts, "{refused} refused");
     }
 }
@@ -141,10 +144,9 @@ fn many_shapes(place: Place, precision: Precision) {
             }
         }
     }
-    assert!(course.seen == expected.seen);
     let counts = course.model.kernels_mut().graph_counts();
-    println!("{counts:?}");
-    assert!(counts.made >= 9 && counts.queued >= counts.made, "{counts:?}");
+    assert!(course.seen == expected.seen, "other bits, {counts:?}");
+    assert!(counts.made + counts.refused >= 9 && counts.queued >= counts.made, "{counts:?}");
 }
 
 /// Graphs of one thread between the products of others, while devices are opened and closed.
@@ -158,7 +160,8 @@ fn threads_come_to_the_same(place: Place, precision: Precision) {
         }
         let mut course = Course::new("mixtral-e8t2", cuda);
         let counts = (0..ROUNDS).map(|_| course.run()).last().unwrap();
-        assert_eq!(counts.queued > 0, graphs, "{counts:?}");
+        // Opening and closing beside them must not spoil the recording of any.
+        assert!((counts.queued > 0, counts.refused) == (graphs, 0), "{counts:?}");
         course.seen
     };
     let alone = run(cuda.beside(), false);

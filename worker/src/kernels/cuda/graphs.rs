@@ -18,8 +18,8 @@ use super::{Cuda, CudaError};
 /// Sequences kept; the one that was used longest ago makes room for another.
 const KEPT_MAX: usize = 8;
 
-/// Times that the driver may refuse to make a graph; then it is asked no more. Something else in the process may have spoilt a
-/// first attempt.
+/// Times in a row that the driver may refuse a graph; then it is asked for no more. Something else in the process may have
+/// spoilt an attempt.
 const REFUSALS_MAX: u32 = 3;
 
 /// Sequences shorter than this are queued one by one.
@@ -32,6 +32,8 @@ pub struct GraphCounts {
     pub made: u64,
     /// Times that a graph was queued.
     pub queued: u64,
+    /// Times that the driver made none, or did not take it.
+    pub refused: u64,
 }
 
 /// The operations of this step, and graphs of steps before it.
@@ -42,7 +44,7 @@ pub(super) struct Graphs {
     tape: Tape,
     /// In the order of their last use.
     kept: VecDeque<Kept>,
-    /// Times that the driver refused to make one.
+    /// Times in a row that the driver refused one.
     refusals: u32,
     counts: GraphCounts,
 }
@@ -75,42 +77,60 @@ impl Drop for Graph {
 impl Graphs {
     /// Queues what was written down.
     fn queue(&mut self, driver: &Arc<dyn Driver>) -> Result<(), CudaError> {
-        let one_by_one =
-            |tape: &Tape| tape.operations().try_for_each(|operation| operation.queue(driver.as_ref()));
-        if self.tape.len() < OPERATIONS_MIN || self.refusals >= REFUSALS_MAX {
-            return one_by_one(&self.tape);
-        }
-        let found = self.kept.iter().position(|kept| kept.tape == self.tape);
-        let Some(mut kept) = found.and_then(|place| self.kept.remove(place)) else {
-            if self.kept.len() == KEPT_MAX {
-                self.kept.pop_front();
+        if self.tape.len() >= OPERATIONS_MIN {
+            let found = self.kept.iter().position(|kept| kept.tape == self.tape);
+            match found.and_then(|place| self.kept.remove(place)) {
+                Some(mut kept) => {
+                    let is_queued = self.queue_as_graph(&mut kept, driver);
+                    self.kept.push_back(kept);
+                    if is_queued {
+                        return Ok(());
+                    }
+                }
+                None => {
+                    if self.kept.len() == KEPT_MAX {
+                        self.kept.pop_front();
+                    }
+                    self.kept.push_back(Kept { tape: self.tape.clone(), graph: None });
+                }
             }
-            self.kept.push_back(Kept { tape: self.tape.clone(), graph: None });
-            return one_by_one(&self.tape);
-        };
-        if kept.graph.is_none() {
+        }
+        self.tape.operations().try_for_each(|operation| operation.queue(driver.as_ref()))
+    }
+
+    /// Whether a sequence that was seen before could be queued as a graph. If not, nothing of it is queued.
+    fn queue_as_graph(&mut self, kept: &mut Kept, driver: &Arc<dyn Driver>) -> bool {
+        if kept.graph.is_none() && self.refusals < REFUSALS_MAX {
             match driver.graph(&kept.tape) {
                 Ok(handle) => {
                     kept.graph = Some(Graph { driver: Arc::clone(driver), handle });
                     self.counts.made += 1;
                 }
-                Err(error) => {
-                    tracing::debug!(
-                        "operations are queued one by one, as no graph was made of them: {error}"
-                    );
-                    self.refusals += 1;
-                }
+                Err(error) => self.refuse(&error),
             }
         }
-        let queued = match &kept.graph {
-            Some(graph) => {
-                self.counts.queued += 1;
-                driver.queue_graph(graph.handle)
+        let Some(graph) = &kept.graph else { return false };
+        match driver.queue_graph(graph.handle) {
+            Ok(()) => {
+                (self.counts.queued, self.refusals) = (self.counts.queued + 1, 0);
+                true
             }
-            None => one_by_one(&kept.tape),
-        };
-        self.kept.push_back(kept);
-        queued
+            // It may have had no room on the device. If that is not the reason, its operations fail likewise.
+            Err(error) => {
+                kept.graph = None;
+                self.refuse(&error);
+                false
+            }
+        }
+    }
+
+    fn refuse(&mut self, error: &CudaError) {
+        (self.counts.refused, self.refusals) = (self.counts.refused + 1, self.refusals + 1);
+        if self.refusals < REFUSALS_MAX {
+            tracing::debug!("a step is queued without a graph: {error}");
+        } else {
+            tracing::warn!("steps are queued without graphs from now on, as the GPU refuses them: {error}");
+        }
     }
 }
 
@@ -127,6 +147,8 @@ impl Cuda {
 
     /// Operations are written down from here on.
     pub(super) fn open_step(&mut self) {
+        // Of a step that panicked.
+        self.graphs.tape.clear();
         self.graphs.is_open = !self.left_out.graphs && self.timing.is_none();
     }
 

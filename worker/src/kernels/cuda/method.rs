@@ -378,6 +378,7 @@ impl MethodKernels for Cuda {
         compression: Compression,
         entries: &mut Entries,
     ) -> Result<(), CudaError> {
+        self.settle();
         entries.prepare(&self.driver, compression)?;
         let entries = &*entries;
         let selection = entries.selection.as_ref().expect("it was just prepared");
@@ -405,6 +406,7 @@ impl MethodKernels for Cuda {
         }
         let mut counts = vec![0; layout.tensors().len()];
         part.iter().for_each(|(tensor, sent)| counts[tensor] = sent.len());
+        self.settle();
         entries.set_counts(&self.driver, counts.into_iter())?;
         // A tensor of which everything is sent may come with indices, which nobody reads.
         let unread = |(tensor, sent): (usize, sparse::Entries<'_>)| {

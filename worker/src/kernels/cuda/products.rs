@@ -63,7 +63,11 @@ impl Cuda {
                 let all = 0..buffer.len();
                 let to = buffer.twin_at(all.clone(), scalar).expect("it was asked for a part of it");
                 self.convert_to_activations(buffer.at(all), to, buffer.len());
-                buffer.refresh_twin(buffer.len());
+                // Other handles may read it as soon as it counts as fresh: it must not be written down only.
+                self.settle();
+                if self.failure.is_none() {
+                    buffer.refresh_twin(buffer.len());
+                }
             }
             return address;
         }

@@ -26,8 +26,8 @@ const ARGUMENTS_MAX: usize = 24;
 /// forbids while any of its queues records, and which ends the recording.
 static RECORDING: Mutex<()> = Mutex::new(());
 
-/// Waits until nothing is recorded, opened or closed.
-fn no_recording() -> MutexGuard<'static, ()> {
+/// Waits until nobody records, opens or closes, and has others wait.
+fn record_or_open_alone() -> MutexGuard<'static, ()> {
     RECORDING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -96,7 +96,7 @@ impl Device {
         device: sys::CUdevice,
         context: sys::CUcontext,
     ) -> Result<Self, CudaError> {
-        let _none = no_recording();
+        let _none = record_or_open_alone();
         // SAFETY: the context was just made.
         unsafe { result::ctx::set_current(context) }.map_err(failed("opening the GPU"))?;
         let blas = Blas::new()?;
@@ -171,10 +171,13 @@ impl Device {
             Operation::Zero { address, bytes } => self.zero_in(stream, address, bytes),
         });
         // SAFETY: the queue records since the call above.
-        let graph = unsafe { result::stream::end_capture(stream) }.map_err(failed("ending a graph"))?;
-        recorded.and(Ok(graph)).inspect_err(|_| {
-            // SAFETY: the graph was just made, and nothing else knows it.
-            let _ = unsafe { result::graph::destroy(graph) };
+        let graph = unsafe { result::stream::end_capture(stream) }.map_err(failed("ending a graph"));
+        // What was refused first says more than that the recording is spoilt.
+        recorded.and_then(|()| graph.clone()).inspect_err(|_| {
+            if let Ok(graph) = graph {
+                // SAFETY: the graph was just made, and nothing else knows it.
+                let _ = unsafe { result::graph::destroy(graph) };
+            }
         })
     }
 
@@ -390,19 +393,19 @@ impl Driver for Device {
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed("making a queue for a graph"))?;
         let recorded = {
-            let _only = no_recording();
+            let _only = record_or_open_alone();
             self.record(tape, stream)
         };
-        // SAFETY: the queue was made above, and nothing was queued: what it was given is in the graph.
-        unsafe { result::stream::destroy(stream) }.map_err(failed("closing a graph's queue"))?;
+        // SAFETY: the queue was made above, and nothing was queued: what it was given is in the graph. A queue that is not
+        // destroyed is no reason to do without the graph.
+        let _ = unsafe { result::stream::destroy(stream) };
         let recorded = recorded?;
         let flags = sys::CUgraphInstantiate_flags_enum(0);
-        // SAFETY: the graph was just recorded, and what is made of it does not need it any more.
-        let (made, destroyed) =
-            unsafe { (result::graph::instantiate(recorded, flags), result::graph::destroy(recorded)) };
-        let made = made.map_err(failed("making a graph"))?;
-        destroyed.map_err(failed("making a graph"))?;
-        Ok(GraphHandle(made as usize))
+        // SAFETY: the graph was just recorded.
+        let made = unsafe { result::graph::instantiate(recorded, flags) };
+        // SAFETY: what was made of the graph does not need it any more.
+        let _ = unsafe { result::graph::destroy(recorded) };
+        Ok(GraphHandle(made.map_err(failed("making a graph"))? as usize))
     }
 
     fn queue_graph(&self, graph: GraphHandle) -> Result<(), CudaError> {
@@ -485,7 +488,7 @@ impl Drop for Device {
         if self.bind().is_err() {
             return;
         }
-        let _none = no_recording();
+        let _none = record_or_open_alone();
         self.blas.destroy();
         // SAFETY: nothing uses the queue or the context from here on.
         let released = unsafe {
