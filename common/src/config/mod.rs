@@ -146,7 +146,7 @@ settings! {
         /// Gradients are scaled down to this norm; 0 leaves them alone
         clip_norm: f32 = 1.0;
         /// Steps that a worker takes by itself per exchange, on a batch each; what they come to is sent together. With 4, a quarter of
-        /// the steps have as many gradients, for a quarter of the bytes (dgs-adam only; for up to about 8 workers)
+        /// the steps have as many gradients, for a quarter of the bytes and, with 8 workers, 4 % of the loss (dgs-adam only)
         local_steps: u32 = 1;
         /// Compute the next gradient while an exchange is under way: hides the network, adds a step of staleness
         overlap: bool = false;

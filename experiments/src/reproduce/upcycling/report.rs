@@ -96,6 +96,11 @@ impl Row {
         self.runs.iter().map(|run| best_validation(run).loss).collect()
     }
 
+    /// Whether any run came below where it began.
+    fn has_learnt(&self) -> bool {
+        self.runs.iter().any(|run| run.outcome.best_validation().steps > 0)
+    }
+
     fn by(&self) -> String {
         self.contestant.workers.map_or("AdamW".to_owned(), |workers| format!("{workers} workers"))
     }
@@ -115,7 +120,7 @@ impl Row {
             first.active_parameters,
             first.steps,
             first.flops / 1e12,
-            self.rate,
+            show_rate(self.rate),
             show_loss(&self.scores(start)),
             show_loss(&self.scores(best_validation)),
             best.map_or("–".to_owned(), |best| show_loss(&best)),
@@ -145,6 +150,9 @@ impl Row {
         }
         let (workers, goal) = WARM_START_GOAL;
         let says = match self.contestant {
+            _ if !self.has_learnt() && !adamw.has_learnt() => {
+                " Neither came below where it began: **that says nothing**.".to_owned()
+            }
             Contestant { arm, workers: Some(ours), .. } if arm != ARMS[0] && ours == workers => {
                 format!(" At most {goal} %: {}.", held(mean <= goal))
             }
@@ -167,4 +175,9 @@ impl Row {
         let outcomes = self.runs.iter().map(|run| &run.outcome);
         mean_curve(outcomes).into_iter().map(|(steps, loss)| (steps * per_step, loss)).collect()
     }
+}
+
+/// Halved often enough, a rate has more digits than anybody reads.
+fn show_rate(rate: f64) -> String {
+    if rate < 1e-4 { format!("{rate:.1e}") } else { rate.to_string() }
 }
