@@ -66,6 +66,39 @@ fn check(name: &'static str, kernels: fn() -> Cpu) {
     assert!(gradient < TOLERANCE, "the gradient of {tensor} differs by {gradient}");
 }
 
+/// The loss over blocks of tokens, one of them not full, is that over all; and whoever wants all logits gets them still.
+#[test]
+fn losses_in_blocks() {
+    for name in ["llama-gqa", "llama3-rope-tied", "mixtral-e8t2"] {
+        let fixture = Fixture::load(name);
+        let (mut whole, mut model) = (model_of(&fixture, Cpu::new()), model_of(&fixture, Cpu::new()));
+        let ids = fixture.input_ids();
+        let (inputs, targets) = (ids.slice(s![.., ..-1]), ids.slice(s![.., 1..]));
+        let (params, plain) = (&fixture.params, Balancing::default());
+        assert_ne!(inputs.len() % 5, 0);
+        model.limit_logits(5 * fixture.config.vocab_size);
+        let mut gradients = [vec![f32::NAN; model.parameters()], vec![f32::NAN; model.parameters()]];
+        let [expected, grad] = &mut gradients;
+        let loss = whole.loss_and_grad(params, inputs, targets, plain, expected).unwrap();
+        for _ in 0..2 {
+            let found = model.loss_and_grad(params, inputs, targets, plain, grad).unwrap();
+            // A row's loss is computed alone.
+            assert_eq!(found, loss, "{name}");
+            let deviation = relative(grad, expected);
+            assert!(deviation < 1e-6, "{name}: {deviation}");
+            let (found, expected) =
+                (model.logits(params, inputs).unwrap(), whole.logits(params, inputs).unwrap());
+            assert_eq!(found, expected, "{name}");
+        }
+        let losses = |model: &mut Model<Cpu>| model.token_losses(params, inputs, targets).unwrap().to_owned();
+        assert_eq!(losses(&mut model), losses(&mut whole), "{name}");
+        assert_eq!(
+            model.evaluate(params, inputs, targets).unwrap(),
+            whole.evaluate(params, inputs, targets).unwrap()
+        );
+    }
+}
+
 #[test]
 fn llama_with_grouped_queries() {
     check("llama-gqa", Cpu::new);

@@ -71,6 +71,35 @@ pub enum Write {
     Add,
 }
 
+/// The last product of a model with its loss, over blocks of tokens: no more logits exist at a time than a block's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// The matrix (vocab, d).
+    pub weights: Weights,
+    /// Tokens.
+    pub rows: usize,
+    /// Tokens of a block; the last one may have fewer.
+    pub block_rows: usize,
+}
+
+impl Head {
+    /// The tokens of each block.
+    pub fn blocks(self) -> impl Iterator<Item = Range<usize>> {
+        let Self { rows, block_rows, .. } = self;
+        (0..rows).step_by(block_rows).map(move |first| first..rows.min(first + block_rows))
+    }
+}
+
+/// Where the gradient of [`Kernels::head_loss`] goes.
+pub struct HeadGradient<'a, B: ?Sized> {
+    /// What is differentiated is this times the sum of the losses.
+    pub scale: f32,
+    /// dW replaces the weights' place in it.
+    pub grad: &'a mut B,
+    /// Replaced by the gradient of x (rows, d).
+    pub dx: &'a mut B,
+}
+
 /// An RMSNorm, y = w ⊙ x / √(mean(x²) + ε), over the last axis of (rows, width).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RmsNorm {
@@ -534,5 +563,17 @@ pub trait Kernels {
         gradient_scale: Option<f32>,
         logits: &mut Self::Buffer,
         losses: &mut Self::Buffer,
+    );
+    /// losses (rows) = −ln softmax(x·Wᵀ) at the target, and with a gradient, that of the weights and of x (rows, d).
+    ///
+    /// `logits` has room for a block's, and holds nothing of use afterwards.
+    fn head_loss(
+        &mut self,
+        params: &Self::Buffer,
+        head: Head,
+        inputs: (&Self::Buffer, &Self::Tokens),
+        logits: &mut Self::Buffer,
+        losses: &mut Self::Buffer,
+        gradient: Option<HeadGradient<'_, Self::Buffer>>,
     );
 }

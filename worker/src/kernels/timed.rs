@@ -8,7 +8,7 @@ use ndarray::ArrayView2;
 
 use super::cpu::Cpu;
 use super::{
-    AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
+    AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
     RowScaleGradient, Weights, Write,
 };
 
@@ -139,5 +139,9 @@ timed! {
     cross_entropy(
         shape: (usize, usize), targets: &Vec<u32>, gradient_scale: Option<f32>, logits: &mut [f32],
         losses: &mut [f32]
+    );
+    head_loss(
+        params: &[f32], head: Head, inputs: (&[f32], &Vec<u32>), logits: &mut [f32], losses: &mut [f32],
+        gradient: Option<HeadGradient<'_, [f32]>>
     );
 }

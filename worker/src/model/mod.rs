@@ -23,8 +23,8 @@ use self::plan::Plan;
 pub use self::too_large::TooLarge;
 pub(crate) use self::too_large::{bytes_text, who_needs};
 pub use self::workspace::StepMemory;
-use self::workspace::{Activations, Gradients};
-use crate::kernels::{AttentionShape, Kernels, RouterStatistics};
+use self::workspace::{Activations, Gradients, LOGITS_MAX, head_rows};
+use crate::kernels::{AttentionShape, HeadGradient, Kernels, RouterStatistics};
 
 /// Tokens that [`Model::extend`] passes through the layers at a time: bounds the memory that a long prompt takes.
 const EXTEND_ROWS_MAX: usize = 256;
@@ -177,6 +177,8 @@ pub struct Model<K: Kernels> {
     gradients: Option<Gradients<K>>,
     /// Where logits are handed out from (rows · vocab), or losses (rows).
     host_logits: Vec<f32>,
+    /// Logits that may exist at a time while a loss is computed.
+    logits_max: usize,
 }
 
 impl<K: Kernels> Model<K> {
@@ -190,7 +192,8 @@ impl<K: Kernels> Model<K> {
         let mut rope = kernels.allocate(tables.len()).map_err(ModelError::device)?;
         kernels.upload(&tables, &mut rope);
         let (activations, gradients, host_logits) = (None, None, Vec::new());
-        Ok(Self { config, plan, kernels, rope, activations, gradients, host_logits })
+        let logits_max = LOGITS_MAX;
+        Ok(Self { config, plan, kernels, rope, activations, gradients, host_logits, logits_max })
     }
 
     /// The configuration given to [`new`](Self::new).
@@ -201,6 +204,13 @@ impl<K: Kernels> Model<K> {
     /// Elements of the flat parameter and gradient vectors.
     pub fn parameters(&self) -> usize {
         self.plan.parameters
+    }
+
+    /// Has losses computed over blocks of tokens with no more than so many logits each, and one token at least.
+    ///
+    /// Where a batch has more tokens, sums of gradients are rounded otherwise.
+    pub fn limit_logits(&mut self, logits_max: usize) {
+        (self.logits_max, self.activations, self.gradients) = (logits_max, None, None);
     }
 
     /// Takes the memory of a training step on so many tokens now, not with the first batch.
@@ -245,17 +255,8 @@ impl<K: Kernels> Model<K> {
             }
         };
         self.kernels.begin_step();
-        let (mut pass, activations) = self.pass(shape);
-        pass.capacity = capacity;
-        pass.forward(params, activations);
+        let head_rows = self.head_rows();
         let (activations, gradients) = (present(&mut self.activations), present(&mut self.gradients));
-        self.kernels.cross_entropy(
-            (rows, self.config.vocab_size),
-            &activations.targets,
-            Some(1.0 / rows as f32),
-            &mut activations.logits,
-            &mut activations.losses,
-        );
         let mut pass = Pass {
             config: &self.config,
             plan: &self.plan,
@@ -263,7 +264,11 @@ impl<K: Kernels> Model<K> {
             rope: &self.rope,
             shape,
             capacity,
+            head_rows,
         };
+        let scale = 1.0 / rows as f32;
+        let gradient = HeadGradient { scale, grad: &mut *grad, dx: &mut *gradients.normed };
+        pass.forward_loss(params, activations, Some(gradient));
         let per_layer = balancing.auxiliary / self.config.layers as f32;
         pass.backward(params, activations, gradients, per_layer, grad);
         self.kernels.end_step();
@@ -287,7 +292,9 @@ impl<K: Kernels> Model<K> {
         inputs: ArrayView2<'_, u32>,
     ) -> Result<ArrayView3<'_, f32>, ModelError> {
         let shape = self.prepare(inputs, None)?;
-        self.forward(shape, params);
+        self.make_room_for_logits(shape.rows())?;
+        let (mut pass, activations) = self.pass(shape);
+        pass.forward(params, activations);
         self.host_logits.resize(shape.rows() * self.config.vocab_size, 0.0);
         let activations = present(&mut self.activations);
         self.kernels.download(&activations.logits, &mut self.host_logits).map_err(ModelError::device)?;
@@ -321,6 +328,7 @@ impl<K: Kernels> Model<K> {
         };
         let rows: Vec<u32> = places.iter().map(row).collect();
         assert!(rows.len() <= shape.rows(), "{} places in {} tokens", rows.len(), shape.rows());
+        self.make_room_for_logits(rows.len())?;
         let (mut pass, activations) = self.pass(shape);
         pass.forward_layers(params, activations);
         pass.logits_of(params, activations, &rows);
@@ -345,15 +353,8 @@ impl<K: Kernels> Model<K> {
         targets: ArrayView2<'_, u32>,
     ) -> Result<ArrayView2<'_, f32>, ModelError> {
         let shape = self.prepare(inputs, Some(targets))?;
-        self.forward(shape, params);
-        let activations = present(&mut self.activations);
-        self.kernels.cross_entropy(
-            (shape.rows(), self.config.vocab_size),
-            &activations.targets,
-            None,
-            &mut activations.logits,
-            &mut activations.losses,
-        );
+        let (mut pass, activations) = self.pass(shape);
+        pass.forward_loss(params, activations, None);
         self.host_logits.resize(shape.rows(), 0.0);
         self.kernels.download(&activations.losses, &mut self.host_logits).map_err(ModelError::device)?;
         let view = ArrayView2::from_shape((shape.batch, shape.time), &self.host_logits);
@@ -376,16 +377,10 @@ impl<K: Kernels> Model<K> {
         let shape = self.prepare(inputs, Some(targets))?;
         let rows = shape.rows();
         self.kernels.begin_step();
-        self.forward(shape, params);
+        let (mut pass, activations) = self.pass(shape);
+        pass.forward_loss(params, activations, None);
         let activations = present(&mut self.activations);
         let kernels = &mut self.kernels;
-        kernels.cross_entropy(
-            (rows, self.config.vocab_size),
-            &activations.targets,
-            None,
-            &mut activations.logits,
-            &mut activations.losses,
-        );
         kernels.end_step();
         let loss_sum = kernels.sum(&activations.losses, rows).map_err(ModelError::device)?;
         let mut layers = Vec::new();
@@ -507,8 +502,28 @@ impl<K: Kernels> Model<K> {
             // The old memory goes first, so that both are never held at once.
             self.activations = None;
             self.gradients = None;
-            let activations = Activations::new(&self.config, &mut self.kernels, rows);
+            let logits_rows = self.head_rows().min(rows);
+            let activations = Activations::new(&self.config, &mut self.kernels, rows, logits_rows);
             self.activations = Some(activations.map_err(ModelError::device)?);
+        }
+        Ok(())
+    }
+
+    /// Tokens whose logits may exist at a time while a loss is computed.
+    fn head_rows(&self) -> usize {
+        head_rows(self.config.vocab_size, self.logits_max)
+    }
+
+    /// Room for the logits of so many tokens at once, for whoever wants to see them.
+    fn make_room_for_logits(&mut self, rows: usize) -> Result<(), ModelError> {
+        let activations = present(&mut self.activations);
+        if activations.logits_rows < rows {
+            // The old memory goes first, so that both are never held at once.
+            activations.logits_rows = 0;
+            activations.logits = self.kernels.allocate_activations(0).map_err(ModelError::device)?;
+            let len = rows * self.config.vocab_size;
+            activations.logits = self.kernels.allocate_activations(len).map_err(ModelError::device)?;
+            activations.logits_rows = rows;
         }
         Ok(())
     }
@@ -522,15 +537,11 @@ impl<K: Kernels> Model<K> {
         Ok(())
     }
 
-    fn forward(&mut self, shape: AttentionShape, params: &K::Buffer) {
-        let (mut pass, activations) = self.pass(shape);
-        pass.forward(params, activations);
-    }
-
     /// A pass over a prepared batch that drops nothing, and its memory.
     fn pass(&mut self, shape: AttentionShape) -> (Pass<'_, K>, &mut Activations<K>) {
+        let head_rows = self.head_rows();
         let Self { config, plan, kernels, rope, activations, .. } = self;
-        (Pass { config, plan, kernels, rope, shape, capacity: None }, present(activations))
+        (Pass { config, plan, kernels, rope, shape, capacity: None, head_rows }, present(activations))
     }
 }
 

@@ -6,7 +6,7 @@ use super::cache::Cache;
 use super::plan::{FeedForwardPlan, LayerPlan, Plan, SharedExpertPlan};
 use super::workspace::{Activations, Gradients, LayerActivations, SharedExpertActivations};
 use crate::kernels::{
-    AttentionShape, Kernels, RmsNorm, Rotation, RouterShape, RowScale, RowScaleGradient, Weights, Write,
+    AttentionShape, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape, RowScale, RowScaleGradient, Weights, Write,
 };
 
 /// What both passes over one batch need.
@@ -19,6 +19,8 @@ pub(super) struct Pass<'a, K: Kernels> {
     pub(super) shape: AttentionShape,
     /// The most tokens that an expert takes.
     pub(super) capacity: Option<usize>,
+    /// Tokens whose logits may exist at a time.
+    pub(super) head_rows: usize,
 }
 
 impl<K: Kernels> Pass<'_, K> {
@@ -35,15 +37,36 @@ impl<K: Kernels> Pass<'_, K> {
     pub(super) fn forward(&mut self, params: &K::Buffer, activations: &mut Activations<K>) {
         let (plan, rows) = (self.plan, self.rows());
         self.layers(params, activations, None);
+        self.final_norm(params, activations);
+        let (normed, logits) = (&activations.normed, &mut activations.logits);
+        self.kernels.product(params, plan.head, rows, normed, logits, Write::Replace);
+    }
+
+    /// From `activations.inputs` to `activations.losses`, and to the gradient of the head and of its input.
+    pub(super) fn forward_loss(
+        &mut self,
+        params: &K::Buffer,
+        activations: &mut Activations<K>,
+        gradient: Option<HeadGradient<'_, K::Buffer>>,
+    ) {
+        self.layers(params, activations, None);
+        self.final_norm(params, activations);
+        let rows = self.rows();
+        let head = Head { weights: self.plan.head, rows, block_rows: self.head_rows.min(rows) };
+        let inputs: (&K::Buffer, _) = (&activations.normed, &activations.targets);
+        let (logits, losses) = (&mut activations.logits, &mut activations.losses);
+        self.kernels.head_loss(params, head, inputs, logits, losses, gradient);
+    }
+
+    /// From the residual stream after the last layer to what the head takes.
+    fn final_norm(&mut self, params: &K::Buffer, activations: &mut Activations<K>) {
         self.kernels.rms_norm(
-            self.norm(plan.final_norm),
+            self.norm(self.plan.final_norm),
             params,
             &activations.residual,
             &mut activations.normed,
             &mut activations.inverse_rms,
         );
-        let (normed, logits) = (&activations.normed, &mut activations.logits);
-        self.kernels.product(params, plan.head, rows, normed, logits, Write::Replace);
     }
 
     /// Appends `activations.inputs` to a sequence.
@@ -200,7 +223,7 @@ impl<K: Kernels> Pass<'_, K> {
         kernels.product(params, plan.down, rows, hidden, delta, Write::Add);
     }
 
-    /// From the gradient of the logits, in `activations.logits`, to that of every parameter.
+    /// From the gradient of what the head takes, in `gradients.normed`, to that of every parameter but the head's.
     ///
     /// `auxiliary` is the coefficient of one layer's load-balancing loss. `activations` is used up.
     pub(super) fn backward(
@@ -213,16 +236,6 @@ impl<K: Kernels> Pass<'_, K> {
     ) {
         let (plan, rows) = (self.plan, self.rows());
         let final_norm = self.norm(plan.final_norm);
-        let logits = &activations.logits;
-        self.kernels.product_weight_gradient(grad, plan.head, rows, logits, &activations.normed);
-        self.kernels.product_input_gradient(
-            params,
-            plan.head,
-            rows,
-            logits,
-            &mut gradients.normed,
-            Write::Replace,
-        );
         self.kernels.zero(&mut gradients.residual, 0..rows * self.config.hidden_size);
         self.kernels.rms_norm_backward(
             final_norm,

@@ -15,8 +15,10 @@ pub(super) struct Activations<K: Kernels> {
     pub(super) residual: K::Storage,
     pub(super) normed: K::Storage,
     pub(super) inverse_rms: K::Storage,
-    /// Logits, later their gradient (rows, vocab), and losses (rows).
+    /// Logits of a block of tokens, later their gradient (logits_rows, vocab), and losses (rows).
     pub(super) logits: K::Storage,
+    /// Tokens whose logits there is room for.
+    pub(super) logits_rows: usize,
     pub(super) losses: K::Storage,
     /// What a sublayer adds to the residual stream (rows, d).
     pub(super) delta: K::Storage,
@@ -102,6 +104,7 @@ pub struct StepMemory {
 impl StepMemory {
     /// What [`Activations`] and [`Gradients`] allocate for so many tokens.
     pub(super) fn new(config: &ModelConfig, rows: usize) -> Self {
+        let logits_rows = head_rows(config.vocab_size, LOGITS_MAX).min(rows);
         let (d, f, heads) = (config.hidden_size, config.intermediate_size, config.heads);
         let out = heads * config.head_dim;
         let qkv = out + 2 * config.kv_heads * config.head_dim;
@@ -119,7 +122,7 @@ impl StepMemory {
         let layer_activations = rows * (2 * d + qkv + out + 3 * shared) + wide * 3 * f + slots * d;
         let step_floats = 2 * d + 2 + experts + gates;
         let step_activations =
-            rows * (3 * d + config.vocab_size + out + qkv + shared) + wide * f + slots * 2 * d;
+            rows * (3 * d + out + qkv + shared) + wide * f + slots * 2 * d + logits_rows * config.vocab_size;
         Self {
             floats: rows * (config.layers * layer_floats + step_floats),
             factors: rows * d,
@@ -128,6 +131,19 @@ impl StepMemory {
             routings,
         }
     }
+}
+
+/// Logits that exist at a time, while a loss is computed: half a gigabyte of bfloat16, and enough for the products to be
+/// large.
+pub(super) const LOGITS_MAX: usize = 1 << 28;
+
+/// What a block's tokens are a multiple of where there are enough of them.
+const HEAD_ROWS: usize = 128;
+
+/// Tokens whose logits may exist at a time.
+pub(super) fn head_rows(vocab_size: usize, logits_max: usize) -> usize {
+    let rows = (logits_max / vocab_size).max(1);
+    if rows < HEAD_ROWS { rows } else { rows / HEAD_ROWS * HEAD_ROWS }
 }
 
 /// Rows that the experts of a layer see together: none in a dense model.
@@ -147,7 +163,12 @@ fn feed_forward_rows(config: &ModelConfig, rows: usize) -> usize {
 }
 
 impl<K: Kernels> Activations<K> {
-    pub(super) fn new(config: &ModelConfig, kernels: &mut K, rows: usize) -> Result<Self, K::Error> {
+    pub(super) fn new(
+        config: &ModelConfig,
+        kernels: &mut K,
+        rows: usize,
+        logits_rows: usize,
+    ) -> Result<Self, K::Error> {
         let d = config.hidden_size;
         let layers = (0..config.layers).map(|_| LayerActivations::new(config, kernels, rows));
         Ok(Self {
@@ -158,7 +179,8 @@ impl<K: Kernels> Activations<K> {
             residual: kernels.allocate(rows * d)?,
             normed: kernels.allocate_activations(rows * d)?,
             inverse_rms: kernels.allocate(rows)?,
-            logits: kernels.allocate_activations(rows * config.vocab_size)?,
+            logits: kernels.allocate_activations(logits_rows * config.vocab_size)?,
+            logits_rows,
             losses: kernels.allocate(rows)?,
             delta: kernels.allocate_activations(rows * d)?,
             expert_outputs: kernels.allocate_activations(expert_slots(config, rows) * d)?,

@@ -38,6 +38,13 @@ fn check(name: &'static str, place: Place, precision: Precision) {
     let mut values = vec![0.0; fixture.params.len()];
     model.kernels_mut().download(&grad, &mut values).unwrap();
     check_gradients(&fixture, &values, precision);
+
+    // The same over blocks of tokens.
+    model.limit_logits(fixture.config.vocab_size * (inputs.len() / 3 + 1));
+    let again = model.loss_and_grad(&params, inputs, targets, Balancing::default(), &mut grad).unwrap();
+    assert!((again.cross_entropy / step.cross_entropy - 1.0).abs() < tolerance, "{again:?} {step:?}");
+    model.kernels_mut().download(&grad, &mut values).unwrap();
+    check_gradients(&fixture, &values, precision);
 }
 
 /// Of floats every tensor is within the tolerance. With rounded factors the whole gradient is, and each tensor within

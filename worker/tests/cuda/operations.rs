@@ -8,7 +8,7 @@ use sanderling_common::model_config::RouterOrder;
 use sanderling_worker::kernels::cpu::{self, Cpu};
 use sanderling_worker::kernels::cuda::{Buffer, Cuda, Emulated, Precision, Routing};
 use sanderling_worker::kernels::{
-    ATTENTION_STATISTICS, AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape,
+    ATTENTION_STATISTICS, AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape,
     RouterStatistics, RowScale, RowScaleGradient, Weights, Write,
 };
 
@@ -553,7 +553,43 @@ fn losses(place: Place, precision: Precision) {
     }
 }
 
+/// The head with its loss, whole and in blocks.
+fn heads(place: Place, precision: Precision) {
+    let Some(mut pair) = Pair::new(place, precision) else { return };
+    let small = [(1, 2, 3, 1), (7, 65, 24, 3), (33, 40, 16, 33), (40, 65, 8, 16)];
+    let large = [(3000, 32_000, 512, 1024), (600, 128_256, 256, 256)];
+    for (rows, vocabulary, width, block_rows) in shapes(place, &small, &large) {
+        let name = format!("{rows} × {width} to {vocabulary} by {block_rows}");
+        let weights = Weights { offset: 8, outputs: vocabulary, inputs: width };
+        let head = Head { weights, rows, block_rows };
+        let ids = Array2::from_shape_fn((1, rows), |_| pair.random.below(vocabulary) as u32);
+        let mut cuda_tokens = pair.cuda.allocate_tokens(rows).unwrap();
+        let mut cpu_tokens = vec![0; rows];
+        pair.cuda.upload_tokens(ids.view(), &mut cuda_tokens);
+        pair.cpu.upload_tokens(ids.view(), &mut cpu_tokens);
+        let params = pair.factors(8 + vocabulary * width, 0.1);
+        let (x, mut dx) = (pair.activations(rows * width, 1.0), pair.activations(rows * width, 1.0));
+        let mut grad = pair.floats(params.cpu.len(), 1.0);
+        let (mut logits, mut losses) =
+            (pair.activations(block_rows * vocabulary, 1.0), pair.floats(rows, 1.0));
+        for with_gradient in [false, true] {
+            let (cuda, cpu) = (&mut pair.cuda, &mut pair.cpu);
+            let (to, into) = (&mut *grad.cuda, &mut *dx.cuda);
+            let gradient = with_gradient.then_some(HeadGradient { scale: 0.25, grad: to, dx: into });
+            let inputs: (&Buffer, _) = (&x.cuda, &cuda_tokens);
+            cuda.head_loss(&params.cuda, head, inputs, &mut logits.cuda, &mut losses.cuda, gradient);
+            let (to, into) = (&mut grad.cpu[..], &mut dx.cpu[..]);
+            let gradient = with_gradient.then_some(HeadGradient { scale: 0.25, grad: to, dx: into });
+            let inputs = (&x.cpu[..], &cpu_tokens);
+            cpu.head_loss(&params.cpu, head, inputs, &mut logits.cpu, &mut losses.cpu, gradient);
+            pair.close(&format!("loss {name}"), &losses);
+            pair.close(&format!("weight gradient {name}"), &grad);
+            pair.close(&format!("input gradient {name}"), &dx);
+        }
+    }
+}
+
 everywhere! {
     sums, products, changed_parameters, biases, norms, rotations, attention, cached_attention, gates, routing,
-    expert_products, embeddings, losses
+    expert_products, embeddings, losses, heads
 }

@@ -25,7 +25,7 @@ use pulp::Arch;
 pub use self::method::{CpuMethod, Entries};
 pub use self::router::Routing;
 use super::{
-    AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
+    AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
     RowScaleGradient, Weights, Write,
 };
 
@@ -138,7 +138,8 @@ impl Kernels for Cpu {
         dy: &[f32],
         x: &[f32],
     ) {
-        products::weight_gradient(weights, grad, &dy[..rows * weights.outputs], &x[..rows * weights.inputs]);
+        let (dy, x) = (&dy[..rows * weights.outputs], &x[..rows * weights.inputs]);
+        products::weight_gradient(weights, grad, dy, x, Write::Replace);
     }
 
     fn add_bias(&mut self, params: &[f32], bias: Range<usize>, rows: usize, y: &mut [f32]) {
@@ -196,7 +197,7 @@ impl Kernels for Cpu {
                 grad[weights.expert(expert).range()].fill(0.0);
             } else {
                 let (dy, x) = (&dy[scaled(&slots, outputs)], &x[scaled(&slots, inputs)]);
-                products::weight_gradient(weights.expert(expert), grad, dy, x);
+                products::weight_gradient(weights.expert(expert), grad, dy, x, Write::Replace);
             }
         }
     }
@@ -413,6 +414,35 @@ impl Kernels for Cpu {
             logits: &mut logits[..rows * vocab],
             losses: &mut losses[..rows],
         });
+    }
+
+    fn head_loss(
+        &mut self,
+        params: &[f32],
+        head: Head,
+        (x, targets): (&[f32], &Vec<u32>),
+        logits: &mut [f32],
+        losses: &mut [f32],
+        mut gradient: Option<HeadGradient<'_, [f32]>>,
+    ) {
+        let weights @ Weights { outputs, inputs, .. } = head.weights;
+        for rows in head.blocks() {
+            let (x, logits) = (&x[scaled(&rows, inputs)], &mut logits[..rows.len() * outputs]);
+            products::forward(weights, params, x, logits, Write::Replace);
+            self.arch.dispatch(cross_entropy::CrossEntropy {
+                vocab: outputs,
+                gradient_scale: gradient.as_ref().map(|gradient| gradient.scale),
+                targets: &targets[rows.clone()],
+                logits: &mut *logits,
+                losses: &mut losses[rows.clone()],
+            });
+            if let Some(HeadGradient { grad, dx, .. }) = &mut gradient {
+                let write = if rows.start == 0 { Write::Replace } else { Write::Add };
+                products::weight_gradient(weights, grad, logits, x, write);
+                let dx = &mut dx[scaled(&rows, inputs)];
+                products::input_gradient(weights, params, logits, dx, Write::Replace);
+            }
+        }
     }
 }
 

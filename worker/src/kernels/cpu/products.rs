@@ -32,12 +32,12 @@ fn accumulation(write: Write) -> Accum {
     }
 }
 
-/// dW (outputs, inputs) = dyᵀ · x at the weights' place in `grad`; zero without rows.
-pub(super) fn weight_gradient(weights: Weights, grad: &mut [f32], dy: &[f32], x: &[f32]) {
+/// dW (outputs, inputs) = dyᵀ · x at the weights' place in `grad`, or added to it; zero without rows.
+pub(super) fn weight_gradient(weights: Weights, grad: &mut [f32], dy: &[f32], x: &[f32], write: Write) {
     let Weights { outputs, inputs, .. } = weights;
     let rows = x.len() / inputs;
     let dw = MatMut::from_row_major_slice_mut(&mut grad[weights.range()], outputs, inputs);
     let dy = MatRef::from_row_major_slice(dy, rows, outputs);
     let x = MatRef::from_row_major_slice(x, rows, inputs);
-    matmul(dw, Accum::Replace, dy.transpose(), x, 1.0, Par::Seq);
+    matmul(dw, accumulation(write), dy.transpose(), x, 1.0, Par::Seq);
 }

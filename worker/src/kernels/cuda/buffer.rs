@@ -139,9 +139,10 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    pub(super) fn at(&self, rows: usize) -> Address {
-        assert!(rows <= self.rows, "{rows} of {} token ids", self.rows);
-        self.memory.address
+    /// Where those of some rows are.
+    pub(super) fn at(&self, rows: Range<usize>) -> Address {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "{rows:?} of {} token ids", self.rows);
+        self.memory.address + (rows.start * size_of::<u32>()) as u64
     }
 }
 

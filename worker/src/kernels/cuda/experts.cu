@@ -379,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) expert_product_inp
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) expert_product_weight_gradient(
     const act* dy, const act* x, long long stride, const int* starts, int experts, int inputs, int outputs,
-    float* gradient) {
+    float* gradient, int flags) {
     const int row_tiles = tiles_of(outputs), column_tiles = tiles_of(inputs), tiles = row_tiles * column_tiles;
     const int expert = blockIdx.x / tiles;
     if (expert >= experts) return;
@@ -389,6 +389,6 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) expert_product_wei
     const int slots = starts[expert + 1] - (int)first_slot;
     const Operand left(dy + first_slot * outputs, slots, outputs);
     const Operand right(x + first_slot * inputs, slots, inputs);
-    const Output output{gradient + expert * stride, outputs, inputs, true, false};
+    const Output output{gradient + expert * stride, outputs, inputs, true, (flags & OUTPUT_ADD) != 0};
     product_tile<SIDE_CONTIGUOUS, SIDE_CONTIGUOUS>(left, right, slots, output, row * TILE, column * TILE);
 }

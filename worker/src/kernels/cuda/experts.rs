@@ -173,7 +173,7 @@ impl Cuda {
                 Unit::Experts,
                 "expert_product_weight_gradient",
                 launch(experts * tiles(outputs) * tiles(inputs)),
-                arguments![left, right, long(stride), starts, experts_int, inputs_int, outputs_int, to],
+                arguments![left, right, long(stride), starts, experts_int, inputs_int, outputs_int, to, flags],
             ),
         }
     }

@@ -8,7 +8,7 @@ use super::buffer::{Memory, decode, encode};
 use super::driver::{Operation, Scalar};
 use super::{Buffer, Cuda, CudaError, Routing, Tokens};
 use crate::kernels::{
-    AttentionShape, ExpertWeights, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
+    AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
     RowScaleGradient, Weights, Write,
 };
 
@@ -54,7 +54,7 @@ impl Kernels for Cuda {
 
     fn upload_tokens(&mut self, ids: ArrayView2<'_, u32>, tokens: &mut Tokens) {
         let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_ne_bytes()).collect();
-        let uploaded = self.driver().upload(&bytes, tokens.at(ids.len()));
+        let uploaded = self.driver().upload(&bytes, tokens.at(0..ids.len()));
         self.attempt(uploaded);
     }
 
@@ -95,7 +95,7 @@ impl Kernels for Cuda {
         y: &mut Buffer,
         write: Write,
     ) {
-        self.dense_forward(params, weights, rows, x, y, write);
+        self.dense_forward(params, weights, 0..rows, x, y, write);
     }
 
     fn product_input_gradient(
@@ -107,7 +107,7 @@ impl Kernels for Cuda {
         dx: &mut Buffer,
         write: Write,
     ) {
-        self.dense_input_gradient(params, weights, rows, dy, dx, write);
+        self.dense_input_gradient(params, weights, 0..rows, dy, dx, write);
     }
 
     fn product_weight_gradient(
@@ -118,7 +118,7 @@ impl Kernels for Cuda {
         dy: &Buffer,
         x: &Buffer,
     ) {
-        self.dense_weight_gradient(grad, weights, rows, dy, x);
+        self.dense_weight_gradient(grad, weights, 0..rows, dy, x, Write::Replace);
     }
 
     fn add_bias(&mut self, params: &Buffer, bias: Range<usize>, rows: usize, y: &mut Buffer) {
@@ -315,12 +315,24 @@ impl Kernels for Cuda {
 
     fn cross_entropy(
         &mut self,
-        shape: (usize, usize),
+        (rows, vocabulary): (usize, usize),
         targets: &Tokens,
         gradient_scale: Option<f32>,
         logits: &mut Buffer,
         losses: &mut Buffer,
     ) {
-        self.loss(shape, targets, gradient_scale, logits, losses);
+        self.loss((0..rows, vocabulary), targets, gradient_scale, logits, losses);
+    }
+
+    fn head_loss(
+        &mut self,
+        params: &Buffer,
+        head: Head,
+        inputs: (&Buffer, &Tokens),
+        logits: &mut Buffer,
+        losses: &mut Buffer,
+        gradient: Option<HeadGradient<'_, Buffer>>,
+    ) {
+        self.head(params, head, inputs, logits, losses, gradient);
     }
 }

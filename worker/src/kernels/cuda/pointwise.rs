@@ -206,7 +206,7 @@ impl Cuda {
         let width = table.inputs;
         let (from, out) = (floats_at(params, table.range()), floats_at_mut(out, rows * width));
         let launch = flat(rows, (32 * width.div_ceil(512)).min(256));
-        self.launch(Unit::Embedding, "embed", launch, arguments![from, tokens.at(rows), out, int(width)]);
+        self.launch(Unit::Embedding, "embed", launch, arguments![from, tokens.at(0..rows), out, int(width)]);
     }
 
     pub(super) fn look_up_backward(
@@ -224,7 +224,7 @@ impl Cuda {
         let largest = table.outputs.max(2) - 1;
         let bits = int((usize::BITS - largest.leading_zeros()) as usize);
         let (rows_int, width_int) = (int(rows), int(width));
-        let arguments = arguments![tokens.at(rows), buffers, rows_int, bits];
+        let arguments = arguments![tokens.at(0..rows), buffers, rows_int, bits];
         self.launch(Unit::Embedding, "embed_sort", flat(1, 1024), arguments);
         let dout = floats_at(dout, 0..rows * width);
         let grad = grad.at_mut(table.range());
@@ -237,9 +237,10 @@ impl Cuda {
         self.launch(Unit::Embedding, "embed_backward_ends", launch, arguments);
     }
 
+    /// The loss of some tokens; their logits start at the beginning of their buffer.
     pub(super) fn loss(
         &mut self,
-        (rows, vocabulary): (usize, usize),
+        (rows, vocabulary): (Range<usize>, usize),
         targets: &Tokens,
         gradient_scale: Option<f32>,
         logits: &mut Buffer,
@@ -247,13 +248,14 @@ impl Cuda {
     ) {
         let bytes = self.activation().bytes();
         let kept = gradient_scale.map_or(0, |_| vocabulary.min(LOGITS_BYTES / bytes) / 16 * 16);
-        let logits = self.activations_at_mut(logits, rows * vocabulary);
-        let losses = floats_at_mut(losses, rows);
-        let launch = grid([rows, 1, 1], [512, 1, 1], kept * bytes);
+        let logits = self.activations_at_mut(logits, rows.len() * vocabulary);
+        assert!(losses.scalar() == Scalar::Float, "losses are floats, not {losses:?}");
+        let (losses, targets) = (losses.at_mut(rows.clone()), targets.at(rows.clone()));
+        let launch = grid([rows.len(), 1, 1], [512, 1, 1], kept * bytes);
         let gradient = i32::from(gradient_scale.is_some());
         let scale = gradient_scale.unwrap_or(0.0);
         let vocabulary = int(vocabulary);
-        let arguments = arguments![logits, targets.at(rows), losses, vocabulary, scale, gradient, int(kept)];
+        let arguments = arguments![logits, targets, losses, vocabulary, scale, gradient, int(kept)];
         self.launch(Unit::CrossEntropy, "cross_entropy", launch, arguments);
     }
 }

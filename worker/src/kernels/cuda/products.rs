@@ -6,8 +6,8 @@ use std::ops::Range;
 use super::buffer::Memory;
 use super::driver::{Address, Factor, Operation, Product, Scalar};
 use super::scratch::Slot;
-use super::{Buffer, Cuda, CudaError, Precision, Unit, arguments, experts, flat, int, long};
-use crate::kernels::{Weights, Write};
+use super::{Buffer, Cuda, CudaError, Precision, Tokens, Unit, arguments, experts, flat, int, long};
+use crate::kernels::{Head, HeadGradient, Weights, Write};
 
 /// Which of the three products of y = x·Wᵀ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,18 +82,19 @@ impl Cuda {
         self.launch(Unit::Pointwise, "convert_to_act", launch, arguments![from, to, long(len)]);
     }
 
-    /// y = x·Wᵀ.
+    /// y = x·Wᵀ of some rows of x; those of y start at its beginning.
     pub(super) fn dense_forward(
         &mut self,
         params: &Buffer,
         weights: Weights,
-        rows: usize,
+        rows: Range<usize>,
         x: &Buffer,
         y: &mut Buffer,
         write: Write,
     ) {
         let Weights { outputs, inputs, .. } = weights;
-        let x = self.factor(x, 0..rows * inputs, Slot::Left);
+        let x = self.factor(x, rows.start * inputs..rows.end * inputs, Slot::Left);
+        let rows = rows.len();
         let w = self.factor(params, weights.range(), Slot::Right);
         let result = y.scalar();
         let product = Product {
@@ -108,17 +109,19 @@ impl Cuda {
         self.dense(Kind::Forward, (rows, outputs, inputs), (x, w), &product);
     }
 
-    /// dx = dy·W.
+    /// dx = dy·W for some rows of dx; those of dy start at its beginning.
     pub(super) fn dense_input_gradient(
         &mut self,
         params: &Buffer,
         weights: Weights,
-        rows: usize,
+        rows: Range<usize>,
         dy: &Buffer,
         dx: &mut Buffer,
         write: Write,
     ) {
         let Weights { outputs, inputs, .. } = weights;
+        let to = rows.start * inputs..rows.end * inputs;
+        let rows = rows.len();
         let dy = self.factor(dy, 0..rows * outputs, Slot::Left);
         let w = self.factor(params, weights.range(), Slot::Right);
         let result = dx.scalar();
@@ -126,7 +129,7 @@ impl Cuda {
             sizes: (inputs, rows, outputs),
             a: Factor { address: w, leading: inputs, transposed: false },
             b: Factor { address: dy, leading: outputs, transposed: false },
-            d: dx.at_mut(0..rows * inputs),
+            d: dx.at_mut(to),
             result,
             add: write == Write::Add,
             ..self.blank()
@@ -134,18 +137,20 @@ impl Cuda {
         self.dense(Kind::InputGradient, (rows, outputs, inputs), (dy, w), &product);
     }
 
-    /// dW = dyᵀ·x.
+    /// dW = dyᵀ·x over some rows of x; those of dy start at its beginning.
     pub(super) fn dense_weight_gradient(
         &mut self,
         grad: &mut Buffer,
         weights: Weights,
-        rows: usize,
+        rows: Range<usize>,
         dy: &Buffer,
         x: &Buffer,
+        write: Write,
     ) {
         let Weights { outputs, inputs, .. } = weights;
+        let x = self.factor(x, rows.start * inputs..rows.end * inputs, Slot::Right);
+        let rows = rows.len();
         let dy = self.factor(dy, 0..rows * outputs, Slot::Left);
-        let x = self.factor(x, 0..rows * inputs, Slot::Right);
         assert!(grad.scalar() == Scalar::Float, "gradients are floats, not {grad:?}");
         let product = Product {
             sizes: (inputs, outputs, rows),
@@ -153,9 +158,33 @@ impl Cuda {
             b: Factor { address: dy, leading: outputs, transposed: true },
             d: grad.at_mut(weights.range()),
             result: Scalar::Float,
+            add: write == Write::Add,
             ..self.blank()
         };
         self.dense(Kind::WeightGradient, (rows, outputs, inputs), (dy, x), &product);
+    }
+
+    /// The last product and the loss, with their gradient, block by block.
+    pub(super) fn head(
+        &mut self,
+        params: &Buffer,
+        head: Head,
+        (x, targets): (&Buffer, &Tokens),
+        logits: &mut Buffer,
+        losses: &mut Buffer,
+        mut gradient: Option<HeadGradient<'_, Buffer>>,
+    ) {
+        let weights = head.weights;
+        for rows in head.blocks() {
+            self.dense_forward(params, weights, rows.clone(), x, logits, Write::Replace);
+            let scale = gradient.as_ref().map(|gradient| gradient.scale);
+            self.loss((rows.clone(), weights.outputs), targets, scale, logits, losses);
+            if let Some(HeadGradient { grad, dx, .. }) = &mut gradient {
+                let write = if rows.start == 0 { Write::Replace } else { Write::Add };
+                self.dense_weight_gradient(grad, weights, rows.clone(), logits, x, write);
+                self.dense_input_gradient(params, weights, rows, logits, dx, Write::Replace);
+            }
+        }
     }
 
     /// What all products have in common.
