@@ -65,7 +65,7 @@ impl Stretch {
             warmup_exchanges: 0,
             warmup_steps: (self.warmup / self.batches_per_step)
                 .max(WARMUP_STEPS_MIN.min(self.warmup))
-                .min(steps / 5),
+                .min(steps / 4),
             total_steps: steps,
             final_fraction: self.final_fraction,
         }

@@ -19,7 +19,7 @@ use crate::simulation::Conditions;
 ///
 /// MSGD on one worker, and ASGD, GD-async, DGC-async and DGS on 1, 4, 8, 16 and 32, on characters of the bundled text and on
 /// handwritten digits, both with small mixtures of experts, in virtual time. Every method and number of workers has the same
-/// number of gradient evaluations and the same search for its learning rate (four values, and further ones while the best
+/// number of gradient evaluations and the same search for its learning rate (four values or, from 16 workers on, seven, and further ones while the best
 /// lies at an edge) and, where it has one, its momentum: by validation, with the first seed, at a quarter of the length. Then all
 /// seeds are run with what was found, and tested. Finished runs are kept in the folder and not made again.
 #[derive(Debug, clap::Args)]
@@ -43,6 +43,9 @@ const METHODS: [Method; 4] = [Method::Asgd, Method::GdAsync, Method::DgcAsync, M
 /// The paper lowers DGS's momentum from the second to the first for 32 workers.
 const MOMENTA_COMPARED: [f32; 2] = [0.3, 0.7];
 
+/// Workers that are many for these methods.
+const MANY: u32 = 16;
+
 /// Points of a curve.
 const LOOKS: u64 = 16;
 
@@ -55,6 +58,8 @@ struct Settings {
     counting: u64,
     momenta: Vec<f32>,
     rates: Vec<f64>,
+    /// What [`MANY`] workers and more are tried with besides: with so many, the best of high rates may lie between worse ones.
+    rates_of_many: Vec<f64>,
     seeds: Vec<u64>,
 }
 
@@ -68,6 +73,7 @@ impl Settings {
             counting,
             momenta: if quick { vec![0.3, 0.7] } else { vec![0.3, 0.5, 0.7, 0.9] },
             rates: vec![0.05, 0.1, 0.2, 0.4],
+            rates_of_many: vec![0.00625, 0.0125, 0.025],
             seeds: options.seeds(),
         }
     }
@@ -83,9 +89,10 @@ impl Settings {
         all
     }
 
-    fn grid(&self, method: Method) -> Grid {
+    fn grid(&self, &Contestant { method, workers, .. }: &Contestant) -> Grid {
         let momenta = if has_momentum(method) { self.momenta.clone() } else { vec![0.0] };
-        Grid { rates: self.rates.clone(), momenta }
+        let low = if workers >= MANY { &self.rates_of_many[..] } else { &[] };
+        Grid { rates: [low, &self.rates].concat(), momenta }
     }
 }
 
@@ -159,8 +166,7 @@ impl Experiment {
             make: &make,
             score: validation,
         };
-        let grid = |contestant: &Contestant| settings.grid(contestant.method);
-        let choices: Vec<Choice> = choosing.choose(settings.contestants(), grid)?;
+        let choices: Vec<Choice> = choosing.choose(settings.contestants(), |contestant| settings.grid(contestant))?;
         let most = settings.workers.last().copied();
         let mut cells = Vec::new();
         for Chosen { contestant, search, best } in &choices {
@@ -209,13 +215,14 @@ impl Experiment {
             "# The methods of DGS, for 1 to {} workers\n\nEqual gradient evaluations for everyone: {} in a run that counts, {} \
              in one that chooses; {}. 1 % kept up, everything that changed sent down, float32; gradients clipped to norm 1, warm-up \
              over 100 updates, half a cosine to a tenth. In virtual time, workers of uneven speed. Learning rate and momentum are \
-             each contestant's own, the best by validation with the first seed; rates {:?} and on while the best lies at an edge, \
-             momenta {:?}. Runs of one seed share parameters and batches, and are compared with each other.\n",
+             each contestant's own, the best by validation with the first seed; rates {:?}, of {MANY} workers and more also {:?}, and on \
+             while the best lies at an edge, momenta {:?}. Runs of one seed share parameters and batches, and are compared with each other.\n",
             settings.workers.last().copied().unwrap_or(1),
             settings.counting,
             settings.choosing,
             seeds_text(&settings.seeds),
             settings.rates,
+            settings.rates_of_many,
             settings.momenta,
         );
         for &subject in &settings.subjects {

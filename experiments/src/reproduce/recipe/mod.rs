@@ -9,7 +9,7 @@ use sanderling_common::config::{RunConfig, parse};
 
 use self::report::Report;
 use super::lab::{
-    Book, Choosing, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, file_name,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, file_name,
     look_every, make, small_model, validation, write_configuration, write_report,
 };
 use crate::simulation::Conditions;
@@ -19,7 +19,7 @@ use crate::simulation::Conditions;
 /// The default model and method, one setting for every number of workers, 1 % sent up and 5 % down with 8 bits, in virtual time;
 /// and AdamW at the same number of gradient evaluations: on one worker, and data-parallel, where N workers make one step of N
 /// batches together. AdamW has the best of at least four learning rates for each number of workers, and of the rates around it for
-/// longer runs, by validation with the first seed; weight decay is 0 for everyone. With --quick a small model. Finished runs are
+/// longer runs, and the better of two warm-ups, by validation with the first seed; weight decay is 0 for everyone. With --quick a small model. Finished runs are
 /// kept in the folder and not made again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -68,9 +68,10 @@ impl Settings {
         }
     }
 
-    /// Numbers of workers of AdamW.
-    fn references(&self) -> Vec<u32> {
-        std::iter::once(1).chain(self.workers.iter().copied()).collect()
+    /// Everyone's AdamW with the short warm-up, which one worker has in any case.
+    fn references(&self) -> Vec<Reference> {
+        let workers = std::iter::once(1).chain(self.workers.iter().copied());
+        workers.map(|workers| Reference { workers, warmup: Warmup::Short }).collect()
     }
 
     fn run(&self, workers: u32, steps: u64, seed: u64, training: &str) -> anyhow::Result<RunConfig> {
@@ -83,8 +84,12 @@ impl Settings {
     }
 
     /// AdamW, where so many workers make a step together.
-    fn reference(&self, workers: u32, rate: f64, steps: u64, seed: u64) -> anyhow::Result<Spec> {
-        let run = self.run(workers, steps, seed, &format!("learning_rate = {rate:?}\n"))?;
+    fn reference(&self, reference: Reference, rate: f64, steps: u64, seed: u64) -> anyhow::Result<Spec> {
+        let Reference { workers, warmup } = reference;
+        let mut run = self.run(workers, steps, seed, &format!("learning_rate = {rate:?}\n"))?;
+        if warmup == Warmup::Long {
+            run.training.warmup_steps = run.training.warmup_exchanges * u64::from(workers);
+        }
         Ok(Spec::of(Subject::Text, &run, Trainer::AdamW))
     }
 
@@ -93,6 +98,22 @@ impl Settings {
         let run = self.run(workers, steps, seed, "")?;
         Ok(Spec::of(Subject::Text, &run, Trainer::Workers(Conditions::default())))
     }
+}
+
+/// AdamW for a number of workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Reference {
+    workers: u32,
+    warmup: Warmup,
+}
+
+/// Over how much the rate of AdamW rises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Warmup {
+    /// As many evaluations as the settings say.
+    Short,
+    /// As many steps as each asynchronous worker makes exchanges meanwhile, or a quarter of the run if that is less.
+    Long,
 }
 
 struct Experiment {
@@ -127,51 +148,75 @@ struct Line {
 /// The runs of a row that are of one length.
 struct Length {
     /// Of AdamW.
-    rate: Option<ChosenRate>,
+    tuned: Option<Tuned>,
     runs: Vec<Run>,
 }
 
+/// What was chosen for AdamW.
 #[derive(Clone, Copy)]
-struct ChosenRate {
+struct Tuned {
+    reference: Reference,
     rate: f64,
     /// The search gave up there.
     is_at_edge: bool,
 }
 
 impl Experiment {
-    /// The rates of AdamW, by number of workers, for each length: from the settings for the first, and from those around the one
-    /// found before for the others.
-    fn choose(&self) -> anyhow::Result<Vec<Vec<ChosenRate>>> {
+    /// Rate and warm-up of AdamW, by number of workers, for each length. The rates of the first length are those of the settings,
+    /// of others those around the one found before; and with the long warm-up those from the short one's best on.
+    fn choose(&self) -> anyhow::Result<Vec<Vec<Tuned>>> {
         let settings = &self.settings;
-        let references = settings.references();
-        let mut chosen: Vec<Vec<ChosenRate>> = Vec::new();
+        let mut short: Vec<Tuned> = Vec::new();
+        let mut chosen = Vec::new();
         for &steps in &settings.lengths {
-            let choosing = Choosing {
-                what: "choosing the rates of AdamW",
-                book: &self.book,
-                jobs: self.jobs,
-                wanted: &|&place: &usize, tried: Tried| {
-                    let spec = settings.reference(references[place], tried.rate, steps, settings.seeds[0])?;
-                    Ok((spec, steps))
-                },
-                make: &make,
-                score: validation,
+            let grid = |reference: &Reference| match short.iter().find(|of| of.reference == *reference) {
+                None => settings.rates.clone(),
+                Some(before) => [0.5, 1.0, 2.0].map(|by| by * before.rate).to_vec(),
             };
-            let grid = |&place: &usize| {
-                let rates = chosen.last().map_or_else(
-                    || settings.rates.clone(),
-                    |before: &Vec<ChosenRate>| [0.5, 1.0, 2.0].map(|by| by * before[place].rate).to_vec(),
-                );
-                Grid { rates, momenta: vec![0.0] }
+            let of_short = self.tune(settings.references(), steps, grid)?;
+            let several = of_short.iter().filter(|(tuned, _)| tuned.reference.workers > 1);
+            let long = several.map(|(tuned, _)| Reference { warmup: Warmup::Long, ..tuned.reference });
+            let grid = |reference: &Reference| {
+                let (short, _) = of_workers(&of_short, reference.workers).expect("both have the same workers");
+                vec![short.rate, 2.0 * short.rate]
             };
-            let found = choosing.choose((0..references.len()).collect(), grid)?;
-            let rate = found.iter().map(|found| ChosenRate {
-                rate: found.best.rate,
-                is_at_edge: found.search.is_at_edge(found.best),
-            });
-            chosen.push(rate.collect());
+            let of_long = self.tune(long.collect(), steps, grid)?;
+            let better = |&(tuned, loss): &(Tuned, f64)| match of_workers(&of_long, tuned.reference.workers) {
+                Some((long, below)) if below < loss => long,
+                _ => tuned,
+            };
+            chosen.push(of_short.iter().map(better).collect());
+            short = of_short.into_iter().map(|(tuned, _)| tuned).collect();
         }
         Ok(chosen)
+    }
+
+    /// The best rate of each, with its validation loss.
+    fn tune(
+        &self,
+        references: Vec<Reference>,
+        steps: u64,
+        grid: impl Fn(&Reference) -> Vec<f64>,
+    ) -> anyhow::Result<Vec<(Tuned, f64)>> {
+        let settings = &self.settings;
+        let choosing = Choosing {
+            what: "choosing rates and warm-ups of AdamW",
+            book: &self.book,
+            jobs: self.jobs,
+            wanted: &|&reference: &Reference, tried: Tried| {
+                Ok((settings.reference(reference, tried.rate, steps, settings.seeds[0])?, steps))
+            },
+            make: &make,
+            score: validation,
+        };
+        let found =
+            choosing.choose(references, |reference| Grid { rates: grid(reference), momenta: vec![0.0] })?;
+        let tuned = found.into_iter().map(|Chosen { contestant: reference, search, best }| {
+            let tuned = Tuned { reference, rate: best.rate, is_at_edge: search.is_at_edge(best) };
+            // One that diverged is below nothing.
+            Ok((tuned, choosing.score(&reference, best)?.loss))
+        });
+        tuned.collect()
     }
 
     /// Makes all runs.
@@ -180,13 +225,16 @@ impl Experiment {
         let chosen = self.choose()?;
         let references = settings.references().into_iter().enumerate();
         let rows: Vec<(u32, Option<usize>)> = references
-            .map(|(place, workers)| (workers, Some(place)))
+            .map(|(place, reference)| (reference.workers, Some(place)))
             .chain(settings.workers.iter().map(|&workers| (workers, None)))
             .collect();
         let specs = |(workers, reference): (u32, Option<usize>), length: usize| {
             let steps = settings.lengths[length];
             let spec = |&seed: &u64| match reference {
-                Some(place) => settings.reference(workers, chosen[length][place].rate, steps, seed),
+                Some(place) => {
+                    let Tuned { reference, rate, .. } = chosen[length][place];
+                    settings.reference(reference, rate, steps, seed)
+                }
                 None => settings.ours(workers, steps, seed),
             };
             settings.seeds.iter().map(spec).collect::<anyhow::Result<Vec<Spec>>>()
@@ -205,7 +253,7 @@ impl Experiment {
                 let runs = specs((workers, reference), length)?;
                 let runs =
                     runs.iter().map(|spec| self.book.find(spec).expect("every run was made")).collect();
-                lengths.push(Length { rate: reference.map(|place| chosen[place]), runs });
+                lengths.push(Length { tuned: reference.map(|place| chosen[place]), runs });
             }
             let line = Line { workers, is_reference: reference.is_some(), lengths };
             write_configuration(&self.folder, &file_name(&line.name()), &line.lengths[0].runs[0].spec)?;
@@ -213,4 +261,8 @@ impl Experiment {
         }
         Ok(lines)
     }
+}
+
+fn of_workers(tuned: &[(Tuned, f64)], workers: u32) -> Option<(Tuned, f64)> {
+    tuned.iter().find(|(tuned, _)| tuned.reference.workers == workers).copied()
 }

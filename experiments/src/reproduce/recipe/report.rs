@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::{Length, Line, Settings};
+use super::{Length, Line, Settings, Warmup};
 use crate::report::Curve;
 use crate::reproduce::lab::{
     Difference, held, mean_and_spread, mean_curve, outcomes, per_cent_above, plot_both, plus_minus,
@@ -38,11 +38,11 @@ impl Length {
     }
 
     fn cells(&self) -> String {
-        let rate = match self.rate {
-            None => "default".to_owned(),
-            Some(chosen) if chosen.is_at_edge => format!("{} (at the edge)", chosen.rate),
-            Some(chosen) => chosen.rate.to_string(),
-        };
+        let rate = self.tuned.map_or("default".to_owned(), |tuned| {
+            let edge = if tuned.is_at_edge { " (at the edge)" } else { "" };
+            let warmup = if tuned.reference.warmup == Warmup::Long { ", long warm-up" } else { "" };
+            format!("{}{edge}{warmup}", tuned.rate)
+        });
         let validation: Vec<Score> = self.runs.iter().map(|run| run.outcome.validation()).collect();
         format!(" {rate} | {} | {} |", show(&validation), show(&self.test()))
     }
@@ -86,13 +86,16 @@ impl Report<'_> {
         format!(
             "# The default recipe against AdamW\n\nCharacters of the bundled text, {} parameters, {}, loss in nats per character. \
              The same number of gradient evaluations for everyone: N workers with data-parallel AdamW make a step of N \
-             batches together, with the best of the rates {:?} and on while the best lies at the edge{around}, by validation with \
-             the first seed; asynchronous workers each go at their own pace, with the default settings for any N and length: {} % kept \
+             batches together, with the best of the rates {:?} and on while the best lies at the edge{around}, and the better of a \
+             warm-up over {} evaluations (but 10 steps at least) and a long one over {} steps (but a quarter of the run at most, as for \
+             asynchronous workers), by validation with the first seed; asynchronous workers each go at their own pace, with the default settings for any N and length: {} % kept \
              up, {} % down, {} both ways, in virtual time. Weight decay is 0 for everyone. Runs of one seed share parameters and \
              batches, and are compared with each other.\n\n",
             first.outcome.parameters,
             seeds_text(&settings.seeds),
             settings.rates,
+            first.spec.training.warmup_steps,
+            first.spec.training.warmup_exchanges,
             100.0 * first.spec.exchange.keep,
             100.0 * first.spec.exchange.secondary,
             format!("{:?}", first.spec.exchange.values_up).to_lowercase(),
