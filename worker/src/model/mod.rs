@@ -355,6 +355,7 @@ impl<K: Kernels> Model<K> {
         let shape = self.prepare(inputs, Some(targets))?;
         let (mut pass, activations) = self.pass(shape);
         pass.forward_loss(params, activations, None);
+        let activations = present(&mut self.activations);
         self.host_logits.resize(shape.rows(), 0.0);
         self.kernels.download(&activations.losses, &mut self.host_logits).map_err(ModelError::device)?;
         let view = ArrayView2::from_shape((shape.batch, shape.time), &self.host_logits);

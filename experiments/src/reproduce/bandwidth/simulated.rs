@@ -8,7 +8,8 @@ use sanderling_common::method::Method;
 
 use super::super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Grid, Run, Spec, Subject, Trainer, Tried, file_name, look_every,
-    make, plot_both, seeds_text, small_model, validation, write_configuration,
+    make, mean_and_spread, plot_both, plus_minus, seeds_text, show, small_model, validation,
+    write_configuration,
 };
 use super::times::{Time, Times, ratio, reaches, sooner, target};
 use super::{Experiment, Half, METHODS, rate_name};
@@ -230,7 +231,7 @@ impl Simulated<'_> {
              most, {}; a link that carries the small model's dense exchange as fast \
              as the stated one carries ResNet-18's. The loss is looked at every {looks} evaluations, and the time interpolated \
              between two looks. The loss to be reached is the worst of all runs' best, but for those that diverged or learned \
-             nothing. {}\n\n",
+             nothing. Updates per second, and the loss at the end, are those of whole runs. {}\n\n",
             seeds_text(&seeds),
             self.how_chosen(),
         )
@@ -262,17 +263,38 @@ impl Simulated<'_> {
         text
     }
 
+    /// Updates per second of whole runs, and the validation loss that they end at.
+    fn pace(&self, method: Method, workers: u32, rate: f64) -> anyhow::Result<(String, String)> {
+        let seconds_per_step = self.experiment.arguments.compute_ms as f64 / 1e3;
+        let specs = self.specs(method, workers, rate)?;
+        let outcomes: Vec<_> = specs.iter().map(|spec| self.run(spec).outcome).collect();
+        let per_second = outcomes.iter().filter_map(|outcome| {
+            let end = outcome.curve.last().filter(|end| end.time > 0.0)?;
+            Some(end.steps as f64 / (end.time * seconds_per_step))
+        });
+        let (mean, spread) = mean_and_spread(&per_second.collect::<Vec<f64>>());
+        let ends: Vec<_> = outcomes.iter().map(|outcome| outcome.validation()).collect();
+        Ok((plus_minus(mean, spread, 2), show(&ends)))
+    }
+
     fn table(&self, rate: f64, target: f64) -> anyhow::Result<(String, [Curve; 2])> {
         let mut text = format!(
-            "{}, seconds:\n\n| workers | ASGD | DGS | ASGD / DGS |\n| --- | --- | --- | --- |\n",
-            rate_name(rate)
+            "{}:\n\n| workers | ASGD, s | DGS, s | ASGD / DGS | ASGD, updates/s | DGS | ASGD ends at | DGS |\n{}\n",
+            rate_name(rate),
+            "| --- ".repeat(8) + "|",
         );
         let seeds = self.experiment.arguments.options.seeds().len();
         let mut curves = METHODS.map(|method| Curve { name: method.name().to_owned(), points: Vec::new() });
         for &workers in self.experiment.workers {
             let asgd = self.times(Method::Asgd, workers, rate, target)?;
             let dgs = self.times(Method::Dgs, workers, rate, target)?;
-            let _ = writeln!(text, "| {workers} | {asgd} | {dgs} | {} |", ratio(&asgd, &dgs, seeds));
+            let (asgd_pace, asgd_end) = self.pace(Method::Asgd, workers, rate)?;
+            let (dgs_pace, dgs_end) = self.pace(Method::Dgs, workers, rate)?;
+            let _ = writeln!(
+                text,
+                "| {workers} | {asgd} | {dgs} | {} | {asgd_pace} | {dgs_pace} | {asgd_end} | {dgs_end} |",
+                ratio(&asgd, &dgs, seeds)
+            );
             for (curve, times) in curves.iter_mut().zip([&asgd, &dgs]) {
                 curve.points.extend(times.of_all().map(|time| (f64::from(workers), time.value)));
             }

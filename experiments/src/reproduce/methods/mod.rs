@@ -92,7 +92,7 @@ impl Settings {
     fn grid(&self, &Contestant { method, workers, .. }: &Contestant) -> Grid {
         let momenta = if has_momentum(method) { self.momenta.clone() } else { vec![0.0] };
         let low = if workers >= MANY { &self.rates_of_many[..] } else { &[] };
-        Grid { rates: [low, &self.rates].concat(), momenta }
+        Grid { rates: [low, &self.rates[..]].concat(), momenta }
     }
 }
 

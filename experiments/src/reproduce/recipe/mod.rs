@@ -214,7 +214,7 @@ impl Experiment {
         let tuned = found.into_iter().map(|Chosen { contestant: reference, search, best }| {
             let tuned = Tuned { reference, rate: best.rate, is_at_edge: search.is_at_edge(best) };
             // One that diverged is below nothing.
-            Ok((tuned, choosing.score(&reference, best)?.loss))
+            anyhow::Ok((tuned, choosing.score(&reference, best)?.loss))
         });
         tuned.collect()
     }
