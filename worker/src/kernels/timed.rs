@@ -8,8 +8,8 @@ use ndarray::ArrayView2;
 
 use super::cpu::Cpu;
 use super::{
-    AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
-    RowScaleGradient, Weights, Write,
+    AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape,
+    RouterStatistics, RowScale, RowScaleGradient, Weights, Write,
 };
 
 /// What an operation took.

@@ -6,7 +6,8 @@ use super::cache::Cache;
 use super::plan::{FeedForwardPlan, LayerPlan, Plan, SharedExpertPlan};
 use super::workspace::{Activations, Gradients, LayerActivations, SharedExpertActivations};
 use crate::kernels::{
-    AttentionShape, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape, RowScale, RowScaleGradient, Weights, Write,
+    AttentionShape, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape, RowScale, RowScaleGradient,
+    Weights, Write,
 };
 
 /// What both passes over one batch need.

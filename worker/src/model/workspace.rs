@@ -262,3 +262,18 @@ impl<K: Kernels> Gradients<K> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_logits_than_that_exist_at_a_time() {
+        for vocab_size in [2, 65, 32_000, 128_256, LOGITS_MAX, 2 * LOGITS_MAX] {
+            let rows = head_rows(vocab_size, LOGITS_MAX);
+            assert!(rows == 1 || rows * vocab_size <= LOGITS_MAX, "{rows} of {vocab_size}");
+        }
+        assert_eq!(head_rows(32_000, LOGITS_MAX), 8320);
+        assert_eq!(head_rows(10, 50), 5);
+    }
+}

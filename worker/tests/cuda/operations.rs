@@ -8,8 +8,8 @@ use sanderling_common::model_config::RouterOrder;
 use sanderling_worker::kernels::cpu::{self, Cpu};
 use sanderling_worker::kernels::cuda::{Buffer, Cuda, Emulated, Precision, Routing};
 use sanderling_worker::kernels::{
-    ATTENTION_STATISTICS, AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape,
-    RouterStatistics, RowScale, RowScaleGradient, Weights, Write,
+    ATTENTION_STATISTICS, AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation,
+    RouterShape, RouterStatistics, RowScale, RowScaleGradient, Weights, Write,
 };
 
 use crate::device::{Place, everywhere, kernels, relative, tolerance};

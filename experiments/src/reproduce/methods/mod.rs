@@ -166,7 +166,8 @@ impl Experiment {
             make: &make,
             score: validation,
         };
-        let choices: Vec<Choice> = choosing.choose(settings.contestants(), |contestant| settings.grid(contestant))?;
+        let choices: Vec<Choice> =
+            choosing.choose(settings.contestants(), |contestant| settings.grid(contestant))?;
         let most = settings.workers.last().copied();
         let mut cells = Vec::new();
         for Chosen { contestant, search, best } in &choices {

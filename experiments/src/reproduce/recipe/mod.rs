@@ -177,7 +177,8 @@ impl Experiment {
             let several = of_short.iter().filter(|(tuned, _)| tuned.reference.workers > 1);
             let long = several.map(|(tuned, _)| Reference { warmup: Warmup::Long, ..tuned.reference });
             let grid = |reference: &Reference| {
-                let (short, _) = of_workers(&of_short, reference.workers).expect("both have the same workers");
+                let (short, _) =
+                    of_workers(&of_short, reference.workers).expect("both have the same workers");
                 vec![short.rate, 2.0 * short.rate]
             };
             let of_long = self.tune(long.collect(), steps, grid)?;

@@ -25,8 +25,8 @@ use pulp::Arch;
 pub use self::method::{CpuMethod, Entries};
 pub use self::router::Routing;
 use super::{
-    AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
-    RowScaleGradient, Weights, Write,
+    AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape,
+    RouterStatistics, RowScale, RowScaleGradient, Weights, Write,
 };
 
 /// [`Kernels`] on one core of the CPU.

@@ -173,7 +173,17 @@ impl Cuda {
                 Unit::Experts,
                 "expert_product_weight_gradient",
                 launch(experts * tiles(outputs) * tiles(inputs)),
-                arguments![left, right, long(stride), starts, experts_int, inputs_int, outputs_int, to, flags],
+                arguments![
+                    left,
+                    right,
+                    long(stride),
+                    starts,
+                    experts_int,
+                    inputs_int,
+                    outputs_int,
+                    to,
+                    flags
+                ],
             ),
         }
     }

@@ -8,8 +8,8 @@ use super::buffer::{Memory, decode, encode};
 use super::driver::{Operation, Scalar};
 use super::{Buffer, Cuda, CudaError, Routing, Tokens};
 use crate::kernels::{
-    AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape, RouterStatistics, RowScale,
-    RowScaleGradient, Weights, Write,
+    AttentionShape, ExpertWeights, Head, HeadGradient, Kernels, RmsNorm, Rotation, RouterShape,
+    RouterStatistics, RowScale, RowScaleGradient, Weights, Write,
 };
 
 impl Cuda {
