@@ -274,7 +274,8 @@ impl Simulated<'_> {
         });
         let (mean, spread) = mean_and_spread(&per_second.collect::<Vec<f64>>());
         let ends: Vec<_> = outcomes.iter().map(|outcome| outcome.validation()).collect();
-        Ok((plus_minus(mean, spread, 2), show(&ends)))
+        // As many decimals as a thin link's few updates need.
+        Ok((plus_minus(mean, spread, 3), show(&ends)))
     }
 
     fn table(&self, rate: f64, target: f64) -> anyhow::Result<(String, [Curve; 2])> {
