@@ -132,6 +132,14 @@ fn upcycling_runs_under_asynchronous_workers() {
     let report = reproduce(folder.path(), &["upcycling", "--steps", "8", "--workers", "8"]);
     assert!(report.contains("8 asynchronous workers"), "{report}");
     assert!(report.contains("% above AdamW's at as many gradient evaluations. At most 0.5 %"), "{report}");
+    for (name, by, experts) in
+        [("e8t2-tokens-8-workers", "workers", 8), ("e64g8t8-tokens-adamw", "adam-w", 64)]
+    {
+        let text = fs::read_to_string(folder.path().join(format!("configurations/{name}.json"))).unwrap();
+        let resolved: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert!(resolved["run"]["by"][by].is_object(), "{name}: {resolved}");
+        assert_eq!(resolved["upcycling"]["experts"], experts, "{name}: {resolved}");
+    }
 }
 
 /// Two processes share the work of a folder, and either has the whole report.

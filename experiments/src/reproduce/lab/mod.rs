@@ -23,5 +23,5 @@ pub(super) use spec::{
 pub(super) use sweep::{Sweep, Variant, Varied, file_name};
 pub(super) use text::{
     Options, look_every, mean_and_spread, mean_curve, outcomes, plot_both, plus_minus, seeds_text, show,
-    show_loss, write_configuration, write_report,
+    show_loss, write_configuration, write_report, write_resolved,
 };

@@ -168,17 +168,19 @@ pub(in crate::reproduce) fn write_configuration(
     name: &str,
     spec: &Spec,
 ) -> anyhow::Result<()> {
-    let folder = folder.join("configurations");
-    let write = |ending: &str, text: String| {
-        let path = folder.join(format!("{name}.{ending}"));
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
-    };
-    fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-    write("json", format!("{:#}\n", spec.resolved()))?;
+    write_resolved(folder, &format!("{name}.json"), &format!("{:#}\n", spec.resolved()))?;
     match spec.run_file(name) {
-        Some(run) => write("toml", run.to_toml()),
+        Some(run) => write_resolved(folder, &format!("{name}.toml"), &run.to_toml()),
         None => Ok(()),
     }
+}
+
+/// Writes a file among the resolved configurations.
+pub(in crate::reproduce) fn write_resolved(folder: &Path, name: &str, text: &str) -> anyhow::Result<()> {
+    let folder = folder.join("configurations");
+    let path = folder.join(name);
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Draws the curves twice, as SVG and as PNG; returns what shows the picture in Markdown.

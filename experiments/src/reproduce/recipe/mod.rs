@@ -19,8 +19,8 @@ use crate::simulation::Conditions;
 /// The default model and method, one setting for every number of workers, 1 % sent up and 5 % down with 8 bits, in virtual time;
 /// and AdamW at the same number of gradient evaluations: on one worker, and data-parallel, where N workers make one step of N
 /// batches together. AdamW has the best of at least four learning rates for each number of workers, and of the rates around it for
-/// longer runs, and the better of two warm-ups, by validation with the first seed; weight decay is 0 for everyone. With --quick a small model. Finished runs are
-/// kept in the folder and not made again.
+/// longer runs, and the better of two warm-ups, by validation with the first seed; weight decay is 0 for everyone. With --quick a
+/// small model. Finished runs are kept in the folder and not made again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -257,7 +257,10 @@ impl Experiment {
                 lengths.push(Length { tuned: reference.map(|place| chosen[place]), runs });
             }
             let line = Line { workers, is_reference: reference.is_some(), lengths };
-            write_configuration(&self.folder, &file_name(&line.name()), &line.lengths[0].runs[0].spec)?;
+            for (length, steps) in line.lengths.iter().zip(&settings.lengths) {
+                let name = format!("{} {steps}", line.name());
+                write_configuration(&self.folder, &file_name(&name), &length.runs[0].spec)?;
+            }
             lines.push(line);
         }
         Ok(lines)

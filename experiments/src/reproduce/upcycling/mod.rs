@@ -19,12 +19,13 @@ use sanderling_common::model_config::ModelConfig;
 use sanderling_common::origin::Dense;
 use sanderling_common::wire::Split;
 use sanderling_worker::model::forward_flops_per_token;
+use serde_json::{Value, json};
 
 use self::arms::{ARMS, Arm, Budget, WARM_START_ARMS};
 use self::report::report;
 use super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Finished, Grid, Jobs, Options, Outcome, Progress, Stretch, Tried,
-    by_adamw, by_workers, look_every, scale_rates, train, write_report,
+    by_adamw, by_workers, file_name, look_every, scale_rates, train, write_report, write_resolved,
 };
 use crate::adamw::AdamWSettings;
 use crate::simulation::Conditions;
@@ -175,6 +176,15 @@ impl Settings {
         })
     }
 
+    /// Everything that a run depends on.
+    fn resolved(&self, key: &RunKey, contestant: Contestant) -> Value {
+        json!({
+            "dense": self.dense,
+            "upcycling": contestant.arm.recipe(key.seed),
+            "run": key,
+        })
+    }
+
     /// Steps that a budget allows an arm.
     fn steps_of(&self, Contestant { arm, budget, .. }: Contestant) -> anyhow::Result<u64> {
         match budget {
@@ -197,6 +207,13 @@ struct Contestant {
     budget: Budget,
     /// `None`: AdamW in one process.
     workers: Option<u32>,
+}
+
+impl Contestant {
+    /// Who trains it.
+    fn by(self) -> String {
+        self.workers.map_or("AdamW".to_owned(), |workers| format!("{workers} workers"))
+    }
 }
 
 /// Names a run, with everything that it depends on.
@@ -368,7 +385,14 @@ impl Experiment {
                 && chosen.search.is_at_edge(chosen.best),
             runs: wanted.iter().map(|(key, _)| self.book.find(key).expect("every run was made")).collect(),
         };
-        Ok(chosen.iter().zip(of_contestants).map(row).collect())
+        let rows: Vec<Row> = chosen.iter().zip(of_contestants).map(row).collect();
+        for Row { contestant, runs, .. } in &rows {
+            let Contestant { arm, budget, .. } = contestant;
+            let name = file_name(&format!("{} {} {}", arm.key, budget.name(), contestant.by()));
+            let resolved = settings.resolved(&runs[0].key, *contestant);
+            write_resolved(&self.folder, &format!("{name}.json"), &format!("{resolved:#}\n"))?;
+        }
+        Ok(rows)
     }
 
     fn run(&self, dense: &Dense, key: &RunKey, progress: &Progress<'_>) -> anyhow::Result<RunResult> {

@@ -101,10 +101,6 @@ impl Row {
         self.runs.iter().any(|run| run.outcome.best_validation().steps > 0)
     }
 
-    fn by(&self) -> String {
-        self.contestant.workers.map_or("AdamW".to_owned(), |workers| format!("{workers} workers"))
-    }
-
     fn line(&self) -> String {
         let (first, Contestant { arm, budget, .. }) = (&self.runs[0], self.contestant);
         let equal = if arm == ARMS[0] { "–" } else { budget.name() };
@@ -115,7 +111,7 @@ impl Row {
         format!(
             "| {} | {} | {equal} | {} | {} | {} | {:.1} | {}{edge} | {} | {} | {} | {} |\n",
             arm.name,
-            self.by(),
+            self.contestant.by(),
             first.outcome.parameters,
             first.active_parameters,
             first.steps,
@@ -160,7 +156,7 @@ impl Row {
         };
         format!(
             "* {name}: the best validation loss of {} is {} % above AdamW's at as many gradient evaluations.{says}\n",
-            self.by(),
+            self.contestant.by(),
             plus_minus(mean, spread, 2),
         )
     }

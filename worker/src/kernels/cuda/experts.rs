@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::driver::{Address, Scalar, Tensor, TensorMap};
+use super::driver::{Address, Argument, Scalar, Tensor, TensorMap};
 use super::products::Kind;
 use super::scratch::Slot;
 use super::{Buffer, Cuda, Routing, Unit, arguments, grid, int, long};
@@ -131,61 +131,35 @@ impl Cuda {
             Scalar::Bf16 => 65_536,
             Scalar::Float => 61_440,
         };
-        let launch = |blocks| grid([blocks, 1, 1], [THREADS, 1, 1], shared);
         let (experts_int, outputs_int, inputs_int) = (int(experts), int(outputs), int(inputs));
-        let row_tiles_int = int(row_tiles);
-        match kind {
-            Kind::Forward => self.launch(
-                Unit::Experts,
-                "expert_product",
-                launch(row_tiles * tiles(outputs)),
+        let (name, blocks) = match kind {
+            Kind::Forward => ("expert_product", row_tiles * tiles(outputs)),
+            Kind::InputGradient => ("expert_product_input_gradient", row_tiles * tiles(inputs)),
+            Kind::WeightGradient => {
+                ("expert_product_weight_gradient", experts * tiles(outputs) * tiles(inputs))
+            }
+        };
+        let (stride, row_tiles) = (long(stride), int(row_tiles));
+        let arguments: &[Argument] = match kind {
+            Kind::Forward | Kind::InputGradient => {
                 arguments![
                     left,
                     right,
-                    long(stride),
+                    stride,
                     starts,
                     experts_int,
-                    row_tiles_int,
+                    row_tiles,
                     inputs_int,
                     outputs_int,
                     to,
                     flags
-                ],
-            ),
-            Kind::InputGradient => self.launch(
-                Unit::Experts,
-                "expert_product_input_gradient",
-                launch(row_tiles * tiles(inputs)),
-                arguments![
-                    left,
-                    right,
-                    long(stride),
-                    starts,
-                    experts_int,
-                    row_tiles_int,
-                    inputs_int,
-                    outputs_int,
-                    to,
-                    flags
-                ],
-            ),
-            Kind::WeightGradient => self.launch(
-                Unit::Experts,
-                "expert_product_weight_gradient",
-                launch(experts * tiles(outputs) * tiles(inputs)),
-                arguments![
-                    left,
-                    right,
-                    long(stride),
-                    starts,
-                    experts_int,
-                    inputs_int,
-                    outputs_int,
-                    to,
-                    flags
-                ],
-            ),
-        }
+                ]
+            }
+            Kind::WeightGradient => {
+                arguments![left, right, stride, starts, experts_int, inputs_int, outputs_int, to, flags]
+            }
+        };
+        self.launch(Unit::Experts, name, grid([blocks, 1, 1], [THREADS, 1, 1], shared), arguments);
     }
 
     /// `experts_hopper.cu`; false if it is not for this device or these sizes.
