@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use sanderling_common::config;
 
@@ -133,19 +134,25 @@ fn nothing_is_left_of_a_measurement_that_was_killed() {
     // What it cannot clear away is with the rest.
     command.env("TMPDIR", folder.path());
     let mut running = Spawned(command.spawn().unwrap());
+    const PATIENCE: Duration = Duration::from_secs(120);
+    let begun = Instant::now();
     let started = loop {
         let started = children(running.0.id());
         if started.len() == 2 {
             break started;
         }
-        assert!(running.0.try_wait().unwrap().is_none(), "it ended");
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(
+            running.0.try_wait().unwrap().is_none() && begun.elapsed() < PATIENCE,
+            "it ended, or never began"
+        );
+        std::thread::sleep(Duration::from_millis(20));
     };
     running.0.kill().unwrap();
     running.0.wait().unwrap();
     // One that is nobody's child any more may stay as a zombie where nobody collects it.
     let is_there = |&id: &u32| parent_and_state(id).is_some_and(|(_, state)| state != 'Z');
     while started.iter().any(is_there) {
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(begun.elapsed() < 2 * PATIENCE, "they outlive it");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -142,6 +142,9 @@ pub enum SimulationError {
     /// The two sides disagree about the format of a message.
     #[error("a message cannot be read: {0}")]
     Wire(#[from] WireError),
+    /// A gradient that is taken while an exchange is under way is not simulated.
+    #[error("`overlap` cannot be simulated; set it to false")]
+    Overlap,
     /// Whoever asked for the simulation wants it no more.
     #[error("stopped")]
     Stopped,
@@ -163,6 +166,8 @@ enum Stage {
     Evaluating(EvaluationJob),
     /// Away, without a session.
     Away,
+    /// Gone, with a session that the server still waits for.
+    Vanished,
 }
 
 struct SimulatedWorker {
@@ -204,6 +209,10 @@ pub fn simulate_logged(
     Simulation::new(run, task, conditions, evaluations, Some(log))?.run(&|_| true)
 }
 
+fn refuse_overlap(run: &RunConfig) -> Result<(), SimulationError> {
+    if run.training.overlap { Err(SimulationError::Overlap) } else { Ok(()) }
+}
+
 struct Simulation<'a> {
     run: RunConfig,
     conditions: Conditions,
@@ -230,6 +239,7 @@ impl<'a> Simulation<'a> {
         evaluations: Evaluations,
         log: Option<Box<dyn Log>>,
     ) -> Result<Self, SimulationError> {
+        refuse_overlap(run)?;
         let theta = task.initial();
         let mut settings = ServerSettings::from(run);
         if let Evaluations::Aside { .. } = evaluations {
@@ -344,6 +354,7 @@ impl<'a> Simulation<'a> {
             Stage::Answered(reply) => self.answer(worker, &reply),
             Stage::Evaluating(job) => self.evaluate(worker, job),
             Stage::Away => self.come_back(worker),
+            Stage::Vanished => self.replace(worker),
         }
     }
 
@@ -397,9 +408,7 @@ impl<'a> Simulation<'a> {
     fn push(&mut self, worker: usize) -> Result<(), SimulationError> {
         if self.happens(worker, self.conditions.vanishing) {
             self.report.vanished += 1;
-            self.server.close_session(self.workers[worker].core.session());
-            self.workers[worker] = self.join(worker)?;
-            self.wake(worker, LEASE, Stage::Idle);
+            self.wake(worker, LEASE, Stage::Vanished);
             return Ok(());
         }
         let mut frame = Vec::new();
@@ -456,6 +465,13 @@ impl<'a> Simulation<'a> {
 
     fn come_back(&mut self, worker: usize) -> Result<(), SimulationError> {
         self.report.returned += 1;
+        self.workers[worker] = self.join(worker)?;
+        self.ask(worker)
+    }
+
+    /// The lease of one that vanished is over.
+    fn replace(&mut self, worker: usize) -> Result<(), SimulationError> {
+        self.server.close_session(self.workers[worker].core.session());
         self.workers[worker] = self.join(worker)?;
         self.ask(worker)
     }

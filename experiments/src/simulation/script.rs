@@ -9,7 +9,7 @@ use sanderling_common::wire::frame::Reply;
 use sanderling_server::core::{Begun, Log, Note, Record, SerialServer, ServerSettings};
 use sanderling_worker::core::{AnswerError, WorkerCore, WorkerSettings};
 
-use super::{Pushed, SimulationError, take_gradients};
+use super::{Pushed, SimulationError, refuse_overlap, take_gradients};
 use crate::task::Task;
 
 /// A worker, and its push between its step and its answer.
@@ -33,6 +33,7 @@ pub fn follow<'a>(
     records: impl IntoIterator<Item = Record<'a>>,
     log: Box<dyn Log>,
 ) -> Result<Vec<f32>, SimulationError> {
+    refuse_overlap(run)?;
     let initial = task.initial();
     let mut server = SerialServer::new(task.layout(), &initial, &ServerSettings::from(run));
     server.set_log(log);

@@ -44,6 +44,17 @@ fn simulated(seed: u64, conditions: &Conditions) -> SimulationReport {
 }
 
 #[test]
+fn what_is_not_simulated_is_refused() {
+    let mut run = run(1);
+    run.training.overlap = true;
+    let mut task = LanguageTask::new(&run, corpus()).unwrap();
+    let conditions = Conditions::default();
+    let refused =
+        sanderling::simulation::simulate(&run, &mut task, &conditions, Evaluations::ByWorkers, &|_| true);
+    assert_eq!(refused.unwrap_err().to_string(), "`overlap` cannot be simulated; set it to false");
+}
+
+#[test]
 fn every_batch_counts_once_whatever_happens_and_the_model_learns() {
     let report = simulated(1, &uneven());
     println!(

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -93,6 +93,9 @@ pub(super) fn measure(
     Ok(Measured { setup: setup.clone(), outcome })
 }
 
+/// What the processes may have said that is not listened to yet; they wait with more.
+const EVENTS_MAX: usize = 1024;
+
 fn attempt(setup: &Setup, course: Course, progress: &Progress<'_>) -> Result<Updates, Trouble> {
     let folder = tempfile::Builder::new().prefix("sanderling-bandwidth-").tempdir();
     let folder = folder.context("cannot make a temporary folder")?;
@@ -100,7 +103,7 @@ fn attempt(setup: &Setup, course: Course, progress: &Progress<'_>) -> Result<Upd
     let path = write_run_file(setup, folder.path(), link.listen())?;
     let mut command = link.server()?;
     command.arg("bandwidth-server").arg("--config").arg(&path);
-    let (told, events) = channel();
+    let (told, events) = sync_channel(EVENTS_MAX);
     let _server = spawn(command, ("the server", told.clone()))?;
     let mut listener = Listener {
         events,
@@ -134,7 +137,7 @@ fn write_run_file(setup: &Setup, folder: &Path, listen: &str) -> anyhow::Result<
 }
 
 /// Starts a process; what it prints is told as it comes, and then that it ended.
-fn spawn(mut command: Command, (name, told): (&'static str, Sender<Event>)) -> anyhow::Result<Spawned> {
+fn spawn(mut command: Command, (name, told): (&'static str, SyncSender<Event>)) -> anyhow::Result<Spawned> {
     // Its log is of use only where something goes wrong.
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     // Ctrl-C on a terminal is for this process, which ends the others.
@@ -243,6 +246,7 @@ mod tests {
     use sanderling_common::config::parse;
     use sanderling_common::method::Method;
 
+    use super::super::super::lab::REVISION;
     use super::super::link::Kind;
     use super::super::setup::Size;
     use super::*;
@@ -251,6 +255,7 @@ mod tests {
     fn a_folder_of_any_name_makes_a_run_file() {
         let folder = tempfile::Builder::new().prefix("a \"quote\" and a \\ ").tempdir().unwrap();
         let setup = Setup {
+            revision: REVISION,
             method: Method::Dgs,
             workers: 3,
             bits_per_second: 1e8,

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use sanderling_common::method::Method;
 use sanderling_server::progress::bytes;
 
-use super::super::lab::{Book, Jobs, file_name, plot_both};
+use super::super::lab::{Book, Jobs, REVISION, file_name, plot_both};
 use super::link::Kind;
 use super::measure::{Measured, Outcome, measure};
 use super::seen::Updates;
@@ -122,6 +122,7 @@ impl Experiment<'_> {
             for method in METHODS {
                 for &workers in self.workers {
                     let setup = Setup {
+                        revision: REVISION,
                         method,
                         workers,
                         bits_per_second,
@@ -206,12 +207,13 @@ impl Experiment<'_> {
 
     fn measured_verdict(&self, cells: &Cells<'_>, parameters: u64) -> String {
         let most = self.most();
-        let speed_up = cells.ratio((Method::Dgs, most), (Method::Dgs, 1), 1e9);
-        let ratio = cells.ratio((Method::Dgs, 8), (Method::Asgd, 8), 1e9);
+        let speed_up = cells.ratio((Method::Dgs, most), (Method::Dgs, 1), verdict::BITS_PER_SECOND);
+        let [dgs, asgd] = [Method::Dgs, Method::Asgd]
+            .map(|method| cells.rate(method, verdict::AGAINST_ASGD_WORKERS, verdict::BITS_PER_SECOND));
         format!(
             "{}{}",
             verdict::speed_up(most, &speed_up),
-            verdict::against_asgd(&ratio, self.arguments.compute_ms, parameters)
+            verdict::against_asgd([&dgs, &asgd], self.arguments.compute_ms, parameters)
         )
     }
 }

@@ -44,6 +44,7 @@ impl Size {
 /// What is measured.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Setup {
+    pub(super) revision: u32,
     pub(super) method: Method,
     pub(super) workers: u32,
     /// In each direction, for all workers together.
@@ -223,12 +224,14 @@ pub(super) fn fit(mut setup: Setup, parameters: u64, limits: Limits) -> Result<S
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::lab::REVISION;
     use super::*;
 
     const PARAMETERS: u64 = 11_680_000;
 
     fn setup(method: Method, workers: u32, bits_per_second: f64) -> Setup {
         Setup {
+            revision: REVISION,
             method,
             workers,
             bits_per_second,

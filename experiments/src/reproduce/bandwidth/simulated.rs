@@ -2,14 +2,13 @@
 
 use std::fmt::Write;
 
-use sanderling_common::config::{RunConfig, parse};
 use sanderling_common::corpus::Corpus;
 use sanderling_common::method::Method;
 
 use super::super::lab::{
-    Book, Choosing, Chosen, EVALUATIONS, Grid, Run, Spec, Subject, Trainer, Tried, file_name, look_every,
-    make, mean_and_spread, plot_both, plus_minus, seeds_text, show, small_model, validation,
-    write_configuration,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, MANY, Published, RATES, RATES_OF_MANY, Run, Spec, Subject,
+    Trainer, Tried, file_name, has_momentum, look_every, make, mean_and_spread, plot_both, plus_minus,
+    published_grid, seeds_text, show, validation, write_configuration,
 };
 use super::times::{Time, Times, ratio, reaches, sooner, target};
 use super::{Experiment, Half, METHODS, rate_name};
@@ -22,8 +21,14 @@ const RESNET_BYTES: f64 = 4.0 * 11_689_512.0;
 /// Looks at the loss in a simulated run; between two, the time to a loss is interpolated.
 const LOOKS: u64 = 64;
 
-/// The links.
-const RATES: [f64; 4] = [1e10, 1e9, 1e8, 1e7];
+/// The links, in bits per second.
+const LINKS: [f64; 4] = [1e10, 1e9, 1e8, 1e7];
+
+/// What DGS is tried with.
+const MOMENTA: [f32; 4] = [0.3, 0.5, 0.7, 0.9];
+
+/// What everyone has in the short form, where nothing is chosen.
+const QUICK: Tried = Tried { rate: 0.2, momentum: 0.3 };
 
 /// Who is simulated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,34 +65,25 @@ impl Experiment<'_> {
     }
 
     /// What is tried; a single rate is not widened.
-    fn grid(&self, method: Method) -> Grid {
-        let quick = self.arguments.options.quick;
-        Grid {
-            rates: if quick { vec![0.2] } else { vec![0.05, 0.1, 0.2, 0.4] },
-            momenta: match method {
-                Method::Dgs if quick => vec![0.3],
-                Method::Dgs => vec![0.3, 0.7],
-                _ => vec![0.0],
-            },
+    fn grid(&self, Contestant { method, workers }: Contestant) -> Grid {
+        if self.arguments.options.quick {
+            let momentum = if has_momentum(method) { QUICK.momentum } else { 0.0 };
+            return Grid { rates: vec![QUICK.rate], momenta: vec![momentum] };
         }
+        published_grid(method, workers, &MOMENTA)
     }
 
     /// A simulated run, over a link that takes as long for a dense exchange of its model as the real one for ResNet-18's.
     fn spec(&self, of: Contestant, tried: Tried, form: Form) -> anyhow::Result<Spec> {
         let Contestant { method, workers } = of;
-        let compression = if method.is_dense() {
+        let sections = if method.is_dense() {
             ""
         } else {
             "[exchange]\nkeep = 0.01\nsecondary = 0.01\nvalues_down = \"f32\"\n"
         };
-        let (Tried { rate, momentum }, Form { bits_per_second, steps, seed }) = (tried, form);
-        let file = format!(
-            "{}{compression}[run]\nworkers = {workers}\nseed = {seed}\n[training]\nmethod = \"{method}\"\nsteps = {steps}\n\
-             eval_every = {}\nlearning_rate = {rate:?}\nlearning_rate_max = {rate:?}\nmomentum = {momentum:?}\n",
-            small_model(Subject::Text),
-            look_every(steps, LOOKS),
-        );
-        let run: RunConfig = parse(&file)?.resolve()?;
+        let Form { bits_per_second, steps, seed } = form;
+        let subject = Subject::Text;
+        let run = Published { subject, method, workers, tried, sections, steps, looks: LOOKS, seed }.run()?;
         let parameters = run.model_config(Corpus::bundled().vocabulary().len()).layout()?.len() as f64;
         let link_bytes = bits_per_second.map_or(0.0, |bits_per_second| {
             let bytes_per_step = bits_per_second / 8.0 * self.arguments.compute_ms as f64 / 1e3;
@@ -113,7 +109,7 @@ impl Experiment<'_> {
             score: validation,
         };
         let of = |&method| self.workers.iter().map(move |&workers| Contestant { method, workers });
-        choosing.choose(METHODS.iter().flat_map(of).collect(), |of| self.grid(of.method))
+        choosing.choose(METHODS.iter().flat_map(of).collect(), |&of| self.grid(of))
     }
 
     /// Time to a loss, in virtual time.
@@ -145,7 +141,7 @@ impl Simulated<'_> {
     fn all_specs(&self) -> anyhow::Result<Vec<Spec>> {
         let mut all = Vec::new();
         for method in METHODS {
-            for rate in RATES {
+            for rate in LINKS {
                 for &workers in self.experiment.workers {
                     all.extend(self.specs(method, workers, rate)?);
                 }
@@ -158,7 +154,7 @@ impl Simulated<'_> {
     fn run_all(&self) -> anyhow::Result<()> {
         for method in METHODS {
             for &workers in self.experiment.workers {
-                for rate in RATES {
+                for rate in LINKS {
                     let specs = self.specs(method, workers, rate)?;
                     let name = format!("simulated {method} {workers}w {}", rate_name(rate));
                     write_configuration(self.experiment.folder, &file_name(&name), &specs[0])?;
@@ -209,7 +205,7 @@ impl Simulated<'_> {
         let mut text = self.introduction(target);
         text.push_str(&self.choices_table());
         let mut verdict = String::new();
-        for rate in RATES {
+        for rate in LINKS {
             let (table, curves) = self.table(rate, target)?;
             let title = format!("Time to a loss of {target} at {}", rate_name(rate));
             let name = file_name(&format!("time {}", rate_name(rate)));
@@ -239,16 +235,16 @@ impl Simulated<'_> {
 
     /// How rates and momenta were come by.
     fn how_chosen(&self) -> String {
-        let Grid { rates, momenta } = self.experiment.grid(Method::Dgs);
-        if rates.len() == 1 && momenta.len() == 1 {
+        if self.experiment.arguments.options.quick {
             return format!(
                 "In this short form nothing is chosen: the rate is {} for everyone, DGS's momentum {}.",
-                rates[0], momenta[0]
+                QUICK.rate, QUICK.momentum
             );
         }
         format!(
             "Rate and, for DGS, momentum are each one's best by validation over an unlimited link, with the first seed, in runs \
-             of {} evaluations: rates {rates:?} and on while the best lies at an edge, momenta {momenta:?}.",
+             of {} evaluations: rates {RATES:?}, of {MANY} workers and more also {RATES_OF_MANY:?}, and on while the best lies at \
+             an edge, momenta {MOMENTA:?}.",
             self.experiment.choosing_steps()
         )
     }
@@ -256,9 +252,15 @@ impl Simulated<'_> {
     fn choices_table(&self) -> String {
         let mut text = String::from("| workers | rate of ASGD | of DGS |\n| --- | --- | --- |\n");
         for &workers in self.experiment.workers {
-            let (asgd, dgs) =
-                (self.choice(Method::Asgd, workers).best, self.choice(Method::Dgs, workers).best);
-            let _ = writeln!(text, "| {workers} | {} | {}, m {} |", asgd.rate, dgs.rate, dgs.momentum);
+            let [(asgd, asgd_edge), (dgs, dgs_edge)] = METHODS.map(|method| {
+                let Chosen { search, best, .. } = self.choice(method, workers);
+                (best, if search.is_at_edge(*best) { " (at the edge)" } else { "" })
+            });
+            let _ = writeln!(
+                text,
+                "| {workers} | {}{asgd_edge} | {}, m {}{dgs_edge} |",
+                asgd.rate, dgs.rate, dgs.momentum
+            );
         }
         text
     }
@@ -272,10 +274,17 @@ impl Simulated<'_> {
             let end = outcome.curve.last().filter(|end| end.time > 0.0)?;
             Some(end.steps as f64 / (end.time * seconds_per_step))
         });
-        let (mean, spread) = mean_and_spread(&per_second.collect::<Vec<f64>>());
+        let per_second: Vec<f64> = per_second.collect();
         let ends: Vec<_> = outcomes.iter().map(|outcome| outcome.validation()).collect();
-        // As many decimals as a thin link's few updates need.
-        Ok((plus_minus(mean, spread, 3), show(&ends)))
+        let pace = if per_second.is_empty() {
+            // What the other column says.
+            "–".to_owned()
+        } else {
+            let (mean, spread) = mean_and_spread(&per_second);
+            // As many decimals as a thin link's few updates need.
+            plus_minus(mean, spread, 3)
+        };
+        Ok((pace, show(&ends)))
     }
 
     fn table(&self, rate: f64, target: f64) -> anyhow::Result<(String, [Curve; 2])> {

@@ -12,7 +12,7 @@ const BLOCKS_MAX: usize = 10;
 /// The most decimals that are printed.
 const DECIMALS_MAX: usize = 4;
 
-/// A number and its standard error.
+/// A number and its error: the standard error of a measurement, or the standard deviation over the seeds of a simulation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Estimate {
     pub(super) value: f64,
@@ -30,7 +30,8 @@ impl Estimate {
             return None;
         }
         let blocks = (events / round.max(1)).clamp(BLOCKS_MIN, BLOCKS_MAX).min(events);
-        let size = events / blocks;
+        let whole_rounds = events / blocks / round.max(1) * round;
+        let size = if whole_rounds > 0 { whole_rounds } else { events / blocks };
         // Events that do not fill a block are left out at the beginning.
         let ends: Vec<f64> = (0..=blocks).map(|block| moments[events - (blocks - block) * size]).collect();
         let took: Vec<f64> = ends.windows(2).map(|pair| pair[1] - pair[0]).collect();
@@ -97,6 +98,9 @@ mod tests {
         let more = [0.0, 1.0, 4.0, 5.0, 8.0, 9.0, 12.0, 13.0, 16.0];
         assert!(Estimate::rate(&more, 1).unwrap().error > 0.0);
         assert_eq!(Estimate::rate(&more, 2).unwrap().error, 0.0);
+        // Rounds of two, 1 and 3 s, and one event more at the beginning than fills them.
+        let odd: Vec<f64> = std::iter::once(-3.0).chain(more).collect();
+        assert_eq!(Estimate::rate(&odd, 2).unwrap().error, 0.0);
     }
 
     #[test]

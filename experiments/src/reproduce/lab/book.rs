@@ -20,11 +20,15 @@ const FILE: &str = "results.jsonl";
 /// The folder of the locks that stand for runs being made.
 const CLAIMS: &str = "claims";
 
+/// The arithmetic of runs, for their keys: one more whenever the same key comes to something else, so that results of before are
+/// not taken for those of after.
+pub(in crate::reproduce) const REVISION: u32 = 1;
+
 /// A finished run.
 pub(in crate::reproduce) trait Finished:
     Serialize + DeserializeOwned + Clone + Send
 {
-    /// What was asked for: a run with the same key need not be made again.
+    /// What was asked for, with the [`REVISION`]: a run with the same key need not be made again.
     type Key: Serialize;
 
     fn key(&self) -> &Self::Key;
@@ -58,6 +62,11 @@ impl Drop for Claim {
 /// Two keys are the same if they have the same JSON form.
 fn text<K: Serialize>(key: &K) -> String {
     serde_json::to_string(key).expect("a key has a JSON form")
+}
+
+/// A name for files that belong to a key.
+pub(in crate::reproduce) fn key_name<K: Serialize>(key: &K) -> String {
+    Sha256::digest(text(key)).iter().take(10).map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl<R: Finished> Book<R> {
@@ -111,9 +120,7 @@ impl<R: Finished> Book<R> {
 
     /// The right to make a run; `None` if another process has it, or it is finished by now.
     pub(in crate::reproduce) fn claim(&self, key: &R::Key) -> anyhow::Result<Option<Claim>> {
-        let name: String =
-            Sha256::digest(text(key)).iter().take(10).map(|byte| format!("{byte:02x}")).collect();
-        let path = self.folder.join(CLAIMS).join(name);
+        let path = self.folder.join(CLAIMS).join(key_name(key));
         let unusable = || format!("cannot use {}", path.display());
         let lock =
             OpenOptions::new().create(true).write(true).truncate(false).open(&path).with_context(unusable)?;
@@ -122,9 +129,10 @@ impl<R: Finished> Book<R> {
             Err(TryLockError::WouldBlock) => return Ok(None),
             Err(TryLockError::Error(error)) => return Err(error).with_context(unusable),
         }
+        let claim = Claim { path, _lock: lock };
         // Whoever had it before may have finished it between our reading and our locking.
         self.refresh()?;
-        Ok(if self.find(key).is_some() { None } else { Some(Claim { path, _lock: lock }) })
+        Ok(self.find(key).is_none().then_some(claim))
     }
 
     /// Writes a finished run down.
@@ -194,6 +202,7 @@ mod tests {
         ours.add(&Sum { of: (1, 2), is: 3 }).unwrap();
         drop(claim);
         assert!(theirs.claim(&(1, 2)).unwrap().is_none(), "it is finished");
+        assert_eq!(fs::read_dir(folder.path().join(CLAIMS)).unwrap().count(), 0, "no lock is left behind");
     }
 
     #[test]

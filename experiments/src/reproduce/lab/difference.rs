@@ -10,7 +10,10 @@ use super::text::{mean_and_spread, plus_minus};
 pub(in crate::reproduce) struct Difference {
     /// Infinite where only one of the two runs diverged; 0 where both did.
     values: Vec<f64>,
-    diverged: usize,
+    /// Those of the seeds with which neither diverged.
+    both_ended: Vec<f64>,
+    /// With how many seeds ours diverged, and theirs.
+    diverged: [usize; 2],
 }
 
 /// What all seeds agree on.
@@ -39,9 +42,10 @@ impl Difference {
             (false, false) => 0.0,
         };
         let values: Vec<f64> = ours.iter().zip(theirs).map(pair).collect();
-        let has_diverged = |(ours, theirs): &(&f64, &f64)| !ours.is_finite() || !theirs.is_finite();
-        let diverged = ours.iter().zip(theirs).filter(has_diverged).count();
-        Self { values, diverged }
+        let ended = ours.iter().zip(theirs).filter(|(ours, theirs)| ours.is_finite() && theirs.is_finite());
+        let both_ended = ended.map(|(ours, theirs)| ours - theirs).collect();
+        let diverged = [ours, theirs].map(|of| of.iter().filter(|value| !value.is_finite()).count());
+        Self { values, both_ended, diverged }
     }
 
     pub(in crate::reproduce) fn agreement(&self) -> Agreement {
@@ -65,8 +69,8 @@ impl Difference {
     /// Whether a claim that this is better, or as good, held.
     pub(in crate::reproduce) fn held(&self) -> &'static str {
         match self.agreement() {
-            Agreement::Better => "**held**",
-            Agreement::Worse => "**did not hold**",
+            Agreement::Better => held(true, self.values.len()),
+            Agreement::Worse => held(false, self.values.len()),
             Agreement::Mixed if self.values.iter().all(|&value| value == 0.0) => "**a tie**",
             Agreement::Mixed if self.better() > 0 && self.worse() > 0 => {
                 "**a tie**, better with some seeds and worse with others"
@@ -80,11 +84,22 @@ impl Difference {
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seeds = self.values.len();
-        if self.diverged > 0 {
-            return write!(f, "{}", diverged_of(self.diverged, seeds));
+        let (mean, spread) = mean_and_spread(&self.both_ended);
+        let value = format!("{}{}", if mean < 0.0 { "−" } else { "+" }, plus_minus(mean.abs(), spread, 4));
+        if self.diverged != [0, 0] {
+            let of = |(who, &count): (&str, &usize)| match count {
+                0 => None,
+                count => Some(format!("{who}{}", diverged_of(count, seeds))),
+            };
+            let who: Vec<String> =
+                ["", "the other "].into_iter().zip(&self.diverged).filter_map(of).collect();
+            f.write_str(&who.join(", "))?;
+            return match self.both_ended.len() {
+                0 => Ok(()),
+                ended => write!(f, "; {value} with the {ended} with which neither did"),
+            };
         }
-        let (mean, spread) = mean_and_spread(&self.values);
-        write!(f, "{}{}", if mean < 0.0 { "−" } else { "+" }, plus_minus(mean.abs(), spread, 4))?;
+        f.write_str(&value)?;
         let (better, worse) = (self.better(), self.worse());
         match (seeds, self.agreement()) {
             (1, _) => write!(f, " with the only seed"),
@@ -96,9 +111,18 @@ impl fmt::Display for Difference {
     }
 }
 
-/// Whether a claim that is either true or not held.
-pub(in crate::reproduce) fn held(is_so: bool) -> &'static str {
+/// Whether a claim held that is either true or not.
+pub(in crate::reproduce) fn held_or_not(is_so: bool) -> &'static str {
     if is_so { "**held**" } else { "**did not hold**" }
+}
+
+/// The same of so many seeds.
+pub(in crate::reproduce) fn held(is_so: bool, seeds: usize) -> &'static str {
+    match (is_so, seeds) {
+        (true, 1) => "**held** with one seed, which does not tell",
+        (false, 1) => "**did not hold** with one seed, which does not tell",
+        _ => held_or_not(is_so),
+    }
 }
 
 /// How far ours are above theirs in per cent, seed by seed.
@@ -142,6 +166,7 @@ mod tests {
         assert!(mixed.held().starts_with("**a tie**"));
         assert_eq!(mixed.to_string(), "−0.0333 ± 0.1155, lower with 2 and higher with 1 of 3 seeds");
         assert_eq!(of(&[1.0], &[0.5]).to_string(), "+0.5000 with the only seed");
+        assert_eq!(of(&[1.0], &[0.5]).held(), "**did not hold** with one seed, which does not tell");
         assert_eq!(of(&[1.0, 1.0], &[1.0, 1.0]).held(), "**a tie**");
         assert_eq!(of(&[1.0, 1.0], &[1.0, 0.5]).held(), "**a tie**, as good with some seeds");
     }
@@ -153,7 +178,16 @@ mod tests {
         assert_eq!(against(&[1.0, 2.0], &[nan, one]), "**held**");
         assert_eq!(against(&[nan, nan], &[1.0, 2.0]), "**did not hold**");
         assert_eq!(against(&[nan, nan], &[one, nan]), "**a tie**");
-        assert_eq!(Difference::of(&[nan, 1.0, 1.0], &[1.0; 3]).to_string(), "diverged with 1 of 3 seeds");
+        let shown = |ours: &[f64], theirs: &[f64]| Difference::of(ours, theirs).to_string();
+        assert_eq!(
+            shown(&[nan, 1.0, 1.2], &[1.0; 3]),
+            "diverged with 1 of 3 seeds; +0.1000 ± 0.1414 with the 2 with which neither did"
+        );
+        assert_eq!(shown(&[1.0, 1.0], &[nan, nan]), "the other diverged with every seed");
+        assert_eq!(
+            shown(&[nan, 1.0], &[nan, nan]),
+            "diverged with 1 of 2 seeds, the other diverged with every seed"
+        );
         assert_eq!(diverged_of(1, 1), "diverged");
         assert_eq!(diverged_of(2, 2), "diverged with every seed");
     }

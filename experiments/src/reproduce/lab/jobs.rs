@@ -32,6 +32,21 @@ impl Progress<'_> {
     }
 }
 
+/// One of the threads that make runs, while it runs. One that panics stops the others.
+struct Running<'a> {
+    count: &'a AtomicU64,
+    failed: &'a AtomicBool,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        self.count.fetch_sub(1, Ordering::Release);
+    }
+}
+
 /// How many runs are made at a time in this process.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::reproduce) struct Jobs(pub(in crate::reproduce) usize);
@@ -70,6 +85,7 @@ impl Jobs {
         let running = AtomicU64::new(self.0.min(missing.len()) as u64);
         let failure = Mutex::new(None);
         let thread = || {
+            let _running = Running { count: &running, failed: &failed };
             let made = make_some(book, &missing, &make, &|| Progress {
                 done: &done,
                 told: AtomicU64::new(0),
@@ -77,10 +93,10 @@ impl Jobs {
                 stop: stop.clone(),
             });
             if let Err(error) = made {
-                failed.store(true, Ordering::Relaxed);
+                // Before the others are stopped, whose reason would be that alone.
                 failure.lock().expect("nobody panics with it").get_or_insert(error);
+                failed.store(true, Ordering::Relaxed);
             }
-            running.fetch_sub(1, Ordering::Release);
         };
         std::thread::scope(|scope| {
             for _ in 0..self.0.min(missing.len()) {
@@ -134,5 +150,59 @@ fn make_some<'a, R: Finished>(
             std::thread::sleep(LOOK_EVERY);
             book.refresh()?;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Clone, serde::Serialize, serde::Deserialize)]
+    struct Made(u32);
+
+    impl Finished for Made {
+        type Key = u32;
+
+        fn key(&self) -> &u32 {
+            &self.0
+        }
+    }
+
+    /// Makes runs 0 to 3, two at a time.
+    fn make(run: impl Fn(u32, &Progress<'_>) -> anyhow::Result<()> + Sync) -> anyhow::Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let book = Book::<Made>::open(folder.path()).unwrap();
+        let wanted = [0, 1, 2, 3].map(|key| (key, 1));
+        Jobs(2).make_missing(("making", EVALUATIONS), &book, &wanted, |&key, progress| {
+            run(key, progress)?;
+            Ok(Made(key))
+        })
+    }
+
+    /// A run that ends when the others are to stop, as all runs do.
+    fn until_stopped(progress: &Progress<'_>) -> anyhow::Result<()> {
+        while progress.at(0) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        anyhow::bail!("a reason of its own")
+    }
+
+    #[test]
+    fn the_first_failure_stops_the_others_and_is_told() {
+        let failed = make(|key, progress| match key {
+            0 => anyhow::bail!("no memory"),
+            _ => until_stopped(progress),
+        });
+        assert_eq!(format!("{:#}", failed.unwrap_err()), "a run failed: no memory");
+        make(|_, _| Ok(())).unwrap();
+    }
+
+    #[test]
+    #[should_panic = "a scoped thread panicked"]
+    fn a_run_that_panics_ends_the_command() {
+        let _ = make(|key, progress| match key {
+            0 => panic!("a defect"),
+            _ => until_stopped(progress),
+        });
     }
 }

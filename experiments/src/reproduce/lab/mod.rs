@@ -4,16 +4,18 @@ mod book;
 mod choosing;
 mod difference;
 mod jobs;
+mod published;
 mod reference;
 mod search;
 mod spec;
 mod sweep;
 mod text;
 
-pub(super) use book::{Book, Finished};
+pub(super) use book::{Book, Finished, REVISION, key_name};
 pub(super) use choosing::{Choosing, Chosen, validation};
-pub(super) use difference::{Difference, cost, held, per_cent_above};
+pub(super) use difference::{Agreement, Difference, cost, held, held_or_not, per_cent_above};
 pub(super) use jobs::{EVALUATIONS, Jobs, Progress};
+pub(super) use published::{MANY, Published, RATES, RATES_OF_MANY, has_momentum, published_grid};
 pub(super) use reference::{Stretch, train};
 pub(super) use search::{Grid, Tried};
 pub(super) use spec::{

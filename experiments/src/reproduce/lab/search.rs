@@ -76,10 +76,11 @@ impl Search {
         Ok(is_widened)
     }
 
-    /// Whether a rate is the lowest or highest that was tried with its momentum, so that a better one may lie beyond.
+    /// Whether a rate is the lowest or highest that was tried with its momentum, so that a better one may lie beyond; a single
+    /// one has no others beside it to be better.
     pub(in crate::reproduce) fn is_at_edge(&self, tried: Tried) -> bool {
         let rates = &self.rates[&tried.momentum.to_bits()];
-        rates.first() == Some(&tried.rate) || rates.last() == Some(&tried.rate)
+        rates.len() > 1 && (rates.first() == Some(&tried.rate) || rates.last() == Some(&tried.rate))
     }
 
     /// The best of those with one momentum.
@@ -153,6 +154,8 @@ mod tests {
         let tried = |rate, momentum| Tried { rate, momentum };
         assert!(search.is_at_edge(tried(1.0, 0.5)) && search.is_at_edge(tried(4.0, 0.0)));
         assert!(!search.is_at_edge(tried(2.0, 0.0)));
+        let single = Search::new(&Grid { rates: vec![1.0], momenta: vec![0.0] });
+        assert!(!single.is_at_edge(tried(1.0, 0.0)));
         let score = |tried: Tried| {
             let loss = (tried.rate - 2.0).abs() + f64::from(tried.momentum);
             Ok(Score { loss, accuracy: None })

@@ -9,7 +9,7 @@ use sanderling_common::method::Method;
 use sanderling_common::wire::{Refusal, Split};
 use serde_json::{Value, json};
 
-use super::book::Finished;
+use super::book::{Finished, REVISION};
 use super::jobs::Progress;
 use super::reference::{Stretch, train};
 use crate::adamw::AdamWSettings;
@@ -96,9 +96,10 @@ pub(in crate::reproduce) enum Trainer {
     AdamW,
 }
 
-/// A run, fully described. Two that are equal come to the same.
+/// A run, fully described. Two that are equal come to the same, but for what [`REVISION`] stands for.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(in crate::reproduce) struct Spec {
+    pub(in crate::reproduce) revision: u32,
     pub(in crate::reproduce) subject: Subject,
     pub(in crate::reproduce) trainer: Trainer,
     pub(in crate::reproduce) seed: u64,
@@ -123,6 +124,7 @@ impl Spec {
     /// A run by workers as `run` describes it.
     pub(in crate::reproduce) fn of(subject: Subject, run: &RunConfig, trainer: Trainer) -> Self {
         Self {
+            revision: REVISION,
             subject,
             trainer,
             seed: run.run.seed,
@@ -139,6 +141,7 @@ impl Spec {
     /// Everything that the run depends on, and nothing else.
     pub(in crate::reproduce) fn resolved(&self) -> Value {
         let mut resolved = json!({
+            "revision": self.revision,
             "subject": self.subject,
             "seed": self.seed,
             "workers": self.workers,

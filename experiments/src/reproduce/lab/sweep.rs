@@ -59,8 +59,11 @@ pub(in crate::reproduce) struct Varied<'a> {
 const LOOKS: u64 = 16;
 
 impl Varied<'_> {
+    /// Of the runs that came to an end; 0 if none did.
     fn mean(&self, value: impl Fn(&Run) -> f64) -> f64 {
-        mean_and_spread(&self.runs.iter().map(value).collect::<Vec<_>>()).0
+        let ended = self.runs.iter().filter(|run| run.outcome.diverged.is_none());
+        let values: Vec<f64> = ended.map(value).collect();
+        if values.is_empty() { 0.0 } else { mean_and_spread(&values).0 }
     }
 
     pub(in crate::reproduce) fn test(&self) -> Vec<Score> {

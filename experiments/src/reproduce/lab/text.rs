@@ -53,18 +53,19 @@ impl Options {
         fs::create_dir_all(&folder)
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
         let path = folder.join(WHOSE);
-        match fs::read_to_string(&path) {
-            Ok(whose) if whose.trim() == name => {}
-            Ok(whose) => bail!(
-                "{} holds the results of `reproduce {}`; give another --out",
-                folder.display(),
-                whose.trim()
-            ),
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                fs::write(&path, format!("{name}\n"))
-                    .with_context(|| format!("cannot write {}", path.display()))?;
-            }
+        let whose = match fs::read_to_string(&path) {
+            Ok(whose) => whose,
+            Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        };
+        match whose.trim() {
+            whose if whose == name => {}
+            // Nobody's yet, or another process is about to write.
+            "" => fs::write(&path, format!("{name}\n"))
+                .with_context(|| format!("cannot write {}", path.display()))?,
+            whose => {
+                bail!("{} holds the results of `reproduce {whose}`; give another --out", folder.display())
+            }
         }
         Ok(folder)
     }

@@ -5,13 +5,13 @@ mod report;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use sanderling_common::config::{RunConfig, parse};
 use sanderling_common::method::Method;
 
 use self::report::{Cell, Table};
 use super::lab::{
-    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, look_every,
-    make, seeds_text, small_model, validation, write_configuration, write_report,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, MANY, Options, Published, RATES, RATES_OF_MANY, Run,
+    Spec, Subject, Trainer, Tried, make, published_grid, seeds_text, validation, write_configuration,
+    write_report,
 };
 use crate::simulation::Conditions;
 
@@ -19,9 +19,9 @@ use crate::simulation::Conditions;
 ///
 /// MSGD on one worker, and ASGD, GD-async, DGC-async and DGS on 1, 4, 8, 16 and 32, on characters of the bundled text and on
 /// handwritten digits, both with small mixtures of experts, in virtual time. Every method and number of workers has the same
-/// number of gradient evaluations and the same search for its learning rate (four values or, from 16 workers on, seven, and further ones while the best
-/// lies at an edge) and, where it has one, its momentum: by validation, with the first seed, at a quarter of the length. Then all
-/// seeds are run with what was found, and tested. Finished runs are kept in the folder and not made again.
+/// number of gradient evaluations and the same search for its learning rate (four values or, from 16 workers on, seven, and further
+/// ones while the best lies at an edge) and, where it has one, its momentum: by validation, with the first seed, at a quarter of the
+/// length. Then all seeds are run with what was found, and tested. Finished runs are kept in the folder and not made again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -43,9 +43,6 @@ const METHODS: [Method; 4] = [Method::Asgd, Method::GdAsync, Method::DgcAsync, M
 /// The paper lowers DGS's momentum from the second to the first for 32 workers.
 const MOMENTA_COMPARED: [f32; 2] = [0.3, 0.7];
 
-/// Workers that are many for these methods.
-const MANY: u32 = 16;
-
 /// Points of a curve.
 const LOOKS: u64 = 16;
 
@@ -57,9 +54,6 @@ struct Settings {
     choosing: u64,
     counting: u64,
     momenta: Vec<f32>,
-    rates: Vec<f64>,
-    /// What [`MANY`] workers and more are tried with besides: with so many, the best of high rates may lie between worse ones.
-    rates_of_many: Vec<f64>,
     seeds: Vec<u64>,
 }
 
@@ -72,8 +66,6 @@ impl Settings {
             choosing: (counting / 4).max(1),
             counting,
             momenta: if quick { vec![0.3, 0.7] } else { vec![0.3, 0.5, 0.7, 0.9] },
-            rates: vec![0.05, 0.1, 0.2, 0.4],
-            rates_of_many: vec![0.00625, 0.0125, 0.025],
             seeds: options.seeds(),
         }
     }
@@ -90,14 +82,8 @@ impl Settings {
     }
 
     fn grid(&self, &Contestant { method, workers, .. }: &Contestant) -> Grid {
-        let momenta = if has_momentum(method) { self.momenta.clone() } else { vec![0.0] };
-        let low = if workers >= MANY { &self.rates_of_many[..] } else { &[] };
-        Grid { rates: [low, &self.rates[..]].concat(), momenta }
+        published_grid(method, workers, &self.momenta)
     }
-}
-
-fn has_momentum(method: Method) -> bool {
-    matches!(method, Method::Msgd | Method::DgcAsync | Method::Dgs)
 }
 
 /// What has a cell in the table.
@@ -111,16 +97,9 @@ struct Contestant {
 impl Contestant {
     fn spec(self, tried: Tried, steps: u64, seed: u64) -> anyhow::Result<Spec> {
         let Self { subject, method, workers } = self;
-        let file = format!(
-            "[run]\nworkers = {workers}\nseed = {seed}\n{}[training]\nmethod = \"{method}\"\nsteps = {steps}\n\
-             learning_rate = {:?}\nlearning_rate_max = {:?}\nmomentum = {:?}\neval_every = {}\n",
-            small_model(subject),
-            tried.rate,
-            tried.rate,
-            tried.momentum,
-            look_every(steps, LOOKS),
-        );
-        let run: RunConfig = parse(&file)?.resolve()?;
+        let published =
+            Published { subject, method, workers, tried, sections: "", steps, looks: LOOKS, seed };
+        let run = published.run()?;
         Ok(Spec::of(subject, &run, Trainer::Workers(Conditions::default())))
     }
 }
@@ -222,8 +201,8 @@ impl Experiment {
             settings.counting,
             settings.choosing,
             seeds_text(&settings.seeds),
-            settings.rates,
-            settings.rates_of_many,
+            RATES,
+            RATES_OF_MANY,
             settings.momenta,
         );
         for &subject in &settings.subjects {

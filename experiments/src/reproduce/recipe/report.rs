@@ -162,7 +162,7 @@ fn against_goal(above: &[f64], goal: Option<f64>) -> String {
     let amount = format!("a test loss {} % above one-worker AdamW's", plus_minus(mean, spread, 2));
     match goal {
         None => amount,
-        Some(goal) => format!("{amount}, at most {goal} %: {}", held(mean <= goal)),
+        Some(goal) => format!("{amount}, at most {goal} %: {}", held(mean <= goal, above.len())),
     }
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use sanderling_common::checkpoint::{self, Checkpoint};
 use sanderling_common::config::{ExchangeSettings, ModelSettings, RunConfig, TrainingSettings};
 use sanderling_common::corpus::Corpus;
@@ -24,8 +24,9 @@ use serde_json::{Value, json};
 use self::arms::{ARMS, Arm, Budget, WARM_START_ARMS};
 use self::report::report;
 use super::lab::{
-    Book, Choosing, Chosen, EVALUATIONS, Finished, Grid, Jobs, Options, Outcome, Progress, Stretch, Tried,
-    by_adamw, by_workers, file_name, look_every, scale_rates, train, write_report, write_resolved,
+    Book, Choosing, Chosen, EVALUATIONS, Finished, Grid, Jobs, Options, Outcome, Progress, REVISION, Stretch,
+    Tried, by_adamw, by_workers, file_name, key_name, look_every, scale_rates, train, write_report,
+    write_resolved,
 };
 use crate::adamw::AdamWSettings;
 use crate::simulation::Conditions;
@@ -113,16 +114,34 @@ impl Settings {
         run
     }
 
-    fn stretch(&self, evaluations: u64, rate: f64) -> Stretch {
+    /// By AdamW, with the weight decay that asynchronous workers have.
+    fn stretch(&self, evaluations: u64, rate: f64, warmup: Warmup) -> Stretch {
+        let training = &self.run.training;
+        let weight_decay = f64::from(training.weight_decay);
         Stretch {
             batches_per_step: 1,
             evaluations,
             rate,
-            warmup: warmup(evaluations),
+            warmup: match warmup {
+                Warmup::Short => short_warmup(evaluations),
+                Warmup::AsWorkers(workers) => {
+                    (training.warmup_exchanges * u64::from(workers)).min(evaluations / 4)
+                }
+            },
             final_fraction: 0.1,
             eval_every: look_every(evaluations, LOOKS),
-            clip_norm: self.run.training.clip_norm,
-            adamw: AdamWSettings::default(),
+            clip_norm: training.clip_norm,
+            adamw: AdamWSettings { weight_decay, ..AdamWSettings::default() },
+        }
+    }
+
+    fn pretraining(&self, seed: u64) -> Pretraining {
+        Pretraining {
+            revision: REVISION,
+            seed,
+            stretch: self.stretch(self.pretraining_steps, PRETRAINING_RATE, Warmup::Short),
+            batch_size: self.run.data.batch_size,
+            model: self.run.model.clone(),
         }
     }
 
@@ -131,16 +150,20 @@ impl Settings {
     }
 
     /// Who has a row in the table: everyone by whom the experiment is about and, beside asynchronous workers, AdamW from some of
-    /// the same starts and with as many gradient evaluations.
+    /// the same starts and with as many gradient evaluations; that AdamW once with each warm-up.
     fn contestants(&self) -> Vec<Contestant> {
-        let by = |workers, arm, budget| Contestant { arm, budget, workers };
+        let by = |workers, arm, budget| Contestant { arm, budget, workers, warmup: Warmup::Short };
         let mixtures = ARMS[1..].iter().flat_map(|&arm| Budget::ALL.map(|budget| (arm, budget)));
         // The dense model's two budgets are one run.
         let all = std::iter::once((ARMS[0], Budget::Compute)).chain(mixtures);
         let mut contestants: Vec<_> = all.map(|(arm, budget)| by(self.workers, arm, budget)).collect();
-        if self.workers.is_some() {
-            contestants.push(by(None, ARMS[0], Budget::Compute));
-            contestants.extend(WARM_START_ARMS.map(|arm| by(None, arm, Budget::Tokens)));
+        if let Some(workers) = self.workers {
+            let dense = by(None, ARMS[0], Budget::Compute);
+            let upcycled = WARM_START_ARMS.map(|arm| by(None, arm, Budget::Tokens));
+            for reference in std::iter::once(dense).chain(upcycled) {
+                contestants.push(reference);
+                contestants.push(Contestant { warmup: Warmup::AsWorkers(workers), ..reference });
+            }
         }
         contestants
     }
@@ -151,12 +174,12 @@ impl Settings {
     }
 
     fn key(&self, contestant: Contestant, seed: u64, rate: f64) -> anyhow::Result<RunKey> {
-        let Contestant { arm, budget, workers } = contestant;
+        let Contestant { arm, budget, workers, warmup } = contestant;
         let mut run = self.run.clone();
-        let (steps, mut stretch) = (self.steps_of(contestant)?, None);
+        let (steps, mut stretch) = (self.steps_of(arm, budget)?, None);
         match workers {
             Some(workers) => asynchronous(&mut run, (workers, steps, rate)),
-            None => stretch = Some(self.stretch(steps, rate)),
+            None => stretch = Some(self.stretch(steps, rate, warmup)),
         }
         let by = match stretch {
             Some(stretch) => By::AdamW(stretch),
@@ -165,13 +188,10 @@ impl Settings {
         Ok(RunKey {
             arm: arm.key.to_owned(),
             budget,
-            seed,
             rate,
             workers,
-            pretraining: self.stretch(self.pretraining_steps, PRETRAINING_RATE),
+            pretraining: self.pretraining(seed),
             dense_steps: self.steps,
-            batch_size: self.run.data.batch_size,
-            model: self.run.model.clone(),
             by,
         })
     }
@@ -180,13 +200,13 @@ impl Settings {
     fn resolved(&self, key: &RunKey, contestant: Contestant) -> Value {
         json!({
             "dense": self.dense,
-            "upcycling": contestant.arm.recipe(key.seed),
+            "upcycling": contestant.arm.recipe(key.pretraining.seed),
             "run": key,
         })
     }
 
     /// Steps that a budget allows an arm.
-    fn steps_of(&self, Contestant { arm, budget, .. }: Contestant) -> anyhow::Result<u64> {
+    fn steps_of(&self, arm: Arm, budget: Budget) -> anyhow::Result<u64> {
         match budget {
             Budget::Tokens => Ok(self.steps),
             Budget::Compute => {
@@ -196,7 +216,16 @@ impl Settings {
     }
 }
 
-fn warmup(evaluations: u64) -> u64 {
+/// Over how many evaluations the rate rises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Warmup {
+    /// [`short_warmup`].
+    Short,
+    /// As many as so many asynchronous workers take, or a quarter of the run if that is less.
+    AsWorkers(u32),
+}
+
+fn short_warmup(evaluations: u64) -> u64 {
     100.min(evaluations / 10)
 }
 
@@ -207,6 +236,8 @@ struct Contestant {
     budget: Budget,
     /// `None`: AdamW in one process.
     workers: Option<u32>,
+    /// Of AdamW.
+    warmup: Warmup,
 }
 
 impl Contestant {
@@ -219,15 +250,13 @@ impl Contestant {
 /// Names a run, with everything that it depends on.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 struct RunKey {
+    pretraining: Pretraining,
     arm: String,
     budget: Budget,
-    seed: u64,
     rate: f64,
     workers: Option<u32>,
-    pretraining: Stretch,
+    /// Of the dense model after pre-training.
     dense_steps: u64,
-    batch_size: u32,
-    model: ModelSettings,
     by: By,
 }
 
@@ -309,38 +338,35 @@ impl Experiment {
         let folder = self.folder.join("dense");
         let book = Book::<Pretrained>::open(&folder)?;
         let evaluations = self.settings.pretraining_steps;
-        let wanted: Vec<_> =
-            self.settings.seeds.iter().map(|&seed| ((seed, evaluations), evaluations)).collect();
-        self.jobs.make_missing(("pre-training", EVALUATIONS), &book, &wanted, |&(seed, _), progress| {
-            self.pretrain(seed, &self.directory(seed), progress)?;
-            Ok(Pretrained { of: (seed, evaluations) })
+        let of_seeds: Vec<Pretraining> =
+            self.settings.seeds.iter().map(|&seed| self.settings.pretraining(seed)).collect();
+        let wanted: Vec<_> = of_seeds.iter().map(|of| (of.clone(), evaluations)).collect();
+        self.jobs.make_missing(("pre-training", EVALUATIONS), &book, &wanted, |of, progress| {
+            self.pretrain(of, &folder.join(of.directory()), progress)?;
+            Ok(Pretrained { of: of.clone() })
         })?;
         let mut dense = Vec::new();
-        for &seed in &self.settings.seeds {
-            let directory = self.directory(seed);
-            let checkpoint = Checkpoint::open(&directory)?;
-            ensure!(
-                checkpoint.config() == &self.settings.dense,
-                "{} holds another model than this experiment's; remove it",
-                directory.display()
-            );
-            dense.push(Dense::load(&checkpoint)?);
+        for of in &of_seeds {
+            let directory = folder.join(of.directory());
+            let checkpoint = Checkpoint::open(&directory);
+            let checkpoint = checkpoint.and_then(|checkpoint| Dense::load(&checkpoint));
+            dense.push(checkpoint.with_context(|| {
+                format!(
+                    "the dense models are damaged; remove {} for them to be trained again",
+                    folder.display()
+                )
+            })?);
         }
         Ok(dense)
     }
 
-    fn directory(&self, seed: u64) -> PathBuf {
-        self.folder.join("dense").join(format!("{}-{seed}", self.settings.pretraining_steps))
-    }
-
-    fn pretrain(&self, seed: u64, directory: &Path, progress: &Progress<'_>) -> anyhow::Result<()> {
-        let settings = &self.settings;
+    fn pretrain(&self, of: &Pretraining, directory: &Path, progress: &Progress<'_>) -> anyhow::Result<()> {
+        let (settings, seed) = (&self.settings, of.seed);
         let run = settings.run(seed);
         let initial = initial_parameters(&settings.dense, seed)?;
-        let stretch = settings.stretch(settings.pretraining_steps, PRETRAINING_RATE);
         let mut task =
             LanguageTask::from_parameters(&run, self.corpus.clone(), settings.dense.clone(), initial.into())?;
-        let trained = train(&mut task, &stretch, &|done| progress.at(done))?;
+        let trained = train(&mut task, &of.stretch, &|done| progress.at(done))?;
         if directory.exists() {
             // Of a process that was killed before it could note it.
             fs::remove_dir_all(directory)
@@ -354,11 +380,15 @@ impl Experiment {
     fn rows(&self, dense: &[Dense]) -> anyhow::Result<Vec<Row>> {
         let settings = &self.settings;
         let make = |key: &RunKey, progress: &Progress<'_>| {
-            let place = settings.seeds.iter().position(|&seed| seed == key.seed).expect("a known seed");
+            let place =
+                settings.seeds.iter().position(|&seed| seed == key.pretraining.seed).expect("a known seed");
             self.run(&dense[place], key, progress)
         };
         let wanted = |&contestant: &Contestant, tried: Tried, seed| {
-            Ok((settings.key(contestant, seed, tried.rate)?, settings.steps_of(contestant)?))
+            Ok((
+                settings.key(contestant, seed, tried.rate)?,
+                settings.steps_of(contestant.arm, contestant.budget)?,
+            ))
         };
         let choosing = Choosing {
             what: "choosing learning rates",
@@ -369,6 +399,7 @@ impl Experiment {
             score: best_validation,
         };
         let chosen = choosing.choose(settings.contestants(), |&contestant| settings.grid(contestant))?;
+        let chosen = better_warmups(chosen, &choosing)?;
         let mut all = Vec::new();
         for chosen in &chosen {
             for &seed in &settings.seeds {
@@ -380,9 +411,7 @@ impl Experiment {
         let row = |(chosen, wanted): (&Chosen<Contestant>, &[(RunKey, u64)])| Row {
             contestant: chosen.contestant,
             rate: chosen.best.rate,
-            // A single rate has no others beside it to be better.
-            is_at_edge: settings.grid(chosen.contestant).rates.len() > 1
-                && chosen.search.is_at_edge(chosen.best),
+            is_at_edge: chosen.search.is_at_edge(chosen.best),
             runs: wanted.iter().map(|(key, _)| self.book.find(key).expect("every run was made")).collect(),
         };
         let rows: Vec<Row> = chosen.iter().zip(of_contestants).map(row).collect();
@@ -398,12 +427,13 @@ impl Experiment {
     fn run(&self, dense: &Dense, key: &RunKey, progress: &Progress<'_>) -> anyhow::Result<RunResult> {
         let settings = &self.settings;
         let arm = ARMS.into_iter().find(|arm| arm.key == key.arm).expect("keys are made of arms");
-        let steps = settings.steps_of(Contestant { arm, budget: key.budget, workers: key.workers })?;
-        let (config, parameters) = match arm.recipe(key.seed) {
+        let seed = key.pretraining.seed;
+        let steps = settings.steps_of(arm, key.budget)?;
+        let (config, parameters) = match arm.recipe(seed) {
             None => (dense.config.clone(), dense.parameters.clone()),
             Some(recipe) => dense.upcycle(&recipe)?,
         };
-        let mut run = settings.run(key.seed + SECOND_PHASE);
+        let mut run = settings.run(seed + SECOND_PHASE);
         let mut task =
             LanguageTask::from_parameters(&run, self.corpus.clone(), config.clone(), parameters.into())?;
         let (outcome, best_test) = match &key.by {
@@ -436,20 +466,60 @@ fn asynchronous(run: &mut RunConfig, (workers, steps, rate): (u32, u64, f64)) {
     run.run.workers = workers;
     let training = &mut run.training;
     (training.method, training.steps) = (Method::DgsAdam, steps);
-    (training.warmup_steps, training.eval_every) = (warmup(steps), look_every(steps, LOOKS));
+    (training.warmup_steps, training.eval_every) = (short_warmup(steps), look_every(steps, LOOKS));
     scale_rates(training, rate);
+}
+
+/// Of contestants that differ in their warm-up alone, one after the other, the better ones.
+fn better_warmups(
+    chosen: Vec<Chosen<Contestant>>,
+    choosing: &Choosing<'_, Contestant, RunResult>,
+) -> anyhow::Result<Vec<Chosen<Contestant>>> {
+    let mut better: Vec<Chosen<Contestant>> = Vec::new();
+    for chosen in chosen {
+        let rival = better.pop_if(|of| {
+            Contestant { warmup: chosen.contestant.warmup, ..of.contestant } == chosen.contestant
+        });
+        better.push(match rival {
+            None => chosen,
+            Some(rival) => {
+                let loss =
+                    |of: &Chosen<Contestant>| anyhow::Ok(choosing.score(&of.contestant, of.best)?.loss);
+                // That of one that diverged is not a number, which is above all.
+                if loss(&chosen)?.total_cmp(&loss(&rival)?).is_lt() { chosen } else { rival }
+            }
+        });
+    }
+    Ok(better)
+}
+
+/// Everything that the dense model of a seed depends on.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+struct Pretraining {
+    revision: u32,
+    seed: u64,
+    stretch: Stretch,
+    batch_size: u32,
+    model: ModelSettings,
+}
+
+impl Pretraining {
+    /// Where the model is.
+    fn directory(&self) -> String {
+        format!("{}-{}-{}", self.stretch.evaluations, self.seed, key_name(self))
+    }
 }
 
 /// That the dense model of a seed is there.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 struct Pretrained {
-    of: (u64, u64),
+    of: Pretraining,
 }
 
 impl Finished for Pretrained {
-    type Key = (u64, u64);
+    type Key = Pretraining;
 
-    fn key(&self) -> &(u64, u64) {
+    fn key(&self) -> &Pretraining {
         &self.of
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::arms::{ARMS, Budget};
-use super::{Contestant, Experiment, Row, best_validation};
+use super::{Contestant, Experiment, Row, Warmup, best_validation};
 use crate::report::Curve;
 use crate::reproduce::lab::{
     Difference, held, mean_and_spread, mean_curve, per_cent_above, plot_both, plus_minus, seeds_text,
@@ -29,8 +29,10 @@ pub(super) fn report(experiment: &Experiment, rows: &[Row], seconds: f64) -> any
         text.push_str(&row.against_dense(&rows[0]));
     }
     for adamw in rows.iter().filter(|row| row.contestant.workers != settings.workers) {
-        let is_same =
-            |row: &&Row| row.contestant == Contestant { workers: settings.workers, ..adamw.contestant };
+        let is_same = |row: &&Row| {
+            row.contestant
+                == Contestant { workers: settings.workers, warmup: Warmup::Short, ..adamw.contestant }
+        };
         let asynchronous = rows.iter().find(is_same).expect("everybody is trained by workers, too");
         text.push_str(&asynchronous.against_adamw(adamw));
     }
@@ -45,7 +47,8 @@ fn introduction(experiment: &Experiment) -> anyhow::Result<String> {
     let settings = &experiment.settings;
     let trainer = settings.workers.map_or("AdamW in one process".to_owned(), |workers| {
         format!(
-            "{workers} asynchronous workers with dgs-adam (rates are η0, of {:?}) or, for comparison, AdamW in one process",
+            "{workers} asynchronous workers with dgs-adam (rates are η0, of {:?}) or, for comparison, AdamW in one process, with \
+             the better of a warm-up of its own and a long one of as many gradients as theirs, by validation with the first seed",
             settings.asynchronous_rates
         )
     });
@@ -57,7 +60,7 @@ fn introduction(experiment: &Experiment) -> anyhow::Result<String> {
     Ok(format!(
         "# Upcycling against the dense model trained on\n\nBundled text, characters; dense model of {} parameters, {} \
          steps of pre-training and {} more (batch {} × {}); {}; trained on by {trainer}, fresh optimiser and rate, the best of {:?} \
-         (AdamW) for every row by validation with the first seed{widened}. The text is small enough to overfit, so the \
+         (AdamW) for every row by validation with the first seed{widened}. Weight decay is 0 for everyone. The text is small enough to overfit, so the \
          best validation loss of each run counts. Losses are nats per character; `steps` and `TFLOP` are those of the second phase. \
          Runs of one seed share start and batches, and are compared with each other.\n\n",
         settings.dense.layout()?.len(),
@@ -105,11 +108,12 @@ impl Row {
         let (first, Contestant { arm, budget, .. }) = (&self.runs[0], self.contestant);
         let equal = if arm == ARMS[0] { "–" } else { budget.name() };
         let edge = if self.is_at_edge { " (at the edge)" } else { "" };
+        let warmup = if self.contestant.warmup == Warmup::Short { "" } else { ", long warm-up" };
         let nothing = Score { loss: f64::NAN, accuracy: None };
         let start = |run: &super::RunResult| run.outcome.curve.first().map_or(nothing, |point| point.score);
         let best: Option<Vec<Score>> = self.runs.iter().map(|run| run.best_test).collect();
         format!(
-            "| {} | {} | {equal} | {} | {} | {} | {:.1} | {}{edge} | {} | {} | {} | {} |\n",
+            "| {} | {} | {equal} | {} | {} | {} | {:.1} | {}{edge}{warmup} | {} | {} | {} | {} |\n",
             arm.name,
             self.contestant.by(),
             first.outcome.parameters,
@@ -150,7 +154,7 @@ impl Row {
                 " Neither came below where it began: **that says nothing**.".to_owned()
             }
             Contestant { arm, workers: Some(ours), .. } if arm != ARMS[0] && ours == workers => {
-                format!(" At most {goal} %: {}.", held(mean <= goal))
+                format!(" At most {goal} %: {}.", held(mean <= goal, above.len()))
             }
             _ => String::new(),
         };
