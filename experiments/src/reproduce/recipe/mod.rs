@@ -20,7 +20,7 @@ use crate::simulation::Conditions;
 /// and AdamW at the same number of gradient evaluations: on one worker, and data-parallel, where N workers make one step of N
 /// batches together. AdamW has the best of at least four learning rates for each number of workers, and of the rates around it for
 /// longer runs, and the better of two warm-ups, by validation with the first seed; weight decay is 0 for everyone. With --quick a
-/// small model. Finished runs are kept in the folder and not made again.
+/// small model and three rates. Finished runs are kept in the folder and not made again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
