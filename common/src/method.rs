@@ -143,6 +143,14 @@ pub struct MethodDefaults {
     pub warmup_exchanges: u64,
 }
 
+impl MethodDefaults {
+    /// The cap on the scaled rate, and a worker's own rate, beside another η0: their shares of it stay what they are.
+    pub fn rates_beside(&self, learning_rate: f64) -> (f64, f64) {
+        let scale = learning_rate / self.learning_rate;
+        (scale * self.learning_rate_max, scale * self.local_rate)
+    }
+}
+
 /// What a worker's compression method needs to know.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MethodSettings {

@@ -19,7 +19,7 @@ use tracing::level_filters::LevelFilter;
 #[command(version, propagate_version = true, arg_required_else_help = true)]
 #[command(after_help = "\
 Examples:
-  sanderling train                                   # about two minutes on two cores
+  sanderling train                                   # under three minutes on two cores
   sanderling train --text novel.txt --method dgs
   sanderling inspect runs/NAME/checkpoint
   sanderling COMMAND --help                          # what a command does, its options and examples")]

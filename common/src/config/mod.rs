@@ -125,9 +125,10 @@ settings! {
         learning_rate: f64 = defaults.learning_rate;
         /// How the rate depends on the staleness τ: constant, inverse η0/(1+τ), inverse-sqrt η0/√(1+τ)
         rate_scaling: RateScaling = defaults.rate_scaling;
-        /// Cap on the scaled rate (η_max)
+        /// Cap on the scaled rate (η_max); keeps its share of another learning_rate
         learning_rate_max: f64 = defaults.learning_rate_max;
-        /// Least rate at which a worker's own progress counts in its view before it is sent (dgs-adam); 0: at the rate of all
+        /// Least rate at which a worker's own progress counts in its view before it is sent (dgs-adam), 0: at the rate of all;
+        /// keeps its share of another learning_rate
         local_rate: f64 = defaults.local_rate;
         /// Server steps of linear warm-up
         warmup_steps: u64 = 100;
@@ -146,7 +147,8 @@ settings! {
         /// Gradients are scaled down to this norm; 0 leaves them alone
         clip_norm: f32 = 1.0;
         /// Steps that a worker takes by itself per exchange, on a batch each; what they come to is sent together. With 4, a quarter of
-        /// the steps have as many gradients, for a quarter of the bytes and, with 8 workers, 4 % of the loss (dgs-adam only)
+        /// the steps have as many gradients, for a quarter of the bytes and, with 8 workers and a small model, 4 % of the loss
+        /// (dgs-adam only)
         local_steps: u32 = 1;
         /// Compute the next gradient while an exchange is under way: hides the network, adds a step of staleness
         overlap: bool = false;
@@ -178,7 +180,8 @@ settings! {
     ServerSettings / ServerPart ["Server"] from (_defaults: ()) {
         /// UDP address to listen on; port 0 takes any free one
         listen: String = "127.0.0.1:0".to_owned();
-        /// Host name or address in the join string, where it differs from `listen`; empty: the address listened on
+        /// Host name or address in the join string, where it differs from `listen`; empty: the address listened on or, where that
+        /// is every address, this machine's own 127.0.0.1, which no other machine can join
         advertise: String = String::new();
         /// A worker that was not heard of for this long loses its session and its batches, milliseconds
         lease_ms: u64 = 20_000;
@@ -350,6 +353,11 @@ impl RunPartial {
         let defaults = self.training.method.unwrap_or_default().defaults();
         if let Some(experts) = self.model.experts {
             self.model.top_k.get_or_insert(TOP_K.min(experts));
+        }
+        if let Some(learning_rate) = self.training.learning_rate {
+            let (learning_rate_max, local_rate) = defaults.rates_beside(learning_rate);
+            self.training.learning_rate_max.get_or_insert(learning_rate_max);
+            self.training.local_rate.get_or_insert(local_rate);
         }
         RunConfig {
             run: self.run.resolve(()),
@@ -626,6 +634,18 @@ mod tests {
         assert_eq!((config.training.steps, config.model.layers), (9, 2));
         assert_eq!(config.training.momentum, Method::Dgs.defaults().momentum);
         assert_eq!(config.model.heads, RunConfig::default().model.heads);
+    }
+
+    #[test]
+    fn the_other_rates_follow_the_learning_rate() {
+        let rates = |file: &str| {
+            let training = parse(&format!("[training]\n{file}")).unwrap().resolve().unwrap().training;
+            (training.learning_rate, training.learning_rate_max, training.local_rate)
+        };
+        assert_eq!(rates(""), (2e-3, 1e-3, 1e-3));
+        assert_eq!(rates("learning_rate = 4e-3"), (4e-3, 2e-3, 2e-3));
+        assert_eq!(rates("learning_rate = 4e-3\nlocal_rate = 0.0"), (4e-3, 2e-3, 0.0));
+        assert_eq!(rates("learning_rate = 0.4\nmethod = 'asgd'"), (0.4, 0.4, 0.0));
     }
 
     #[test]

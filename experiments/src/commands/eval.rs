@@ -37,9 +37,9 @@ pub enum Task {
 
 /// Measure a model: loss and perplexity over a text, or accuracy on multiple-choice questions
 ///
-/// Windows of a text overlap if --stride is smaller than --window: every token but the first is predicted once, with at
-/// least (window − stride) tokens of context. Multiple choice asks without examples and takes the letter with the
-/// largest log-likelihood. Routing drops no token here, whatever capacity the model was trained with.
+/// Windows of a text overlap if --stride is smaller than --window: every token but the first is predicted once and, but for
+/// the first window's, with at least (window − stride) tokens of context. Multiple choice asks without examples and takes
+/// the letter with the largest log-likelihood. Routing drops no token here, whatever capacity the model was trained with.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -50,7 +50,7 @@ const SAMPLE_TEMPERATURE: f32 = 0.8;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  sanderling train                                   # about two minutes on two cores
+  sanderling train                                   # under three minutes on two cores
   sanderling train --text novel.txt --steps 10000
   sanderling train --text novel.tok                  # subwords: see sanderling tokenize --help
   sanderling train --workers 32

@@ -79,11 +79,8 @@ pub(in crate::reproduce) const SMALL_MODEL_RATE: f64 = 4e-3;
 
 /// Gives a run the default method's rates for another η0: the cap and the worker's own rate keep their share of it.
 pub(in crate::reproduce) fn scale_rates(training: &mut TrainingSettings, rate: f64) {
-    let defaults = Method::DgsAdam.defaults();
-    let scale = rate / defaults.learning_rate;
     training.learning_rate = rate;
-    training.learning_rate_max = scale * defaults.learning_rate_max;
-    training.local_rate = scale * defaults.local_rate;
+    (training.learning_rate_max, training.local_rate) = Method::DgsAdam.defaults().rates_beside(rate);
 }
 
 /// Who trains.

@@ -10,7 +10,7 @@ use sanderling_server::progress::bytes;
 use super::book::Book;
 use super::difference::Difference;
 use super::jobs::{EVALUATIONS, Jobs};
-use super::spec::{Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, make, scale_rates, small_model};
+use super::spec::{Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, make, small_model};
 use super::text::{
     Options, look_every, mean_and_spread, mean_curve, outcomes, plot_both, seeds_text, show,
     write_configuration, write_report,
@@ -150,12 +150,8 @@ impl Sweep {
         let mut partial = parse(&file)?;
         let steps = *partial.training.steps.get_or_insert(self.steps);
         partial.training.eval_every = Some(look_every(steps, LOOKS));
-        let has_rate = partial.training.learning_rate.is_some();
-        let mut run = partial.resolve()?;
-        if !has_rate {
-            scale_rates(&mut run.training, SMALL_MODEL_RATE);
-        }
-        Ok(Spec::of(Subject::Text, &run, variant.trainer))
+        partial.training.learning_rate.get_or_insert(SMALL_MODEL_RATE);
+        Ok(Spec::of(Subject::Text, &partial.resolve()?, variant.trainer))
     }
 
     /// Makes the runs that are missing and writes the report; `verdict` adds to its text, and to the pictures in the folder.

@@ -26,7 +26,7 @@ use crate::simulation::Conditions;
 #[command(after_help = "\
 Examples:
   sanderling reproduce methods --quick          # minutes: up to 8 workers, one seed
-  sanderling reproduce methods                  # hours: the full form
+  sanderling reproduce methods                  # an hour and a half on two cores
   sanderling reproduce methods --out DIR        # the same folder from several shells: they share the work")]
 pub struct Arguments {
     /// Only one task [default: both]

@@ -9,8 +9,8 @@ use sanderling_common::config::{RunConfig, parse};
 
 use self::report::Report;
 use super::lab::{
-    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, Spec, Subject, Trainer, Tried, file_name,
-    look_every, make, small_model, validation, write_configuration, write_report,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, SMALL_MODEL_RATE, Spec, Subject, Trainer,
+    Tried, file_name, look_every, make, small_model, validation, write_configuration, write_report,
 };
 use crate::simulation::Conditions;
 
@@ -20,7 +20,7 @@ use crate::simulation::Conditions;
 /// and AdamW at the same number of gradient evaluations: on one worker, and data-parallel, where N workers make one step of N
 /// batches together. AdamW has the best of at least four learning rates for each number of workers, and of the rates around it for
 /// longer runs, and the better of two warm-ups, by validation with the first seed; weight decay is 0 for everyone. With --quick a
-/// small model and three rates. Finished runs are kept in the folder and not made again.
+/// small model, with the rates that suit it, and three rates of AdamW. Finished runs are kept in the folder and not made again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -38,6 +38,8 @@ const LOOKS: u64 = 16;
 struct Settings {
     /// Sections of the run file.
     model: &'static str,
+    /// What the run file says of training by the default method, beside its length.
+    ours: String,
     /// Of the default method.
     workers: Vec<u32>,
     /// Gradient evaluations, ascending.
@@ -52,6 +54,7 @@ impl Settings {
         if options.quick {
             Self {
                 model: small_model(Subject::Text),
+                ours: format!("learning_rate = {SMALL_MODEL_RATE:?}\n"),
                 workers: vec![4, 8],
                 lengths: vec![options.steps(0, 600)],
                 rates: vec![2e-3, 4e-3, 8e-3],
@@ -60,6 +63,7 @@ impl Settings {
         } else {
             Self {
                 model: "",
+                ours: String::new(),
                 workers: vec![4, 8, 16, 32],
                 lengths: options.steps.map_or(vec![8_000, 16_000], |steps| vec![steps]),
                 rates: vec![5e-4, 1e-3, 2e-3, 4e-3],
@@ -95,7 +99,7 @@ impl Settings {
 
     /// The default method.
     fn ours(&self, workers: u32, steps: u64, seed: u64) -> anyhow::Result<Spec> {
-        let run = self.run(workers, steps, seed, "")?;
+        let run = self.run(workers, steps, seed, &self.ours)?;
         Ok(Spec::of(Subject::Text, &run, Trainer::Workers(Conditions::default())))
     }
 }
