@@ -116,7 +116,7 @@ pub(super) fn check(config: &RunConfig) -> Result<(), ConfigError> {
     require(host.is_empty() || is_host(host), "advertise", format!("{host:?}"), plain)?;
     check_counts(config)?;
     require(config.data.batch_size >= 1, "batch_size", config.data.batch_size, at_least_one)?;
-    require(config.data.batch_size <= 1 << 16, "batch_size", config.data.batch_size, "at most 65536")?;
+    require(config.data.batch_size < 1 << 16, "batch_size", config.data.batch_size, "at most 65535")?;
     require(training.steps >= 1, "steps", training.steps, at_least_one)?;
     require(training.eval_every >= 1, "eval_every", training.eval_every, at_least_one)?;
     for (key, value) in

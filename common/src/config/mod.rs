@@ -690,7 +690,7 @@ mod tests {
             "local_steps = 1025",
             "local_steps = 2\noverlap = true",
             "local_steps = 2\nmethod = 'dgs'",
-            "local_steps = 1024\n[data]\nbatch_size = 65536",
+            "local_steps = 1024\n[data]\nbatch_size = 65535",
         ] {
             let refused = resolved(&format!("[training]\n{file}")).unwrap_err().to_string();
             assert!(refused.contains("local_steps = "), "{refused}");

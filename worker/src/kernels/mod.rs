@@ -3,8 +3,8 @@
 //! [`Kernels`] is the one seam between the model, which is written once, and the device that computes it. Its
 //! operations are as coarse as a hand-written GPU kernel would be (a whole RMSNorm, a whole attention), so that an
 //! implementation can fuse what it likes and keep everything, the routing of tokens to experts included, in device
-//! memory. Operations may be queued; only [`Kernels::sum`], [`Kernels::download`] and
-//! [`Kernels::router_statistics`] have to wait for results.
+//! memory. Operations may be queued; only [`Kernels::sum`], [`Kernels::download`],
+//! [`Kernels::router_statistics`] and [`Kernels::router_entropy`] have to wait for results.
 //!
 //! Buffers are flat and row-major. Activations start at element 0 of their buffer and may be shorter than it;
 //! weights are views into the one flat parameter vector, given by offset, and gradients go to the same offsets of

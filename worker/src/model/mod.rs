@@ -519,12 +519,19 @@ impl<K: Kernels> Model<K> {
     fn make_room_for_logits(&mut self, rows: usize) -> Result<(), ModelError> {
         let activations = present(&mut self.activations);
         if activations.logits_rows < rows {
-            // The old memory goes first, so that both are never held at once.
-            activations.logits_rows = 0;
-            activations.logits = self.kernels.allocate_activations(0).map_err(ModelError::device)?;
-            let len = rows * self.config.vocab_size;
-            activations.logits = self.kernels.allocate_activations(len).map_err(ModelError::device)?;
-            activations.logits_rows = rows;
+            // The old memory goes first, so that both are never held at once; and all of it if there is none for the new.
+            let (kernels, len) = (&mut self.kernels, rows * self.config.vocab_size);
+            let made = kernels.allocate_activations(0).and_then(|nothing| {
+                activations.logits = nothing;
+                kernels.allocate_activations(len)
+            });
+            match made {
+                Ok(logits) => (activations.logits, activations.logits_rows) = (logits, rows),
+                Err(error) => {
+                    (self.activations, self.gradients) = (None, None);
+                    return Err(ModelError::device(error));
+                }
+            }
         }
         Ok(())
     }

@@ -532,9 +532,11 @@ fn embeddings(place: Place, precision: Precision) {
 
 fn losses(place: Place, precision: Precision) {
     let Some(mut pair) = Pair::new(place, precision) else { return };
-    for (rows, vocabulary) in
-        shapes(place, &[(1, 2), (5, 65), (3, 1000), (2, 9001)], &[(500, 32_000), (40, 128_256)])
-    {
+    for (rows, vocabulary) in shapes(
+        place,
+        &[(1, 2), (5, 65), (3, 1000), (2, 9001), (2, 12_288), (2, 24_576)],
+        &[(500, 32_000), (40, 128_256)],
+    ) {
         let name = format!("{rows} × {vocabulary}");
         let ids = Array2::from_shape_fn((1, rows), |_| pair.random.below(vocabulary) as u32);
         let mut cuda_tokens = pair.cuda.allocate_tokens(rows).unwrap();

@@ -52,7 +52,8 @@ pub(crate) fn kernels(made: Result<Cuda, CudaError>) -> Option<Cuda> {
         CudaError::MissingLibrary(_)
         | CudaError::NoDevice { .. }
         | CudaError::TooOld { .. }
-        | CudaError::OldDriver { .. } => skip("gpu", &error),
+        | CudaError::OldDriver { .. }
+        | CudaError::OldLibrary { .. } => skip("gpu", &error),
         CudaError::NoCompiler(_) => skip("compiler", &error),
         _ => panic!("{error}"),
     }

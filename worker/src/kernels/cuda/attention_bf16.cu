@@ -78,7 +78,7 @@ __device__ __forceinline__ void multiply(float (&sum)[TILES][N][4], const float 
 extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT) attention_forward(
     const act* qkv, act* out, float* statistics, int time, int heads, int kv_heads) {
     DYNAMIC_SHARED(act, shared);
-    constexpr int KEYS = FORWARD_KEYS, TILES = QUERY_TILES, TOGETHER = rows_together<TILES>();
+    constexpr int KEYS = FORWARD_KEYS, TILES = QUERY_TILES;
     constexpr int THREADS = FORWARD_THREADS, BUFFER = 2 * KEYS * STRIDE;
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, pair = threadIdx.x % 4;
     // The blocks that have most to do come first.
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT) attentio
     const int head = blockIdx.y, sequence = blockIdx.z;
     const Head<const act> at(qkv, sequence, time, head, head / (heads / kv_heads), heads, kv_heads);
     const int end = first + QUERY_ROWS < time ? first + QUERY_ROWS : time;
-    act* const queries = aligned_tiles(shared);
+    act* const queries = shared;
     act* const buffers = queries + QUERY_ROWS * STRIDE;
     act* const own = own_part<TILES>(queries);
     const int own_first = first + warp * TILES * 16;
@@ -113,18 +113,14 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, RESIDENT) attentio
             cp_async_commit();
         }
         // Keys that come after all of the queries. Nothing skips the first block, so that all maxima become finite.
-        if (key > own_first / TOGETHER * TOGETHER + TOGETHER - 1) continue;
+        if (key > own_first + TILES * 16 - 1) continue;
 
         float p[TILES][KEYS / 8][4];
         scores(p, own, keys);
-        products_wait<0>();
-        settle(p);
         float rescale[TILES][2];
         softmax(p, max, total, rescale, own_first, key);
         multiply(sum, rescale);
         accumulate(sum, p, values);
-        products_wait<0>();
-        settle(sum);
     }
 
 #pragma unroll

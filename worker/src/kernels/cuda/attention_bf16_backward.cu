@@ -11,20 +11,19 @@ constexpr int PART_COLUMNS = (DEPTH / PARTS + 15) / 16 * 16;
 //
 // launch: grid (ceil(time / KEY_ROWS)·ceil(D / 128), kv_heads, batch). With D = HEAD_DIM rounded up to 16: block 128,
 // shared (2·KEY_ROWS + 4·PASS_QUERIES)·(D + 8)·2 + 16·PASS_QUERIES bytes, KEY_ROWS = 128 if D ≤ 64, else 64, PASS_QUERIES =
-// 64 where attention_forward's QUERY_ROWS is 128, else 32. For Hopper: block 256, shared (2·128 + 4·64)·D·2 + 2048 bytes,
-// KEY_ROWS = 128.
+// 64 where attention_forward's QUERY_ROWS is 128, else 32.
 extern "C" __global__ void __launch_bounds__(KEYS_THREADS, RESIDENT) attention_backward_keys(
     const act* qkv, const act* dout, const float* softmax, act* dqkv, int time, int heads, int kv_heads) {
     DYNAMIC_SHARED(act, shared);
     constexpr int QUERIES = PASS_QUERIES, CHUNK = PASS_QUERIES_CHUNK, TILES = KEY_TILES;
-    constexpr int THREADS = KEYS_THREADS, TOGETHER = rows_together<TILES>(), BUFFER = 2 * QUERIES * STRIDE;
+    constexpr int THREADS = KEYS_THREADS, BUFFER = 2 * QUERIES * STRIDE;
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, pair = threadIdx.x % 4;
     const int first = blockIdx.x / PARTS * KEY_ROWS, kv_head = blockIdx.y, sequence = blockIdx.z;
     // The last part's columns may overlap the one's before it: both compute the same.
     const int column = blockIdx.x % PARTS == 0 ? 0 : DEPTH - PART_COLUMNS;
     const int shared_by = heads / kv_heads;
     const Head<const act> at(qkv, sequence, time, kv_head * shared_by, kv_head, heads, kv_heads);
-    act* const keys = aligned_tiles(shared);
+    act* const keys = shared;
     act* const values = keys + KEY_ROWS * STRIDE;
     act* const buffers = values + KEY_ROWS * STRIDE;
     float* const saved = (float*)(buffers + 2 * BUFFER);
@@ -73,15 +72,11 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, RESIDENT) attention_b
             const act* const gradients = queries + QUERIES * STRIDE;
             const float* const row_saved = saved + (buffer * QUERIES + chunk) * 2;
             const int query = block_query + chunk;
-            if (query + CHUNK - 1 < own_first / TOGETHER * TOGETHER) continue;
+            if (query + CHUNK - 1 < own_first) continue;
 
             // Everything is transposed: rows are keys, columns queries.
             float p[TILES][CHUNK / 8][4], ds[TILES][CHUNK / 8][4];
             scores(p, own_keys, queries);
-            // Early, where it goes on by itself; late, where it would take registers.
-            if (ASYNCHRONOUS) scores(ds, own_values, gradients);
-            products_wait<1>();
-            settle(p);
 #pragma unroll
             for (int n = 0; n < CHUNK / 8; ++n) {
                 const float4 pairs = *(const float4*)(row_saved + (n * 8 + pair * 2) * 2);
@@ -107,9 +102,8 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, RESIDENT) attention_b
                 }
             }
             accumulate(dv, p, gradients + column);
-            if (!ASYNCHRONOUS) scores(ds, own_values, gradients);
-            products_wait<1>();
-            settle(ds);
+            // Late: early it would take registers.
+            scores(ds, own_values, gradients);
 #pragma unroll
             for (int n = 0; n < CHUNK / 8; ++n) {
                 const float4 pairs = *(const float4*)(row_saved + (n * 8 + pair * 2) * 2);
@@ -122,8 +116,6 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, RESIDENT) attention_b
                 }
             }
             accumulate(dk, ds, queries + column);
-            products_wait<0>();
-            settle(dv), settle(dk);
         }
         keep_saved(next, 1 - buffer);
     }
@@ -142,19 +134,18 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, RESIDENT) attention_b
 //
 // launch: grid (ceil(time / PASS_QUERY_ROWS), heads, batch). With D = HEAD_DIM rounded up to 16: block 128, shared
 // (2·PASS_QUERY_ROWS + 4·PASS_KEYS)·(D + 8)·2 bytes, PASS_QUERY_ROWS = 128 if D ≤ 128 and not (SMALL_SHARED and D > 64),
-// else 64, PASS_KEYS = 64 if D ≤ 64, else 32. For Hopper: block 384, shared (2·192 + 4·64)·D·2 + 1024 bytes,
-// PASS_QUERY_ROWS = 192.
+// else 64, PASS_KEYS = 64 if D ≤ 64, else 32.
 extern "C" __global__ void __launch_bounds__(QUERIES_THREADS, RESIDENT) attention_backward_queries(
     const act* qkv, const act* dout, const float* softmax, act* dqkv, int time, int heads, int kv_heads) {
     DYNAMIC_SHARED(act, shared);
     constexpr int KEYS = PASS_KEYS, CHUNK = PASS_KEYS_CHUNK, TILES = QUERY_TILES, ROWS = PASS_QUERY_ROWS;
-    constexpr int THREADS = QUERIES_THREADS, TOGETHER = rows_together<TILES>(), BUFFER = 2 * KEYS * STRIDE;
+    constexpr int THREADS = QUERIES_THREADS, BUFFER = 2 * KEYS * STRIDE;
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, pair = threadIdx.x % 4;
     const int first = (gridDim.x - 1 - blockIdx.x) * ROWS;
     const int head = blockIdx.y, kv_head = head / (heads / kv_heads), sequence = blockIdx.z;
     const Head<const act> at(qkv, sequence, time, head, kv_head, heads, kv_heads);
     const int end = first + ROWS < time ? first + ROWS : time;
-    act* const queries = aligned_tiles(shared);
+    act* const queries = shared;
     act* const gradients = queries + ROWS * STRIDE;
     act* const buffers = gradients + ROWS * STRIDE;
     act* const own_queries = own_part<TILES>(queries);
@@ -191,13 +182,11 @@ extern "C" __global__ void __launch_bounds__(QUERIES_THREADS, RESIDENT) attentio
             const act* const keys = buffers + buffer * BUFFER + chunk * STRIDE;
             const act* const values = keys + KEYS * STRIDE;
             const int key = block + chunk;
-            if (key > own_first / TOGETHER * TOGETHER + TOGETHER - 1) break;
+            if (key > own_first + TILES * 16 - 1) break;
 
             float p[TILES][CHUNK / 8][4], ds[TILES][CHUNK / 8][4];
             scores(p, own_queries, keys);
             scores(ds, own_gradients, values);
-            products_wait<0>();
-            settle(p), settle(ds);
             const bool diagonal = key + CHUNK - 1 > own_first;
 #pragma unroll
             for (int m = 0; m < TILES; ++m) {
@@ -214,8 +203,6 @@ extern "C" __global__ void __launch_bounds__(QUERIES_THREADS, RESIDENT) attentio
                 }
             }
             accumulate(dq, ds, keys);
-            products_wait<0>();
-            settle(dq);
         }
     }
 

@@ -23,13 +23,6 @@ constexpr int PASS_KEYS = DEPTH <= 64 ? 64 : 32, PASS_KEYS_CHUNK = 32;
 // Accumulators of dk and dv fit the registers for 128 columns: wider heads are divided among blocks.
 constexpr int PARTS = (DEPTH + 127) / 128;
 
-// Dynamic shared memory as tiles.
-__device__ __forceinline__ act* aligned_tiles(act* shared) { return shared; }
-// Rows that are computed together, of which one warp owns TILES·16.
-template <int TILES>
-__device__ __forceinline__ constexpr int rows_together() {
-    return TILES * 16;
-}
 // The part of a tile that the warp computes with.
 template <int TILES>
 __device__ __forceinline__ act* own_part(act* tile) {
@@ -172,12 +165,5 @@ __device__ __forceinline__ void accumulate(float (&c)[M][N][4], const float (&p)
         }
     }
 }
-
-// Products are done when they return; elsewhere they are to be waited for, and the sums then settled.
-constexpr bool ASYNCHRONOUS = false;
-template <int LEFT>
-__device__ __forceinline__ void products_wait() {}
-template <int M, int N>
-__device__ __forceinline__ void settle(float (&)[M][N][4]) {}
 
 #endif

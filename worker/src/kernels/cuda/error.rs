@@ -32,14 +32,24 @@ pub enum CudaError {
     Compile(#[from] CompileError),
     /// The driver is older than the libraries.
     #[error(
-        "NVIDIA's driver is for CUDA {}.{}, and libnvrtc of CUDA {} needs a later one: install a newer driver, or use the CPU",
-        .driver / 1000, .driver % 1000 / 10, .nvrtc
+        "NVIDIA's driver is for CUDA {}.{}, and CUDA {} is needed: install a newer driver, or use the CPU",
+        .driver / 1000, .driver % 1000 / 10, .needed
     )]
     OldDriver {
         /// The driver's version of CUDA, as CUDA writes it: 1000 times the major one and 10 times the minor one.
         driver: i32,
-        /// The compiler's major version.
-        nvrtc: i32,
+        /// The major version that the kernels and their compiler need.
+        needed: i32,
+    },
+    /// A library is older than what is called of it.
+    #[error("{library} is of CUDA {major}, and CUDA {needed} is needed: install a newer one, or use the CPU")]
+    OldLibrary {
+        /// Which.
+        library: &'static str,
+        /// Its major version.
+        major: i32,
+        /// The one that is needed.
+        needed: i32,
     },
     /// There is nothing to emulate a GPU with.
     #[error("there is no C++ compiler {0:?} to emulate a GPU with")]

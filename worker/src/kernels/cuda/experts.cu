@@ -21,7 +21,8 @@ constexpr int DEPTH = 32, STAGES = 4;
 #else
 constexpr int DEPTH = 16, STAGES = 3;
 #endif
-// Flags of the first two products: the output is float, whatever activations are; and it is added to what is there.
+// Flags: the output is float, whatever activations are; and it is added to what is there. That of the weights' gradient is always
+// float, and added to where the head's gradient comes block by block.
 constexpr int OUTPUT_FLOAT = 1, OUTPUT_ADD = 2;
 
 // Which axis of an operand is contiguous in memory: the depth, or its side of the output (rows or columns).

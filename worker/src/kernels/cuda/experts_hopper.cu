@@ -61,12 +61,7 @@ __device__ __forceinline__ void barrier_arrive(unsigned barrier) {
 // Waits for the end of the barrier's phase of that parity.
 __device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
     unsigned done = 0;
-#ifdef HOPPER_SPIN_LIMIT
-    for (long long spin = 0; !done; spin++) {
-        if (spin > HOPPER_SPIN_LIMIT) __trap();
-#else
     while (!done) {
-#endif
         asm volatile(
             "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
             : "=r"(done)
@@ -148,11 +143,7 @@ __device__ __forceinline__ constexpr unsigned long long descriptor_of(unsigned l
 }
 template <bool side_contiguous>
 __device__ __forceinline__ unsigned long long descriptor(unsigned address) {
-#ifdef HOPPER_DESCRIPTORS
-    const unsigned long long form = HOPPER_DESCRIPTORS[side_contiguous];
-#else
     const unsigned long long form = side_contiguous ? descriptor_of(BOX_BYTES, 1024) : descriptor_of(16, 1024);
-#endif
     return form | (address & 0x3ffff) >> 4;
 }
 // Units of 16 bytes between places 16 apart along the depth.

@@ -112,7 +112,11 @@ impl Graphs {
         let Some(graph) = &kept.graph else { return false };
         match driver.queue_graph(graph.handle) {
             Ok(()) => {
-                (self.counts.queued, self.refusals) = (self.counts.queued + 1, 0);
+                self.counts.queued += 1;
+                // Those that were made before it was given up are used on.
+                if self.refusals < REFUSALS_MAX {
+                    self.refusals = 0;
+                }
                 true
             }
             // It may have had no room on the device. If that is not the reason, its operations fail likewise.

@@ -29,6 +29,8 @@ const BIAS_PARTS_MAX: usize = 128;
 pub struct MemoryNeeded {
     /// The parameters, their gradient, and what products read of the parameters.
     pub model: usize,
+    /// The tables of rotations.
+    pub rope: usize,
     /// What a batch's passes hold, which grows with its tokens.
     pub step: usize,
     /// What operations need while they run, at most.
@@ -49,16 +51,19 @@ impl MemoryNeeded {
         let step = step_memory(config, rows);
         let routings: usize = step.routings.iter().map(|&shape| routing_bytes(shape)).sum();
         let step = step.floats * 4 + step.factors * twin + step.activations * activation + step.tokens * 4;
-        let scratch = partials_bytes(config, rows) + integers_bytes(config, rows);
+        // Gradients of router logits and of gates are floats without a twin, and converted where products read them.
+        let converted = rows * experts_of(config).max(usize::from(config.shared_expert.is_some())) * twin;
+        let scratch = partials_bytes(config, rows) + integers_bytes(config, rows) + converted;
+        let rope = config.context * config.head_dim * 4;
         let (model, step) = (parameters * (2 * 4 + twin), step + routings);
         let buffers = BUFFERS_PER_LAYER * config.layers + BUFFERS_BESIDE;
         let rounding = (buffers * ALLOCATION_BYTES).min((model + step) / 4);
-        Ok(Self { model, step, scratch, rounding })
+        Ok(Self { model, rope, step, scratch, rounding })
     }
 
     /// All together.
     pub fn bytes(self) -> usize {
-        self.model + self.step + self.scratch + self.rounding
+        self.model + self.rope + self.step + self.scratch + self.rounding
     }
 }
 

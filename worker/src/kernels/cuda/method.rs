@@ -309,7 +309,7 @@ impl Cuda {
         let arguments = arguments![table, count, places, indices, values, factor, target, twin, flag];
         self.launch(Unit::Method, "entries_add", flat(entries.places.div_ceil(ENTRIES), 256), arguments);
         if is_fresh {
-            vector.refresh_twin(len);
+            self.refresh_twin(vector, len);
         }
     }
 }
@@ -356,7 +356,7 @@ impl MethodKernels for Cuda {
         let twin = out.twin_at(0..len, Scalar::Bf16).unwrap_or(0);
         let arguments = arguments![a, b, difference, twin, long(len)];
         self.launch(Unit::Method, "local_view", flat(len.div_ceil(VIEW), 256), arguments);
-        out.refresh_twin(len);
+        self.refresh_twin(out, len);
     }
 
     fn sum_of_squares(&mut self, len: usize, values: &Buffer) -> Result<f64, CudaError> {

@@ -256,6 +256,13 @@ impl Cuda {
         }
     }
 
+    /// Marks the twin of a buffer as up to date after a kernel that wrote both; it did not if something has failed.
+    fn refresh_twin(&self, buffer: &Buffer, len: usize) {
+        if self.failure.is_none() {
+            buffer.refresh_twin(len);
+        }
+    }
+
     fn kernel(&mut self, unit: Unit, name: &'static str) -> Result<Kernel, CudaError> {
         if let Some(&kernel) = self.kernels.get(&(unit, name)) {
             return Ok(kernel);
@@ -289,8 +296,15 @@ fn flat(blocks: usize, threads: usize) -> Launch {
     grid([blocks, 1, 1], [threads, 1, 1], 0)
 }
 
+/// The most blocks in the second and in the third direction of a launch.
+const BLOCKS_ACROSS_MAX: usize = 65_535;
+
 /// A launch in three directions, with dynamic shared memory.
+///
+/// # Panics
+/// If there are more blocks than CUDA takes: what is many goes along the first direction.
 fn grid(blocks: [usize; 3], threads: [usize; 3], shared_bytes: usize) -> Launch {
+    assert!(blocks[1..].iter().all(|&across| across <= BLOCKS_ACROSS_MAX), "{blocks:?} blocks in a launch");
     let narrow = |value: usize| u32::try_from(value).expect("a launch has fewer than 2³² blocks");
     Launch { grid: blocks.map(narrow), block: threads.map(narrow), shared_bytes: narrow(shared_bytes) }
 }

@@ -31,11 +31,6 @@ extern "C" __global__ void __launch_bounds__(TILE_BLOCK) convert_to_act(const fl
     convert(from, to, len);
 }
 
-// launch: grid ceil(len / 4096), block 256, shared 0
-extern "C" __global__ void __launch_bounds__(TILE_BLOCK) convert_to_float(const act* from, float* to, long long len) {
-    convert(from, to, len);
-}
-
 template <typename B>
 __device__ __forceinline__ void add(const float* a, const B* b, float* out, long long len) {
     const long long start = (long long)blockIdx.x * TILE;
@@ -142,12 +137,12 @@ extern "C" __global__ void __launch_bounds__(256) sum_columns(const float* parti
 // ---- Biases ----
 
 // y (rows, width) += bias, row by row.
-// launch: grid (ceil(width / 256), ceil(rows / 64)), block (32, 8), shared 0
+// launch: grid (ceil(rows / 64), ceil(width / 256)), block (32, 8), shared 0
 extern "C" __global__ void __launch_bounds__(256) add_bias(const float* bias, act* y, int rows, int width) {
-    const int first_row = blockIdx.y * 64 + threadIdx.y;
-    const int end = blockIdx.y * 64 + 64 < rows ? blockIdx.y * 64 + 64 : rows;
+    const int first_row = blockIdx.x * 64 + threadIdx.y;
+    const int end = blockIdx.x * 64 + 64 < rows ? blockIdx.x * 64 + 64 : rows;
     if (width % 8 == 0 && aligned(y, 16)) {
-        const int column = blockIdx.x * COLUMNS + 8 * threadIdx.x;
+        const int column = blockIdx.y * COLUMNS + 8 * threadIdx.x;
         if (column >= width) return;
         float added[8];
 #pragma unroll
@@ -171,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(256) add_bias(const float* bias, ac
     }
     for (int row = first_row; row < end; row += ROW_THREADS) {
         for (int j = 0; j < 8; j++) {
-            const int column = blockIdx.x * COLUMNS + j * WARP + threadIdx.x;
+            const int column = blockIdx.y * COLUMNS + j * WARP + threadIdx.x;
             if (column >= width) break;
             act* place = y + (long long)row * width + column;
             *place = to_act(to_float(*place) + bias[column]);

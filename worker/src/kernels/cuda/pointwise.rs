@@ -56,7 +56,7 @@ impl Cuda {
     pub(super) fn bias(&mut self, params: &Buffer, bias: Range<usize>, rows: usize, y: &mut Buffer) {
         let width = bias.len();
         let y = self.activations_at_mut(y, rows * width);
-        let launch = grid([width.div_ceil(256), rows.div_ceil(64), 1], [32, 8, 1], 0);
+        let launch = grid([rows.div_ceil(64), width.div_ceil(256), 1], [32, 8, 1], 0);
         let arguments = arguments![floats_at(params, bias), y, int(rows), int(width)];
         self.launch(Unit::Pointwise, "add_bias", launch, arguments);
     }
@@ -127,7 +127,7 @@ impl Cuda {
         let launch = flat(parts, norm_threads(width, 512));
         let arguments = arguments![x, inverse_rms, weight, dy, to, twin, partials, int(rows), int(width)];
         self.launch(Unit::Norm, "rms_norm_backward", launch, arguments);
-        dx.refresh_twin(rows * width);
+        self.refresh_twin(dx, rows * width);
         self.sum_columns(partials, parts, width, grad.at_mut(offset..offset + width));
     }
 

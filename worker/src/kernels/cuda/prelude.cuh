@@ -1,11 +1,12 @@
 // What every kernel builds on: the type of activations, vector loads and stores, reductions, and the few instructions
 // that C++ has no words for.
 //
-// A translation unit is this file followed by one .cu file. The host defines
+// A translation unit is this file followed by the .cu files of one unit. The host defines
 //   ACT_BF16   0: activations are float, 1: bfloat16
 //   PRECISION  PRECISION_F32, PRECISION_TF32 or PRECISION_BF16: what the products multiply
 // and SANDERLING_EMULATE when the kernels are compiled for the CPU, where emulate.hpp and mma.hpp stand in for the device.
-// Kernels use no special instruction but through this file, so that the emulator can run all of them.
+// Kernels use no special instruction but through this file, so that the emulator can run all of them; those of Hopper alone are in
+// the files for it, with what stands in for them.
 //
 // Floating-point atomics are not used anywhere: all sums have a fixed order.
 

@@ -65,9 +65,7 @@ impl Cuda {
                 self.convert_to_activations(buffer.at(all), to, buffer.len());
                 // Other handles may read it as soon as it counts as fresh: it must not be written down only.
                 self.settle();
-                if self.failure.is_none() {
-                    buffer.refresh_twin(buffer.len());
-                }
+                self.refresh_twin(buffer, buffer.len());
             }
             return address;
         }

@@ -31,8 +31,19 @@ pub(super) struct Blas {
 #[derive(Debug)]
 struct Shared {
     workspace: cuda_sys::CUdeviceptr,
-    /// `None`: there is nothing for such a product.
+    /// `None`: there is nothing for such a product. At most [`PLANS_MAX`].
     plans: HashMap<Key, Option<Plan>>,
+}
+
+/// The most shapes that plans are kept for; with more, all are made anew. A run has some dozens, and one of each for every number
+/// of tokens that its evaluations end with.
+const PLANS_MAX: usize = 4096;
+
+/// The library's major version.
+pub(super) fn major_version() -> i32 {
+    // SAFETY: it takes nothing, and only reads.
+    let version = unsafe { sys::cublasLtGetVersion() };
+    i32::try_from(version / 10_000).unwrap_or(i32::MAX)
 }
 
 /// Everything about a product but its addresses, of which only the alignment matters.
@@ -47,15 +58,37 @@ struct Key {
     tf32: bool,
 }
 
-/// The descriptions of a product and the algorithm for it. All of them live as long as the handle.
-#[derive(Clone, Copy, Debug)]
+/// The descriptions of a product and the algorithm for it.
+#[derive(Debug)]
 struct Plan {
-    operation: sys::cublasLtMatmulDesc_t,
-    a: sys::cublasLtMatrixLayout_t,
-    b: sys::cublasLtMatrixLayout_t,
-    d: sys::cublasLtMatrixLayout_t,
+    operation: Operation,
+    a: Layout,
+    b: Layout,
+    d: Layout,
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
+
+/// Something of the library's that goes when it is dropped.
+macro_rules! owned {
+    ($(#[$doc:meta])* $name:ident($handle:ty), $destroy:path) => {
+        $(#[$doc])*
+        #[derive(Debug)]
+        struct $name($handle);
+
+        impl Drop for $name {
+            fn drop(&mut self) {
+                // SAFETY: it was made by whoever made this, and is used no more. A failure would leave memory to the process's end.
+                let _ = unsafe { $destroy(self.0) };
+            }
+        }
+    };
+}
+owned!(/// What a product does.
+    Operation(sys::cublasLtMatmulDesc_t), result::destroy_matmul_desc);
+owned!(/// How a matrix lies.
+    Layout(sys::cublasLtMatrixLayout_t), result::destroy_matrix_layout);
+owned!(/// What an algorithm is to have.
+    Preference(sys::cublasLtMatmulPreference_t), result::destroy_matmul_pref);
 
 fn failed(operation: &'static str) -> impl Fn(result::CublasError) -> CudaError {
     move |error| CudaError::Blas { operation, status: format!("{:?}", error.0) }
@@ -88,19 +121,27 @@ impl Key {
             Compute::CUBLAS_COMPUTE_32F
         };
         let operation = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F);
-        let operation = operation.map_err(failed("describing a product"))?;
+        let operation = Operation(operation.map_err(failed("describing a product"))?);
         let ((m, n, k), (a_leading, a_transposed, _), (b_leading, b_transposed, _)) =
             (self.sizes, self.a, self.b);
-        transpose(operation, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, a_transposed)?;
-        transpose(operation, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, b_transposed)?;
+        transpose(
+            &operation,
+            sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+            a_transposed,
+        )?;
+        transpose(
+            &operation,
+            sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB,
+            b_transposed,
+        )?;
         let a = layout(self.factors, (m, k), a_transposed, a_leading)?;
         let b = layout(self.factors, (k, n), b_transposed, b_leading)?;
         let d = layout(self.result, (m, n), false, m)?;
         let preference = self.preference()?;
         // SAFETY: everything was made above and is not freed yet.
-        let found = unsafe { result::get_matmul_algo_heuristic(handle, operation, a, b, d, d, preference) };
-        // SAFETY: it was made above, and is used no more.
-        unsafe { result::destroy_matmul_pref(preference) }.map_err(failed("describing a product"))?;
+        let found = unsafe {
+            result::get_matmul_algo_heuristic(handle, operation.0, a.0, b.0, d.0, d.0, preference.0)
+        };
         match found {
             Ok(found) => Ok(Some(Plan { operation, a, b, d, algorithm: found.algo })),
             Err(error) if error.0 == sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED => Ok(None),
@@ -108,13 +149,14 @@ impl Key {
         }
     }
 
-    fn preference(&self) -> Result<sys::cublasLtMatmulPreference_t, CudaError> {
+    fn preference(&self) -> Result<Preference, CudaError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = result::create_matmul_pref().map_err(failed("describing a product"))?;
+        let preference = Preference(preference);
         let set = |attribute, value: &dyn AsBytes| {
             let (from, len) = value.bytes();
             // SAFETY: the preference was just made, and the value is as long as it says.
-            unsafe { result::set_matmul_pref_attribute(preference, attribute, from, len) }
+            unsafe { result::set_matmul_pref_attribute(preference.0, attribute, from, len) }
                 .map_err(failed("describing a product"))
         };
         set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES)?;
@@ -144,7 +186,7 @@ impl AsBytes for usize {
 }
 
 fn transpose(
-    operation: sys::cublasLtMatmulDesc_t,
+    operation: &Operation,
     attribute: sys::cublasLtMatmulDescAttributes_t,
     transposed: bool,
 ) -> Result<(), CudaError> {
@@ -152,7 +194,7 @@ fn transpose(
     let value = u32::from(transposed);
     let (from, len) = value.bytes();
     // SAFETY: the description exists, and the value is as long as it says.
-    unsafe { result::set_matmul_desc_attribute(operation, attribute, from, len) }
+    unsafe { result::set_matmul_desc_attribute(operation.0, attribute, from, len) }
         .map_err(failed("describing a product"))
 }
 
@@ -162,7 +204,7 @@ fn layout(
     (rows, columns): (usize, usize),
     transposed: bool,
     leading: usize,
-) -> Result<sys::cublasLtMatrixLayout_t, CudaError> {
+) -> Result<Layout, CudaError> {
     let kind = match scalar {
         Scalar::Float => sys::cudaDataType::CUDA_R_32F,
         Scalar::Bf16 => sys::cudaDataType::CUDA_R_16BF,
@@ -170,6 +212,7 @@ fn layout(
     let (rows, columns) = if transposed { (columns, rows) } else { (rows, columns) };
     let leading = i64::try_from(leading).expect("a matrix fits the address space");
     result::create_matrix_layout(kind, rows as u64, columns as u64, leading)
+        .map(Layout)
         .map_err(failed("describing a matrix"))
 }
 
@@ -190,14 +233,17 @@ impl Blas {
     }
 
     /// How a product is done, or that cuBLASLt has none of such sizes and addresses.
-    fn plan(&self, shared: &mut Shared, product: &Product) -> Result<Option<Plan>, CudaError> {
+    fn plan<'a>(&self, shared: &'a mut Shared, product: &Product) -> Result<Option<&'a Plan>, CudaError> {
         let key = Key::new(product);
-        if let Some(&plan) = shared.plans.get(&key) {
-            return Ok(plan);
+        if !shared.plans.contains_key(&key) {
+            let plan = key.plan(self.handle)?;
+            if shared.plans.len() == PLANS_MAX {
+                // What was queued has its algorithm, and needs the descriptions no more.
+                shared.plans.clear();
+            }
+            shared.plans.insert(key, plan);
         }
-        let plan = key.plan(self.handle)?;
-        shared.plans.insert(key, plan);
-        Ok(plan)
+        Ok(shared.plans[&key].as_ref())
     }
 
     /// Whether cuBLASLt has a product of such sizes and addresses.
@@ -214,6 +260,7 @@ impl Blas {
     /// Queues a product, or writes it into the graph that the queue is recorded in.
     pub(super) fn product(&self, product: &Product, stream: cuda_sys::CUstream) -> Result<(), CudaError> {
         let mut shared = self.shared();
+        let workspace = shared.workspace;
         let Some(plan) = self.plan(&mut shared, product)? else {
             return Err(CudaError::Blas { operation: "a product", status: format!("none for {product:?}") });
         };
@@ -225,19 +272,19 @@ impl Blas {
         unsafe {
             result::matmul(
                 self.handle,
-                plan.operation,
+                plan.operation.0,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
                 product.a.address as *const c_void,
-                plan.a,
+                plan.a.0,
                 product.b.address as *const c_void,
-                plan.b,
+                plan.b.0,
                 d.cast_const(),
-                plan.d,
+                plan.d.0,
                 d,
-                plan.d,
+                plan.d.0,
                 &raw const plan.algorithm,
-                shared.workspace as *mut c_void,
+                workspace as *mut c_void,
                 WORKSPACE_BYTES,
                 stream.cast(),
             )
@@ -248,15 +295,9 @@ impl Blas {
     /// Gives everything back; nothing may be asked of it afterwards.
     pub(super) fn destroy(&self) {
         let mut shared = self.shared();
-        // SAFETY: all of these were made by this and are used no more. A failure would leave memory to the process's end.
+        shared.plans.clear();
+        // SAFETY: both were made by this and are used no more. A failure would leave memory to the process's end.
         unsafe {
-            for plan in shared.plans.drain().filter_map(|(_, plan)| plan) {
-                let _ = result::destroy_matmul_desc(plan.operation);
-                [plan.a, plan.b, plan.d]
-                    .map(|layout| result::destroy_matrix_layout(layout))
-                    .into_iter()
-                    .for_each(drop);
-            }
             let _ = result::destroy_handle(self.handle);
             let _ = cuda::free_sync(shared.workspace);
         }

@@ -44,7 +44,8 @@ impl Entry {
         let written = (|| {
             let directory = file.parent().ok_or_else(|| std::io::Error::other("no folder"))?;
             fs::create_dir_all(directory)?;
-            // Several workers may start at once: each writes a file of its own, and the last name wins.
+            // Several processes may start at once: each writes a file of its own, and the last name wins. Within one it is the same
+            // bytes that meet.
             let own = file.with_extension(format!("{}", std::process::id()));
             let mut bytes = Sha256::digest(code).to_vec();
             bytes.extend_from_slice(code);

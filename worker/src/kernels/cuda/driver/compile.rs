@@ -83,7 +83,8 @@ fn compile(source: &Source, architecture: &str, form: Form) -> Result<Vec<u8>, C
 fn log(program: sys::nvrtcProgram) -> String {
     // SAFETY: the program exists.
     let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
-    let bytes: Vec<u8> = log.iter().map(|&byte| byte.cast_unsigned()).filter(|&byte| byte != 0).collect();
+    // C's characters are signed on some systems and unsigned on others.
+    let bytes: Vec<u8> = log.iter().flat_map(|byte| byte.to_ne_bytes()).filter(|&byte| byte != 0).collect();
     String::from_utf8_lossy(&bytes).into_owned()
 }
 

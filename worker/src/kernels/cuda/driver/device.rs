@@ -9,15 +9,12 @@ use cudarc::driver::{result, sys};
 
 use super::super::error::CudaError;
 use super::super::source::Source;
-use super::blas::Blas;
+use super::blas::{self, Blas};
 use super::cache::Entry;
 use super::{
     Address, Argument, Driver, GraphHandle, Kernel, Launch, Library, Mark, Module, Operation, Product,
     Properties, Tape, Tensor, TensorMap, compile, missing_library,
 };
-
-/// The dynamic shared memory that a kernel has without asking, in bytes.
-const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
 
 /// The most arguments of a kernel.
 const ARGUMENTS_MAX: usize = 24;
@@ -76,7 +73,7 @@ impl Device {
             }
             initialised => initialised.map_err(failed("starting CUDA"))?,
         }
-        check_driver()?;
+        check_versions()?;
         let count = result::device::get_count().map_err(failed("counting the GPUs"))?;
         let count = usize::try_from(count).unwrap_or(0);
         let number = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
@@ -201,15 +198,17 @@ impl Device {
             Err(error) if error.status.contains("INVALID_OPTION") => {
                 let mut code = compile::compile_to_ptx(source, "compute_90")?;
                 code.push(0);
+                entry.write(&code);
                 Self::load_code(&code)
             }
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Allows a kernel the dynamic shared memory of a launch.
+    /// Allows a kernel the dynamic shared memory of a launch. Without being asked a kernel has 48 KiB, from which its static
+    /// memory goes off; so it is asked for whatever is wanted.
     fn allow(&self, kernel: Kernel, bytes: u32) -> Result<(), CudaError> {
-        if bytes <= SHARED_BYTES_DEFAULT {
+        if bytes == 0 {
             return Ok(());
         }
         let mut allowed = self.allowed.lock().expect("nothing panics while it holds the lock");
@@ -238,15 +237,25 @@ pub(super) fn memory(bytes: usize) -> Result<Address, CudaError> {
     }
 }
 
-/// A driver runs what compilers of its own major version make, or of older ones.
-fn check_driver() -> Result<(), CudaError> {
+/// The major version of CUDA whose functions are called: older libraries lack some of them, and the bindings panic then.
+const CUDA_MAJOR: i32 = 13;
+
+/// All three libraries are of this major version or a later one, and a driver runs what compilers of its own major version make, or
+/// of older ones.
+fn check_versions() -> Result<(), CudaError> {
     let mut driver = 0;
     // SAFETY: the pointer is valid for the call.
     unsafe { sys::cuDriverGetVersion(&raw mut driver) }
         .result()
         .map_err(failed("asking for the driver's version"))?;
     let (nvrtc, _) = compile::version();
-    if driver / 1000 < nvrtc { Err(CudaError::OldDriver { driver, nvrtc }) } else { Ok(()) }
+    for (library, major) in [("libnvrtc", nvrtc), ("libcublasLt", blas::major_version())] {
+        if major < CUDA_MAJOR {
+            return Err(CudaError::OldLibrary { library, major, needed: CUDA_MAJOR });
+        }
+    }
+    let needed = nvrtc.max(CUDA_MAJOR);
+    if driver / 1000 < needed { Err(CudaError::OldDriver { driver, needed }) } else { Ok(()) }
 }
 
 fn properties(device: sys::CUdevice) -> Result<Properties, CudaError> {
