@@ -99,7 +99,10 @@ fn with_workers<T>(join: &JoinString, count: usize, run: impl FnOnce() -> T) -> 
 fn a_server_that_is_killed_goes_on_with_every_session() {
     // With checkpoints all the time, now and then, and none.
     for (durability, every_ms) in [("group", 0), ("group", 7), ("async", 150)] {
-        let scene = scene(600, durability).with(&format!("[server]\ncheckpoint_every_ms = {every_ms}"));
+        // A lease that a busy machine does not let run out.
+        let lease = "lease_ms = 60000";
+        let scene =
+            scene(600, durability).with(&format!("[server]\n{lease}\ncheckpoint_every_ms = {every_ms}"));
         let mut server = Doomed::start(&scene);
         let join = server.join.clone();
         let (outcome, reports) = with_workers(&join, 3, || {
