@@ -190,6 +190,16 @@ fn a_folder_of_another_reproduction_is_refused() {
     assert_eq!(fs::read_to_string(folder.path().join("README.md")).unwrap(), report);
 }
 
+#[test]
+fn a_folder_of_somebody_else_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("README.md"), "my project").unwrap();
+    let output = command(folder.path(), &["secondary", "--steps", "8"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("give another --out"), "{said}");
+    assert_eq!(fs::read_to_string(folder.path().join("README.md")).unwrap(), "my project");
+}
+
 /// Ctrl-C ends it with a sentence, and what is finished is kept.
 #[cfg(unix)]
 #[test]

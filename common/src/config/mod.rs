@@ -297,7 +297,15 @@ pub const SECTIONS: [(&str, &[&str]); 7] = [
 impl RunPartial {
     /// What `self` states, and where it states nothing, what `other` does.
     #[must_use]
-    pub fn or(self, other: Self) -> Self {
+    pub fn or(self, mut other: Self) -> Self {
+        if let (Some(ours), Some(theirs)) = (self.training.learning_rate, other.training.learning_rate)
+            && theirs > 0.0
+        {
+            // Rates that were stated beside another learning rate keep their share of it.
+            let scaled = |rate: Option<f64>| rate.map(|rate| ours / theirs * rate);
+            other.training.learning_rate_max = scaled(other.training.learning_rate_max);
+            other.training.local_rate = scaled(other.training.local_rate);
+        }
         Self {
             run: self.run.or(other.run),
             data: self.data.or(other.data),
@@ -646,6 +654,12 @@ mod tests {
         assert_eq!(rates("learning_rate = 4e-3"), (4e-3, 2e-3, 2e-3));
         assert_eq!(rates("learning_rate = 4e-3\nlocal_rate = 0.0"), (4e-3, 2e-3, 0.0));
         assert_eq!(rates("learning_rate = 0.4\nmethod = 'asgd'"), (0.4, 0.4, 0.0));
+        // A resolved file states all three.
+        let mut line = RunPartial::default();
+        line.training.learning_rate = Some(4e-3);
+        let file = parse(&RunConfig::default().to_toml()).unwrap();
+        let training = line.or(file).resolve().unwrap().training;
+        assert_eq!((training.learning_rate_max, training.local_rate), (2e-3, 2e-3));
     }
 
     #[test]

@@ -13,6 +13,10 @@ use crate::work::{Unit, Work};
 /// How often the bar moves, and runs that another process makes are looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
+/// What a command says that was interrupted.
+pub(super) const STOPPED: &str =
+    "stopped; the runs that are finished are kept, and the same command goes on with the others";
+
 /// What a run tells of its progress, and asks whether to go on.
 pub(in crate::reproduce) struct Progress<'a> {
     /// Of all runs together.
@@ -130,14 +134,14 @@ fn make_some<'a, R: Finished>(
                 continue;
             }
             let progress = progress();
-            ensure!(progress.at(0), "stopped; the runs that are finished are kept");
+            ensure!(progress.at(0), "{STOPPED}");
             let Some(claim) = book.claim(key)? else {
                 is_complete &= book.find(key).is_some();
                 continue;
             };
             let made = make(key, &progress);
             // A run that is stopped fails with a reason of its own, which nobody wants to read.
-            ensure!(made.is_ok() || progress.at(0), "stopped; the runs that are finished are kept");
+            ensure!(made.is_ok() || progress.at(0), "{STOPPED}");
             book.add(&made.context("a run failed")?)?;
             progress.at(*work);
             drop(claim);

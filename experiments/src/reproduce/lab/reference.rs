@@ -8,6 +8,7 @@ use sanderling_common::schedule::Schedule;
 use sanderling_common::wire::Split;
 use sanderling_worker::core::method::clip_scale;
 
+use super::jobs::STOPPED;
 use crate::adamw::{AdamW, AdamWSettings};
 use crate::simulation::Point;
 use crate::task::Task;
@@ -105,7 +106,7 @@ pub(in crate::reproduce) fn train(
     for step in 0..stretch.steps() {
         mean.fill(0.0);
         for batch in step * per_step..(step + 1) * per_step {
-            ensure!(keep_going(batch), "stopped; the runs that are finished are kept");
+            ensure!(keep_going(batch), "{STOPPED}");
             task.take_gradient(&parameters, BatchId(batch))?;
             mean.iter_mut().zip(task.gradient()).for_each(|(mean, gradient)| *mean += share * gradient);
         }

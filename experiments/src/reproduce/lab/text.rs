@@ -20,6 +20,9 @@ const FIRST_SEED: u64 = 1337;
 /// The file of a folder that says whose results it holds.
 const WHOSE: &str = "reproduction.txt";
 
+/// The file with the report.
+const REPORT: &str = "README.md";
+
 /// What every reproduction can be told.
 #[derive(Debug, clap::Args)]
 pub(in crate::reproduce) struct Options {
@@ -58,8 +61,12 @@ impl Options {
             Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         };
+        let report = folder.join(REPORT);
         match whose.trim() {
             whose if whose == name => {}
+            "" if report.exists() => {
+                bail!("{} is not one of ours, and would be replaced; give another --out", report.display())
+            }
             // Nobody's yet, or another process is about to write.
             "" => fs::write(&path, format!("{name}\n"))
                 .with_context(|| format!("cannot write {}", path.display()))?,
@@ -200,7 +207,7 @@ pub(in crate::reproduce) fn plot_both(
 
 /// Writes the report of a reproduction and shows it.
 pub(in crate::reproduce) fn write_report(folder: &Path, text: &str) -> anyhow::Result<()> {
-    let path = folder.join("README.md");
+    let path = folder.join(REPORT);
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     say(&format!("{text}\nResults are in {}\n", folder.display()))
 }
