@@ -36,8 +36,8 @@ use super::lab::{Options, file_name, write_report};
 /// otherwise a relay in this process limits it, which costs processor time of its own. The time to a loss is simulated: a
 /// small model in virtual time, over a link that is as thin for it as the stated one is for ResNet-18, also of 10 Gbit/s;
 /// rates and momenta are chosen from those of `methods`, over an unlimited link with the first seed, and then run with all of
-/// --seeds; with --quick nothing is chosen. The whole form measures for 75 minutes and then simulates; a measurement that fails is a cell without a
-/// number, and made again the next time.
+/// --seeds; with --quick nothing is chosen. The whole form measures for 75 minutes and then simulates; a measurement that
+/// fails is a cell without a number, and made again the next time.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

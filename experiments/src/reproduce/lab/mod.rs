@@ -16,7 +16,7 @@ pub(super) use choosing::{Choosing, Chosen, validation};
 pub(super) use difference::{Agreement, Difference, cost, held, held_or_not, per_cent_above};
 pub(super) use jobs::{EVALUATIONS, Jobs, Progress};
 pub(super) use published::{MANY, Published, RATES, RATES_OF_MANY, has_momentum, published_grid};
-pub(super) use reference::{Stretch, train};
+pub(super) use reference::{Stretch, Warmup, train};
 pub(super) use search::{Grid, Tried};
 pub(super) use spec::{
     Outcome, Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, by_adamw, by_workers, make, scale_rates,

@@ -16,6 +16,15 @@ use crate::task::Task;
 /// Warm-up takes at least so many steps, however large they are.
 const WARMUP_STEPS_MIN: u64 = 10;
 
+/// Over how much the rate of AdamW rises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::reproduce) enum Warmup {
+    /// As long as a single worker takes.
+    Short,
+    /// As long as the asynchronous workers that it is compared with take, or a quarter of the run if that is less.
+    Long,
+}
+
 /// A stretch of training. All counts but [`steps`](Self::steps) are of gradient evaluations.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(in crate::reproduce) struct Stretch {

@@ -10,7 +10,7 @@ use sanderling_common::config::{RunConfig, parse};
 use self::report::Report;
 use super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, SMALL_MODEL_RATE, Spec, Subject, Trainer,
-    Tried, file_name, look_every, make, small_model, validation, write_configuration, write_report,
+    Tried, Warmup, file_name, look_every, make, small_model, validation, write_configuration, write_report,
 };
 use crate::simulation::Conditions;
 
@@ -109,15 +109,6 @@ impl Settings {
 struct Reference {
     workers: u32,
     warmup: Warmup,
-}
-
-/// Over how much the rate of AdamW rises.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Warmup {
-    /// As many evaluations as the settings say.
-    Short,
-    /// As many steps as each asynchronous worker makes exchanges meanwhile, or a quarter of the run if that is less.
-    Long,
 }
 
 struct Experiment {

@@ -3,10 +3,10 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::{Length, Line, Settings, Warmup};
+use super::{Length, Line, Settings};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Difference, held, mean_and_spread, mean_curve, outcomes, per_cent_above, plot_both, plus_minus,
+    Difference, Warmup, held, mean_and_spread, mean_curve, outcomes, per_cent_above, plot_both, plus_minus,
     seeds_text, show,
 };
 use crate::task::Score;

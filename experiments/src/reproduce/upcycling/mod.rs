@@ -25,7 +25,7 @@ use self::arms::{ARMS, Arm, Budget, WARM_START_ARMS};
 use self::report::report;
 use super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Finished, Grid, Jobs, Options, Outcome, Progress, REVISION, Stretch,
-    Tried, by_adamw, by_workers, file_name, key_name, look_every, scale_rates, train, write_report,
+    Tried, Warmup, by_adamw, by_workers, file_name, key_name, look_every, scale_rates, train, write_report,
     write_resolved,
 };
 use crate::adamw::AdamWSettings;
@@ -124,8 +124,9 @@ impl Settings {
             rate,
             warmup: match warmup {
                 Warmup::Short => short_warmup(evaluations),
-                Warmup::AsWorkers(workers) => {
-                    (training.warmup_exchanges * u64::from(workers)).min(evaluations / 4)
+                Warmup::Long => {
+                    let workers = u64::from(self.workers.expect("it is only beside workers"));
+                    (training.warmup_exchanges * workers).min(evaluations / 4)
                 }
             },
             final_fraction: 0.1,
@@ -157,12 +158,12 @@ impl Settings {
         // The dense model's two budgets are one run.
         let all = std::iter::once((ARMS[0], Budget::Compute)).chain(mixtures);
         let mut contestants: Vec<_> = all.map(|(arm, budget)| by(self.workers, arm, budget)).collect();
-        if let Some(workers) = self.workers {
+        if self.workers.is_some() {
             let dense = by(None, ARMS[0], Budget::Compute);
             let upcycled = WARM_START_ARMS.map(|arm| by(None, arm, Budget::Tokens));
             for reference in std::iter::once(dense).chain(upcycled) {
                 contestants.push(reference);
-                contestants.push(Contestant { warmup: Warmup::AsWorkers(workers), ..reference });
+                contestants.push(Contestant { warmup: Warmup::Long, ..reference });
             }
         }
         contestants
@@ -214,15 +215,6 @@ impl Settings {
             }
         }
     }
-}
-
-/// Over how many evaluations the rate rises.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Warmup {
-    /// [`short_warmup`].
-    Short,
-    /// As many as so many asynchronous workers take, or a quarter of the run if that is less.
-    AsWorkers(u32),
 }
 
 fn short_warmup(evaluations: u64) -> u64 {

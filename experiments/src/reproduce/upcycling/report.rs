@@ -3,10 +3,10 @@
 use std::fmt::Write;
 
 use super::arms::{ARMS, Budget};
-use super::{Contestant, Experiment, Row, Warmup, best_validation};
+use super::{Contestant, Experiment, Row, best_validation};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Difference, held, mean_and_spread, mean_curve, per_cent_above, plot_both, plus_minus, seeds_text,
+    Difference, Warmup, held, mean_and_spread, mean_curve, per_cent_above, plot_both, plus_minus, seeds_text,
     show_loss,
 };
 use crate::task::Score;
@@ -47,8 +47,9 @@ fn introduction(experiment: &Experiment) -> anyhow::Result<String> {
     let settings = &experiment.settings;
     let trainer = settings.workers.map_or("AdamW in one process".to_owned(), |workers| {
         format!(
-            "{workers} asynchronous workers with dgs-adam (rates are η0, of {:?}) or, for comparison, AdamW in one process, with \
-             the better of a warm-up of its own and a long one of as many gradients as theirs, by validation with the first seed",
+            "{workers} asynchronous workers with dgs-adam (rates are η0, of {:?}) or, for comparison, AdamW in one \
+             process, with the better of a warm-up of its own and a long one of as many gradients as theirs, by validation with \
+             the first seed",
             settings.asynchronous_rates
         )
     });
@@ -60,7 +61,8 @@ fn introduction(experiment: &Experiment) -> anyhow::Result<String> {
     Ok(format!(
         "# Upcycling against the dense model trained on\n\nBundled text, characters; dense model of {} parameters, {} \
          steps of pre-training and {} more (batch {} × {}); {}; trained on by {trainer}, fresh optimiser and rate, the best of {:?} \
-         (AdamW) for every row by validation with the first seed{widened}. Weight decay is 0 for everyone. The text is small enough to overfit, so the \
+         (AdamW) for every row by validation with the first seed{widened}. Weight decay is 0 for everyone. The text is small \
+         enough to overfit, so the \
          best validation loss of each run counts. Losses are nats per character; `steps` and `TFLOP` are those of the second phase. \
          Runs of one seed share start and batches, and are compared with each other.\n\n",
         settings.dense.layout()?.len(),
