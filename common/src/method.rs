@@ -122,6 +122,18 @@ pub enum RateScaling {
     InverseSqrt,
 }
 
+/// How the learning rate falls after its warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum Decay {
+    /// Along half a cosine
+    #[default]
+    Cosine,
+    /// Warm-up, stable, decay: the peak for 60 % of the run, and then along a line
+    Wsd,
+}
+
 /// See [`Method::defaults`] for the values and [`crate::config`] for what each means.
 #[derive(Clone, Debug, PartialEq)]
 #[expect(

@@ -22,7 +22,7 @@ use settings::settings;
 
 use crate::capacity::{Capacity, CapacityConvention};
 use crate::corpus::{Corpus, CorpusError};
-use crate::method::{Method, MethodDefaults, RateScaling};
+use crate::method::{Decay, Method, MethodDefaults, RateScaling};
 use crate::model_config::{FeedForward, ModelConfig, RouterOrder};
 use crate::sparse::ValueFormat;
 use crate::upcycle::{Recipe, Scaling};
@@ -134,7 +134,9 @@ settings! {
         warmup_steps: u64 = 100;
         /// Exchanges of each worker over which the rate warms up, where those of all take longer than warmup_steps
         warmup_exchanges: u64 = defaults.warmup_exchanges;
-        /// The cosine decay ends at this fraction of the peak
+        /// How the rate falls after the warm-up: cosine, or wsd (the peak for 60 % of the run, then in a line)
+        decay: Decay = Decay::Cosine;
+        /// The decay ends at this fraction of the peak
         final_rate_fraction: f64 = 0.1;
         /// Momentum m of the method
         momentum: f32 = defaults.momentum;

@@ -8,7 +8,7 @@ use rand_chacha::ChaCha12Rng;
 use sanderling_common::ids::{BatchId, SessionId};
 use sanderling_common::init::{Purpose, normal_pair, stream, uniform};
 use sanderling_common::layout::Layout;
-use sanderling_common::method::{Method, MethodSettings, RateScaling};
+use sanderling_common::method::{Decay, Method, MethodSettings, RateScaling};
 use sanderling_common::schedule::Schedule;
 use sanderling_common::sparse::{Compression, ValueFormat};
 use sanderling_server::core::{ServerSettings, WorkSettings};
@@ -639,6 +639,7 @@ fn draw_subject(rng: &mut ChaCha12Rng, mutation: Option<Mutation>) -> (Subject, 
             local_rate: pick(rng, &[0.0, 0.03]),
             warmup_steps: 0,
             warmup_exchanges: 0,
+            decay: Decay::Cosine,
             total_steps: total_batches,
             final_fraction: 1.0,
         },

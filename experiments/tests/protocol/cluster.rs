@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use sanderling_common::ids::{SessionId, WorkerId};
 use sanderling_common::layout::Layout;
-use sanderling_common::method::{Method, MethodSettings, RateScaling};
+use sanderling_common::method::{Decay, Method, MethodSettings, RateScaling};
 use sanderling_common::schedule::Schedule;
 use sanderling_common::sparse::{Compression, ValueFormat};
 use sanderling_common::wire::frame::Reply;
@@ -64,6 +64,7 @@ pub(crate) fn worker_settings(
             local_rate: 0.0,
             warmup_steps: 0,
             warmup_exchanges: 0,
+            decay: Decay::Cosine,
             total_steps: 1 << 40,
             final_fraction: 1.0,
         },

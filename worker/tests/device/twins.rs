@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use sanderling_common::ids::{BatchId, SessionId, Step};
 use sanderling_common::init::{Purpose, normal_pair, stream};
 use sanderling_common::layout::Layout;
-use sanderling_common::method::{Method, MethodSettings, RateScaling};
+use sanderling_common::method::{Decay, Method, MethodSettings, RateScaling};
 use sanderling_common::schedule::Schedule;
 use sanderling_common::sparse::{Compression, Compressor, ValueFormat, join_aside};
 use sanderling_common::wire::{Answer, BatchRange, Push, Work};
@@ -124,6 +124,7 @@ fn settings(course: &Course) -> WorkerSettings {
         local_rate,
         warmup_steps: 0,
         warmup_exchanges: 0,
+        decay: Decay::Cosine,
         total_steps: 1000,
         final_fraction: 0.1,
     };
