@@ -74,6 +74,7 @@ enum Reproduction {
     LocalSteps(reproduce::LocalStepsArguments),
     Staleness(reproduce::StalenessArguments),
     Upcycling(reproduce::UpcyclingArguments),
+    Compare(reproduce::CompareArguments),
 }
 
 fn main() -> ExitCode {
@@ -116,6 +117,7 @@ fn main() -> ExitCode {
             Reproduction::LocalSteps(arguments) => reproduce::local_steps(&arguments),
             Reproduction::Staleness(arguments) => reproduce::staleness(&arguments),
             Reproduction::Upcycling(arguments) => reproduce::upcycling(&arguments),
+            Reproduction::Compare(arguments) => reproduce::compare(&arguments),
         },
     };
     match result {

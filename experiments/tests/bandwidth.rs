@@ -31,7 +31,7 @@ fn updates_are_measured_over_a_relay_and_kept() {
         let output = bandwidth(folder.path(), &MEASURED).arg("5").output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{said}");
-        (fs::read_to_string(folder.path().join("README.md")).unwrap(), said)
+        (fs::read_to_string(folder.path().join("measured.md")).unwrap(), said)
     };
     let (report, said) = run();
     assert!(said.contains("measuring 8 of 8 cells, which is expected to take about"), "{said}");
@@ -86,7 +86,7 @@ fn every_seed_is_simulated() {
     let arguments = ["--part", "simulated", "--steps", "8", "--seeds", "2"];
     let output = bandwidth(folder.path(), &arguments).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let report = fs::read_to_string(folder.path().join("README.md")).unwrap();
+    let report = fs::read_to_string(folder.path().join("simulated.md")).unwrap();
     assert!(report.contains("seeds 1337, 1338, mean") && report.contains("nothing is chosen"), "{report}");
     assert_eq!(report.matches("8 DGS workers reach the loss sooner").count(), 4, "{report}");
     let lines = fs::read_to_string(folder.path().join("simulated/results.jsonl")).unwrap();

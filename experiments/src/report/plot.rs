@@ -26,8 +26,27 @@ const FONT: &[u8] = include_bytes!("../../assets/DejaVuSans-subset.ttf");
 /// What a plot without points says.
 const NOTHING: &str = "nothing was evaluated";
 
-/// A series: its name, its look and its points.
-type Series<'a> = (&'a str, Look, Vec<(f64, f64)>);
+/// A line as it is drawn.
+struct Series<'a> {
+    name: &'a str,
+    look: Look,
+    points: &'a [(f64, f64)],
+    /// See [`Curve::spread`].
+    spread: &'a [f64],
+}
+
+impl Series<'_> {
+    /// The outline of the band about the line: above it to the right, and below it back.
+    fn band(&self) -> Vec<(f64, f64)> {
+        let edge = |sign: f64| {
+            let points = self.points.iter().zip(self.spread);
+            points.map(move |(&(x, y), spread)| (x, y + sign * spread)).filter(is_drawable)
+        };
+        let mut outline: Vec<(f64, f64)> = edge(1.0).collect();
+        outline.extend(edge(-1.0).collect::<Vec<_>>().into_iter().rev());
+        outline
+    }
+}
 
 /// How a line is told from the others.
 #[derive(Clone, Copy)]
@@ -57,6 +76,9 @@ struct Axes<'a> {
     y: &'a str,
 }
 
+/// How much of what is below a band is hidden by it.
+const BAND_OPACITY: f64 = 0.13;
+
 /// A named line.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Curve {
@@ -64,6 +86,25 @@ pub struct Curve {
     pub name: String,
     /// In order of x.
     pub points: Vec<(f64, f64)>,
+    /// The standard deviation of each point, for a band about the line; empty where there is none.
+    pub spread: Vec<f64>,
+}
+
+impl Curve {
+    /// A line without a band.
+    pub fn of(name: impl Into<String>, points: Vec<(f64, f64)>) -> Self {
+        Self { name: name.into(), points, spread: Vec::new() }
+    }
+
+    /// The means of several seeds: x, y, and the standard deviation of y, where there is one.
+    pub fn of_means(
+        name: impl Into<String>,
+        means: impl IntoIterator<Item = (f64, f64, Option<f64>)>,
+    ) -> Self {
+        let (points, spread) =
+            means.into_iter().map(|(x, y, spread)| ((x, y), spread.unwrap_or(0.0))).unzip();
+        Self { name: name.into(), points, spread }
+    }
 }
 
 /// Colours that can be told apart, also by people who confuse red and green (Okabe and Ito).
@@ -88,7 +129,7 @@ pub fn plot_curves(
     curves: &[Curve],
 ) -> Result<(), PlotError> {
     let series: Vec<Series<'_>> = (curves.iter().enumerate())
-        .map(|(place, curve)| (curve.name.as_str(), Look::of(place), curve.points.clone()))
+        .map(|(place, Curve { name, points, spread })| Series { name, look: Look::of(place), points, spread })
         .collect();
     let axes = Axes { x, y };
     let drawn = if path.extension().is_some_and(|extension| extension == "png") {
@@ -118,15 +159,16 @@ pub fn plot_losses(
     evaluations: &[Evaluation],
 ) -> Result<(), PlotError> {
     let million = |tokens: u64| tokens as f64 / 1e6;
-    let validation = evaluations.iter().map(|e| (million(e.tokens), e.val_loss)).collect();
+    let validation: Vec<_> = evaluations.iter().map(|e| (million(e.tokens), e.val_loss)).collect();
     // A training loss is the mean over a stretch of the run; it belongs in the stretch's middle.
     let ends = evaluations.iter().map(|e| e.tokens);
     let middles =
         std::iter::once(0).chain(ends.clone()).zip(ends).map(|(start, end)| million(start + end) / 2.0);
-    let training = middles.zip(evaluations).filter_map(|(x, e)| Some((x, e.train_loss?))).collect();
-    let series: [Series<'_>; 2] = [
-        ("training, mean between evaluations", Look::solid(RGBColor(150, 160, 170)), training),
-        ("validation", Look::solid(RGBColor(0, 110, 160)), validation),
+    let training: Vec<_> = middles.zip(evaluations).filter_map(|(x, e)| Some((x, e.train_loss?))).collect();
+    let line = |name, colour, points| Series { name, look: Look::solid(colour), points, spread: &[] };
+    let series = [
+        line("training, mean between evaluations", RGBColor(150, 160, 170), &training),
+        line("validation", RGBColor(0, 110, 160), &validation),
     ];
     let y = format!("cross-entropy, nats per {unit}");
     let axes = Axes { x: "training tokens, millions", y: &y };
@@ -166,9 +208,10 @@ where
     B::ErrorType: 'static,
 {
     register_the_font();
-    let points = || series.iter().flat_map(|(_, _, points)| points).filter(|point| is_drawable(point));
+    let points = || series.iter().flat_map(|series| series.points).filter(|point| is_drawable(point));
     let right = points().map(|p| p.0).fold(0.0, f64::max).max(1e-6) * 1.02;
-    let (bottom, top) = range(points().map(|p| p.1));
+    let bands: Vec<Vec<(f64, f64)>> = series.iter().map(Series::band).collect();
+    let (bottom, top) = range(points().chain(bands.iter().flatten()).map(|p| p.1));
     let margin = (top - bottom) * 0.05;
 
     root.fill(&WHITE)?;
@@ -186,7 +229,11 @@ where
         .axis_desc_style(("sans-serif", 17))
         .light_line_style(TRANSPARENT)
         .draw()?;
-    for (name, look, points) in series {
+    for (band, Series { look, .. }) in bands.iter().zip(series) {
+        let style = look.colour.mix(BAND_OPACITY).filled();
+        chart.draw_series((!band.is_empty()).then(|| Polygon::new(band.clone(), style)))?;
+    }
+    for Series { name, look, points, .. } in series {
         let style = look.colour.stroke_width(2);
         let points = || points.iter().copied().filter(is_drawable);
         let line = match look.is_dashed {
@@ -243,7 +290,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let pictures = ["short", "x"].map(|label| {
             let path = folder.path().join(format!("{label}.png"));
-            let curve = Curve { name: label.to_owned(), points: vec![(0.0, 1.0), (1.0, 2.0)] };
+            let curve = Curve::of(label, vec![(0.0, 1.0), (1.0, 2.0)]);
             plot_curves(&path, "θ ≤ 1", (label, "loss"), &[curve]).unwrap();
             std::fs::read(path).unwrap()
         });
@@ -258,12 +305,29 @@ mod tests {
         assert!(looks.iter().enumerate().all(|(place, look)| !looks[..place].contains(look)), "{looks:?}");
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("many.svg");
-        let curve = |name: usize| Curve { name: name.to_string(), points: vec![(0.0, 1.0), (9.0, 2.0)] };
+        let curve = |name: usize| Curve::of(name.to_string(), vec![(0.0, 1.0), (9.0, 2.0)]);
         let lines = |count: usize| {
             plot_curves(&path, "many", ("x", "y"), &(0..count).map(curve).collect::<Vec<_>>()).unwrap();
             std::fs::read_to_string(&path).unwrap().matches("<polyline").count()
         };
         assert!(lines(COLOURS.len() + 1) > lines(COLOURS.len()) + 10, "the eighth line is made of dashes");
+    }
+
+    #[test]
+    fn spread_is_a_band_about_its_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("band.svg");
+        let bands = |spread: Option<f64>| {
+            let means = [(0.0, 1.0, spread), (4.0, f64::NAN, spread), (9.0, 2.0, spread)];
+            plot_curves(&path, "means", ("x", "y"), &[Curve::of_means("mean", means)]).unwrap();
+            let svg = std::fs::read_to_string(&path).unwrap();
+            // Two points above the line and two below it.
+            svg.lines().filter(|line| line.contains("<polygon") && line.contains("opacity=\"0.13\"")).count()
+        };
+        assert_eq!(bands(Some(0.5)), 1);
+        let plain = [Curve::of("plain", vec![(0.0, 1.0), (9.0, 2.0)])];
+        plot_curves(&path, "plain", ("x", "y"), &plain).unwrap();
+        assert!(!std::fs::read_to_string(&path).unwrap().contains("opacity=\"0.13\""));
     }
 
     fn drawn(evaluations: &[Evaluation]) -> String {

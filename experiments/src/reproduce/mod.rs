@@ -1,6 +1,7 @@
 //! Published results, run again at a scale that fits a desk.
 
 mod bandwidth;
+mod compare;
 mod lab;
 mod local_steps;
 mod methods;
@@ -15,6 +16,7 @@ pub use bandwidth::{
     WorkersArguments as BandwidthWorkersArguments, bandwidth, join as bandwidth_workers,
     serve as bandwidth_server,
 };
+pub use compare::{Arguments as CompareArguments, compare};
 pub use local_steps::{Arguments as LocalStepsArguments, local_steps};
 pub use methods::{Arguments as MethodsArguments, methods};
 pub use quantisation::{Arguments as QuantisationArguments, quantisation};

@@ -194,11 +194,13 @@ impl Experiment<'_> {
     }
 
     fn picture(&self, cells: &Cells<'_>, rate: f64) -> anyhow::Result<String> {
-        let point =
-            |method, workers| Some((f64::from(workers), cells.rate(method, workers, rate).ok()?.value));
-        let curves = METHODS.map(|method| Curve {
-            name: method.name().to_owned(),
-            points: self.workers.iter().filter_map(|&workers| point(method, workers)).collect(),
+        let point = |method, workers| {
+            let Estimate { value, error } = cells.rate(method, workers, rate).ok()?;
+            Some((f64::from(workers), value, Some(error)))
+        };
+        let curves = METHODS.map(|method| {
+            let points = self.workers.iter().filter_map(|&workers| point(method, workers));
+            Curve::of_means(method.name(), points)
         });
         let title = format!("Updates per second at {}", rate_name(rate));
         let name = file_name(&format!("updates {}", rate_name(rate)));

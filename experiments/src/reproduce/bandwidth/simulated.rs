@@ -294,7 +294,7 @@ impl Simulated<'_> {
             "| --- ".repeat(8) + "|",
         );
         let seeds = self.experiment.arguments.options.seeds().len();
-        let mut curves = METHODS.map(|method| Curve { name: method.name().to_owned(), points: Vec::new() });
+        let mut points = [Vec::new(), Vec::new()];
         for &workers in self.experiment.workers {
             let asgd = self.times(Method::Asgd, workers, rate, target)?;
             let dgs = self.times(Method::Dgs, workers, rate, target)?;
@@ -305,11 +305,14 @@ impl Simulated<'_> {
                 "| {workers} | {asgd} | {dgs} | {} | {asgd_pace} | {dgs_pace} | {asgd_end} | {dgs_end} |",
                 ratio(&asgd, &dgs, seeds)
             );
-            for (curve, times) in curves.iter_mut().zip([&asgd, &dgs]) {
-                curve.points.extend(times.of_all().map(|time| (f64::from(workers), time.value)));
+            for (points, times) in points.iter_mut().zip([&asgd, &dgs]) {
+                let time = times.of_all();
+                points.extend(time.map(|time| (f64::from(workers), time.value, Some(time.error))));
             }
         }
-        Ok((text, curves))
+        let [asgd, dgs] = points;
+        let curves = [(Method::Asgd, asgd), (Method::Dgs, dgs)];
+        Ok((text, curves.map(|(method, points)| Curve::of_means(method.name(), points))))
     }
 }
 

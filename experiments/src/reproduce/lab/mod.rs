@@ -6,6 +6,7 @@ mod difference;
 mod jobs;
 mod published;
 mod reference;
+mod run_file;
 mod search;
 mod spec;
 mod sweep;
@@ -17,13 +18,14 @@ pub(super) use difference::{Agreement, Difference, cost, held, held_or_not, per_
 pub(super) use jobs::{EVALUATIONS, Jobs, Progress};
 pub(super) use published::{MANY, Published, RATES, RATES_OF_MANY, has_momentum, published_grid};
 pub(super) use reference::{Stretch, Warmup, train};
+pub(super) use run_file::RunFile;
 pub(super) use search::{Grid, Tried};
 pub(super) use spec::{
-    Outcome, Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, by_adamw, by_workers, make, scale_rates,
-    small_model,
+    Outcome, Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, by_adamw, by_workers, exchanges, make,
+    scale_rates,
 };
-pub(super) use sweep::{Sweep, Variant, Varied, file_name};
+pub(super) use sweep::{Sweep, Variant, Varied};
 pub(super) use text::{
-    Options, look_every, mean_and_spread, mean_curve, outcomes, plot_both, plus_minus, seeds_text, show,
-    show_loss, write_configuration, write_report, write_resolved,
+    Options, counted, curve_of, file_name, look_every, mean_and_spread, mean_curve, plot_both, plus_minus,
+    seeds_text, show, show_loss, write_configuration, write_part, write_report, write_resolved,
 };

@@ -3,7 +3,7 @@
 use anyhow::ensure;
 use sanderling_common::config::TrainingSettings;
 use sanderling_common::ids::{BatchId, Step};
-use sanderling_common::method::RateScaling;
+use sanderling_common::method::{Decay, RateScaling};
 use sanderling_common::schedule::Schedule;
 use sanderling_common::wire::Split;
 use sanderling_worker::core::method::clip_scale;
@@ -31,9 +31,10 @@ pub(in crate::reproduce) struct Stretch {
     /// The mean gradient of so many batches makes a step.
     pub(in crate::reproduce) batches_per_step: u64,
     pub(in crate::reproduce) evaluations: u64,
-    /// The peak rate; warm-up before it, half a cosine down to a fraction of it after.
+    /// The peak rate; warm-up before it, decay down to a fraction of it after.
     pub(in crate::reproduce) rate: f64,
     pub(in crate::reproduce) warmup: u64,
+    pub(in crate::reproduce) decay: Decay,
     pub(in crate::reproduce) final_fraction: f64,
     /// Between looks at the validation split.
     pub(in crate::reproduce) eval_every: u64,
@@ -53,6 +54,7 @@ impl Stretch {
             evaluations: training.steps,
             rate: training.learning_rate,
             warmup: training.warmup_steps,
+            decay: training.decay,
             final_fraction: training.final_rate_fraction,
             eval_every: training.eval_every,
             clip_norm: training.clip_norm,
@@ -76,6 +78,7 @@ impl Stretch {
             warmup_steps: (self.warmup / self.batches_per_step)
                 .max(WARMUP_STEPS_MIN.min(self.warmup))
                 .min(steps / 4),
+            decay: self.decay,
             total_steps: steps,
             final_fraction: self.final_fraction,
         }
@@ -147,6 +150,7 @@ mod tests {
             evaluations,
             rate: 1e-2,
             warmup: 10,
+            decay: Decay::Cosine,
             final_fraction: 0.1,
             eval_every: 40,
             clip_norm: 1.0,

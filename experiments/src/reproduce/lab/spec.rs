@@ -3,9 +3,14 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use sanderling_common::config::{DataSettings, ExchangeSettings, ModelSettings, RunConfig, TrainingSettings};
+use anyhow::ensure;
+use clap::ValueEnum;
+use sanderling_common::config::{
+    BUNDLED_TEXT, DataSettings, ExchangeSettings, ModelSettings, RunConfig, TrainingSettings, UpcycleSettings,
+};
 use sanderling_common::corpus::Corpus;
 use sanderling_common::method::Method;
+use sanderling_common::origin::Origin;
 use sanderling_common::wire::{Refusal, Split};
 use serde_json::{Value, json};
 
@@ -32,7 +37,7 @@ use crate::task::{DigitsTask, LanguageTask, Score, Task};
 )]
 #[serde(rename_all = "kebab-case")]
 pub(in crate::reproduce) enum Subject {
-    /// The bundled text, character by character.
+    /// A text; the bundled one, character by character, unless a run file names another.
     Text,
     /// Handwritten digits.
     Digits,
@@ -47,12 +52,23 @@ impl Subject {
         }
     }
 
+    /// On the command line.
+    pub(in crate::reproduce) fn option(self) -> String {
+        self.to_possible_value().expect("none is skipped").get_name().to_owned()
+    }
+
     fn task(self, run: &RunConfig) -> anyhow::Result<Box<dyn Task>> {
-        static CORPUS: OnceLock<Arc<Corpus>> = OnceLock::new();
+        static BUNDLED: OnceLock<Arc<Corpus>> = OnceLock::new();
         Ok(match self {
             Self::Text => {
-                let corpus = CORPUS.get_or_init(|| Arc::new(Corpus::bundled()));
-                Box::new(LanguageTask::new(run, corpus.clone())?)
+                let origin = Origin::open(run)?;
+                let is_bundled = run.data.text == BUNDLED_TEXT && !run.starts_from_checkpoint();
+                let corpus = match is_bundled {
+                    true => BUNDLED.get_or_init(|| Arc::new(Corpus::bundled())).clone(),
+                    false => Arc::new(origin.corpus(run)?),
+                };
+                let begun = origin.begin(run, corpus.vocabulary().len())?;
+                Box::new(LanguageTask::from_parameters(run, corpus, begun.model, begun.parameters.into())?)
             }
             Self::Digits => {
                 let batch_size = run.data.batch_size as usize;
@@ -77,6 +93,19 @@ pub(in crate::reproduce) fn small_model(subject: Subject) -> &'static str {
 /// η0 of the default method for the small model, twice that of the default model.
 pub(in crate::reproduce) const SMALL_MODEL_RATE: f64 = 4e-3;
 
+/// Updates of a run by workers with so many gradient evaluations.
+///
+/// # Errors
+/// If they are not whole exchanges.
+pub(in crate::reproduce) fn exchanges(evaluations: u64, local_steps: u32) -> anyhow::Result<u64> {
+    let local_steps = u64::from(local_steps.max(1));
+    ensure!(
+        evaluations.is_multiple_of(local_steps),
+        "{evaluations} gradient evaluations are no whole exchanges of {local_steps} local steps; give other --steps"
+    );
+    Ok(evaluations / local_steps)
+}
+
 /// Gives a run the default method's rates for another η0: the cap and the worker's own rate keep their share of it.
 pub(in crate::reproduce) fn scale_rates(training: &mut TrainingSettings, rate: f64) {
     training.learning_rate = rate;
@@ -93,6 +122,15 @@ pub(in crate::reproduce) enum Trainer {
     AdamW,
 }
 
+/// SHA-256 of what a run file names by paths, in hexadecimal; empty where it names nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(in crate::reproduce) struct Contents {
+    /// Of the text or token file.
+    pub(in crate::reproduce) text_sha256: String,
+    /// Of the parameters of the checkpoint that the run goes on from.
+    pub(in crate::reproduce) init_sha256: String,
+}
+
 /// A run, fully described. Two that are equal come to the same, but for what [`REVISION`] stands for.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(in crate::reproduce) struct Spec {
@@ -103,6 +141,10 @@ pub(in crate::reproduce) struct Spec {
     pub(in crate::reproduce) workers: u32,
     pub(in crate::reproduce) data: DataSettings,
     pub(in crate::reproduce) model: ModelSettings,
+    /// Of a mixture that is made of a dense checkpoint, with its hash.
+    pub(in crate::reproduce) upcycle: UpcycleSettings,
+    /// Of files that a run file names: what is in them, as far as the settings do not say it.
+    pub(in crate::reproduce) contents: Contents,
     /// `steps` counts updates, of as many gradient evaluations as there are local steps; `eval_every` is how often the onlooker looks.
     pub(in crate::reproduce) training: TrainingSettings,
     pub(in crate::reproduce) exchange: ExchangeSettings,
@@ -113,7 +155,7 @@ impl Spec {
     pub(in crate::reproduce) fn run(&self) -> RunConfig {
         let mut run = RunConfig::default();
         (run.run.seed, run.run.workers) = (self.seed, self.workers);
-        (run.data, run.model) = (self.data.clone(), self.model.clone());
+        (run.data, run.model, run.upcycle) = (self.data.clone(), self.model.clone(), self.upcycle.clone());
         (run.training, run.exchange) = (self.training.clone(), self.exchange.clone());
         run
     }
@@ -128,6 +170,8 @@ impl Spec {
             workers: run.run.workers,
             data: run.data.clone(),
             model: run.model.clone(),
+            upcycle: run.upcycle.clone(),
+            contents: Contents::default(),
             training: run.training.clone(),
             exchange: run.exchange.clone(),
         }
@@ -144,6 +188,8 @@ impl Spec {
             "workers": self.workers,
             "data": self.data,
             "model": self.model,
+            "upcycle": self.upcycle,
+            "contents": self.contents,
             "training": self.training,
             "exchange": self.exchange,
         });

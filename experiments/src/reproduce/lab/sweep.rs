@@ -4,15 +4,16 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Instant;
 
-use sanderling_common::config::parse;
+use sanderling_common::config::BUNDLED_TEXT;
 use sanderling_server::progress::bytes;
 
 use super::book::Book;
 use super::difference::Difference;
 use super::jobs::{EVALUATIONS, Jobs};
-use super::spec::{Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, make, small_model};
+use super::run_file::RunFile;
+use super::spec::{Run, Spec, Subject, Trainer, exchanges, make};
 use super::text::{
-    Options, look_every, mean_and_spread, mean_curve, outcomes, plot_both, seeds_text, show,
+    Options, curve_of, file_name, look_every, mean_and_spread, plot_both, seeds_text, show,
     write_configuration, write_report,
 };
 use crate::report::Curve;
@@ -25,13 +26,28 @@ pub(in crate::reproduce) struct Variant {
     pub(in crate::reproduce) cells: Vec<String>,
     /// Of the picture that its curve is drawn in.
     pub(in crate::reproduce) picture: String,
-    /// What the run file says besides the model and the seed, and the steps unless it says other ones.
-    pub(in crate::reproduce) settings: String,
+    /// Everything but the seed and how often it is looked at.
+    pub(in crate::reproduce) run: RunFile,
     pub(in crate::reproduce) workers: u32,
     pub(in crate::reproduce) trainer: Trainer,
 }
 
 impl Variant {
+    /// Of the small model, with what a run file would say of its method besides: the default method with the rates that suit
+    /// the model.
+    ///
+    /// # Panics
+    /// If no run file could say that.
+    pub(in crate::reproduce) fn small(
+        cells: Vec<String>,
+        picture: String,
+        settings: &str,
+        workers: u32,
+        trainer: Trainer,
+    ) -> Self {
+        Self { cells, picture, run: RunFile::small_with(settings), workers, trainer }
+    }
+
     /// In file names and legends.
     pub(in crate::reproduce) fn name(&self) -> String {
         self.cells.join(", ")
@@ -42,10 +58,13 @@ impl Variant {
 pub(in crate::reproduce) struct Sweep {
     /// Of the folder.
     pub(in crate::reproduce) name: &'static str,
+    /// Its own options that make it another experiment.
+    pub(in crate::reproduce) own: Vec<String>,
     pub(in crate::reproduce) title: &'static str,
     pub(in crate::reproduce) introduction: String,
     pub(in crate::reproduce) columns: &'static [&'static str],
-    pub(in crate::reproduce) steps: u64,
+    /// Gradients in every run.
+    pub(in crate::reproduce) evaluations: u64,
     pub(in crate::reproduce) variants: Vec<Variant>,
 }
 
@@ -79,7 +98,11 @@ impl Varied<'_> {
     /// How many times fewer bytes it sends up than another, and down, as words; nothing is said of runs that diverged.
     pub(in crate::reproduce) fn fewer_bytes(&self, other: &Self) -> (String, String) {
         let times = |ours: f64, theirs: f64| match ours > 0.0 && theirs > 0.0 {
-            true => format!("{:.1} times fewer bytes", theirs / ours),
+            true => match (theirs / ours, ours / theirs) {
+                (fewer, _) if fewer >= 1.05 => format!("{fewer:.1} times fewer bytes"),
+                (_, more) if more >= 1.05 => format!("{more:.1} times more bytes"),
+                _ => "as many bytes".to_owned(),
+            },
             false => "no bytes to compare".to_owned(),
         };
         (times(self.bytes_up(), other.bytes_up()), times(self.bytes_down(), other.bytes_down()))
@@ -101,12 +124,6 @@ impl Varied<'_> {
     /// Bytes of a dense float32 exchange of every gradient, in one direction.
     fn dense_bytes(&self) -> f64 {
         self.local_steps() * self.mean(|run| 4.0 * run.outcome.parameters as f64 * run.outcome.updates as f64)
-    }
-
-    /// The validation loss over the gradients taken.
-    fn curve(&self) -> Vec<(f64, f64)> {
-        let of_updates = mean_curve(outcomes(&self.runs)).into_iter();
-        of_updates.map(|(updates, loss)| (self.local_steps() * updates, loss)).collect()
     }
 
     fn line(&self) -> String {
@@ -141,17 +158,13 @@ impl Varied<'_> {
 
 impl Sweep {
     fn spec(&self, variant: &Variant, seed: u64) -> anyhow::Result<Spec> {
-        let file = format!(
-            "{}{}\n[run]\nworkers = {}\nseed = {seed}\n",
-            small_model(Subject::Text),
-            variant.settings,
-            variant.workers
-        );
-        let mut partial = parse(&file)?;
-        let steps = *partial.training.steps.get_or_insert(self.steps);
-        partial.training.eval_every = Some(look_every(steps, LOOKS));
-        partial.training.learning_rate.get_or_insert(SMALL_MODEL_RATE);
-        Ok(Spec::of(Subject::Text, &partial.resolve()?, variant.trainer))
+        let mut settings = variant.run.settings.clone();
+        (settings.run.workers, settings.run.seed) = (Some(variant.workers), Some(seed));
+        let steps = exchanges(self.evaluations, settings.training.local_steps.unwrap_or(1))?;
+        settings.training.steps = Some(steps);
+        settings.training.eval_every = Some(look_every(steps, LOOKS));
+        let spec = Spec::of(Subject::Text, &settings.resolve()?, variant.trainer);
+        Ok(Spec { contents: variant.run.contents.clone(), ..spec })
     }
 
     /// Makes the runs that are missing and writes the report; `verdict` adds to its text, and to the pictures in the folder.
@@ -161,7 +174,7 @@ impl Sweep {
         verdict: impl FnOnce(&[Varied<'_>], &Path) -> anyhow::Result<String>,
     ) -> anyhow::Result<()> {
         let started = Instant::now();
-        let (folder, seeds) = (options.folder(self.name)?, options.seeds());
+        let (folder, seeds) = (options.folder(self.name, &self.own)?, options.seeds());
         let rows = self.make_all(&folder, &seeds, options.jobs())?;
         let mut text = self.table(&seeds, &rows);
         let _ = write!(text, "\n## Verdict\n\n{}\n", verdict(&rows, &folder)?);
@@ -169,7 +182,7 @@ impl Sweep {
         pictures.dedup();
         for picture in pictures {
             let curves: Vec<Curve> = (rows.iter().filter(|row| row.variant.picture == picture))
-                .map(|row| Curve { name: row.variant.name(), points: row.curve() })
+                .map(|row| Curve::of_means(row.variant.name(), curve_of(&row.runs)))
                 .collect();
             let axes = ("gradient evaluations", "validation loss, nats per character");
             let _ = write!(text, "\n{}", plot_both(&folder, &file_name(picture), picture, axes, &curves)?);
@@ -192,7 +205,7 @@ impl Sweep {
             write_configuration(folder, &file_name(&variant.name()), &of_variant[0])?;
             specs.push(of_variant);
         }
-        let wanted: Vec<_> = specs.iter().flatten().map(|spec| (spec.clone(), self.steps)).collect();
+        let wanted: Vec<_> = specs.iter().flatten().map(|spec| (spec.clone(), self.evaluations)).collect();
         jobs.make_missing(("running", EVALUATIONS), &book, &wanted, make)?;
         let find = |spec: &Spec| book.find(spec).expect("every run was made");
         let rows = (self.variants.iter().zip(&specs))
@@ -202,14 +215,14 @@ impl Sweep {
 
     fn table(&self, seeds: &[u64], rows: &[Varied<'_>]) -> String {
         let mut text = format!(
-            "# {}\n\n{} {} gradient evaluations each, {}; characters of the bundled text, {} parameters; in virtual time, whose \
+            "# {}\n\n{} {} gradient evaluations each, {}; {}; in virtual time, whose \
              unit is a gradient of a worker of middling speed. Bytes are those of the frames, with how many times fewer they are \
              than a dense float32 exchange of every gradient. Runs of one seed share parameters and batches, and are compared with each other.\n\n",
             self.title,
             self.introduction,
-            self.steps,
+            self.evaluations,
             seeds_text(seeds),
-            rows[0].runs[0].outcome.parameters,
+            subject_text(rows),
         );
         let _ = writeln!(
             text,
@@ -223,20 +236,17 @@ impl Sweep {
     }
 }
 
-/// A name without what a file system or a link would trip over.
-pub(in crate::reproduce) fn file_name(name: &str) -> String {
-    let plain = |character: char| if character.is_ascii_alphanumeric() { character } else { '-' };
-    let name: String = name.to_lowercase().replace('%', "percent").chars().map(plain).collect();
-    name.split('-').filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_of_files_are_plain() {
-        assert_eq!(file_name("8 workers, 5 % down"), "8-workers-5-percent-down");
-        assert_eq!(file_name("η0/√(1+τ)"), "0-1");
-    }
+/// What was learned by how large a model.
+fn subject_text(rows: &[Varied<'_>]) -> String {
+    let list = |mut all: Vec<String>| {
+        all.dedup();
+        all.join(" and ")
+    };
+    let text = |row: &Varied<'_>| match row.runs[0].spec.data.text.as_str() {
+        BUNDLED_TEXT => "characters of the bundled text".to_owned(),
+        path => path.to_owned(),
+    };
+    let texts = list(rows.iter().map(text).collect());
+    let parameters = list(rows.iter().map(|row| row.runs[0].outcome.parameters.to_string()).collect());
+    format!("{texts}, {parameters} parameters")
 }

@@ -32,11 +32,11 @@ pub(in crate::reproduce) struct Options {
     /// Seeds, from 1337 on [default: 3, with --quick 1]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100))]
     pub(in crate::reproduce) seeds: Option<u64>,
-    /// Gradient evaluations of a run that counts [default: each reproduction's own]
+    /// Gradient evaluations of a run that counts [default: as said above]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     pub(in crate::reproduce) steps: Option<u64>,
-    /// Where results go, and are looked for; several processes may share it [default: runs/reproduce-NAME, with --quick
-    /// …-quick]
+    /// Where results go, and are looked for; several processes may share it [default: runs/reproduce-NAME, with the options
+    /// that make it another experiment]
     #[arg(long, value_name = "DIR")]
     pub(in crate::reproduce) out: Option<PathBuf>,
     /// Runs at a time [default: one per core]
@@ -45,14 +45,18 @@ pub(in crate::reproduce) struct Options {
 }
 
 impl Options {
-    /// Where the results of the reproduction of this name go; made if it is not there.
+    /// Where the results of the reproduction of this name go; made if it is not there. `own` are the options of its own that
+    /// make it another experiment, as they are typed.
     ///
     /// # Errors
-    /// A sentence, also if the results of another reproduction are there.
-    pub(in crate::reproduce) fn folder(&self, name: &str) -> anyhow::Result<PathBuf> {
-        let quick = if self.quick { "-quick" } else { "" };
-        let folder =
-            self.out.clone().unwrap_or_else(|| PathBuf::from(format!("runs/reproduce-{name}{quick}")));
+    /// A sentence, also if the results of another reproduction, or of another form of it, are there: its report would be
+    /// replaced.
+    pub(in crate::reproduce) fn folder(&self, name: &str, own: &[String]) -> anyhow::Result<PathBuf> {
+        let form = self.form(name, own);
+        let folder = match &self.out {
+            Some(folder) => folder.clone(),
+            None => PathBuf::from(format!("runs/reproduce-{}", file_name(&form))),
+        };
         fs::create_dir_all(&folder)
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
         let path = folder.join(WHOSE);
@@ -63,18 +67,30 @@ impl Options {
         };
         let report = folder.join(REPORT);
         match whose.trim() {
-            whose if whose == name => {}
+            whose if whose == form => {}
             "" if report.exists() => {
                 bail!("{} is not one of ours, and would be replaced; give another --out", report.display())
             }
             // Nobody's yet, or another process is about to write.
-            "" => fs::write(&path, format!("{name}\n"))
+            "" => fs::write(&path, format!("{form}\n"))
                 .with_context(|| format!("cannot write {}", path.display()))?,
             whose => {
-                bail!("{} holds the results of `reproduce {whose}`; give another --out", folder.display())
+                bail!(
+                    "{} holds the results of `reproduce {whose}`, and not of `reproduce {form}`; give another --out",
+                    folder.display()
+                )
             }
         }
         Ok(folder)
+    }
+
+    /// The command, without what only says how often, how fast and where.
+    fn form(&self, name: &str, own: &[String]) -> String {
+        let mut form = vec![name.to_owned()];
+        form.extend(self.quick.then(|| "--quick".to_owned()));
+        form.extend(self.steps.map(|steps| format!("--steps {steps}")));
+        form.extend(own.iter().cloned());
+        form.join(" ")
     }
 
     pub(in crate::reproduce) fn seeds(&self) -> Vec<u64> {
@@ -117,6 +133,11 @@ pub(in crate::reproduce) fn plus_minus(mean: f64, spread: Option<f64>, decimals:
     }
 }
 
+/// So many of something: `1 worker`, `8 workers`.
+pub(in crate::reproduce) fn counted(count: u64, noun: &str) -> String {
+    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
+}
+
 /// Which seeds there are, and what the tables show of them.
 pub(in crate::reproduce) fn seeds_text(seeds: &[u64]) -> String {
     let names: Vec<String> = seeds.iter().map(u64::to_string).collect();
@@ -150,24 +171,27 @@ fn show_values(values: impl Iterator<Item = f64>, decimals: usize) -> String {
     plus_minus(mean, spread, decimals)
 }
 
-/// The validation loss over gradient evaluations, mean over runs that were looked at at the same places. A run that diverged
-/// has no curve, and leaves none to the others.
+/// The validation loss over gradient evaluations, mean and spread over runs that were looked at at the same places. A run that
+/// diverged has no curve, and leaves none to the others.
 pub(in crate::reproduce) fn mean_curve<'a>(
     outcomes: impl IntoIterator<Item = &'a Outcome>,
-) -> Vec<(f64, f64)> {
+) -> Vec<(f64, f64, Option<f64>)> {
     let curves: Vec<&[Point]> = outcomes.into_iter().map(|outcome| outcome.curve.as_slice()).collect();
     let Some(shortest) = curves.iter().min_by_key(|curve| curve.len()) else { return Vec::new() };
     let at = |(place, point): (usize, &Point)| {
         let losses: Vec<f64> = curves.iter().map(|curve| curve[place].score.loss).collect();
-        (point.steps as f64, mean_and_spread(&losses).0)
+        let (mean, spread) = mean_and_spread(&losses);
+        (point.steps as f64, mean, spread)
     };
     // The first point, of the untrained model, would only press the others together.
     shortest.iter().enumerate().skip(1).map(at).collect()
 }
 
-/// The outcomes of runs.
-pub(in crate::reproduce) fn outcomes(runs: &[Run]) -> impl Iterator<Item = &Outcome> {
-    runs.iter().map(|run| &run.outcome)
+/// The same of the seeds of one run, over the gradients that it took: those of its local steps in each update.
+pub(in crate::reproduce) fn curve_of(runs: &[Run]) -> Vec<(f64, f64, Option<f64>)> {
+    let local_steps = runs.first().map_or(1.0, |run| f64::from(run.spec.training.local_steps));
+    let of_updates = mean_curve(runs.iter().map(|run| &run.outcome)).into_iter();
+    of_updates.map(|(updates, loss, spread)| (local_steps * updates, loss, spread)).collect()
 }
 
 /// Writes a run's resolved configuration: everything as JSON and, of a run that `train` could make too, a run file.
@@ -207,7 +231,30 @@ pub(in crate::reproduce) fn plot_both(
 
 /// Writes the report of a reproduction and shows it.
 pub(in crate::reproduce) fn write_report(folder: &Path, text: &str) -> anyhow::Result<()> {
-    let path = folder.join(REPORT);
+    write_part(folder, REPORT, text)
+}
+
+/// Writes a report by this name, of a part of a reproduction, and shows it.
+pub(in crate::reproduce) fn write_part(folder: &Path, name: &str, text: &str) -> anyhow::Result<()> {
+    let path = folder.join(name);
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     say(&format!("{text}\nResults are in {}\n", folder.display()))
+}
+
+/// A name without what a file system or a link would trip over.
+pub(in crate::reproduce) fn file_name(name: &str) -> String {
+    let plain = |character: char| if character.is_ascii_alphanumeric() { character } else { '-' };
+    let name: String = name.to_lowercase().replace('%', "percent").chars().map(plain).collect();
+    name.split('-').filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_files_are_plain() {
+        assert_eq!(file_name("8 workers, 5 % down"), "8-workers-5-percent-down");
+        assert_eq!(file_name("η0/√(1+τ)"), "0-1");
+    }
 }

@@ -8,7 +8,7 @@ use sanderling_common::method::Method;
 use super::{Contestant, METHODS};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Agreement, Difference, Run, Subject, Tried, has_momentum, held, mean_and_spread, mean_curve, outcomes,
+    Agreement, Difference, Run, Subject, Tried, counted, curve_of, has_momentum, held, mean_and_spread,
     plot_both, plus_minus, show, show_loss,
 };
 use crate::task::Score;
@@ -39,10 +39,10 @@ impl Cell {
         self.scores().into_iter().map(of).collect()
     }
 
-    /// What a plot shows.
-    fn height(&self) -> f64 {
+    /// What a plot shows: mean and spread.
+    fn height(&self) -> (f64, Option<f64>) {
         let of = |score: &Score| score.accuracy.map_or(score.loss, |accuracy| 100.0 * accuracy);
-        mean_and_spread(&self.scores().iter().map(of).collect::<Vec<_>>()).0
+        mean_and_spread(&self.scores().iter().map(of).collect::<Vec<_>>())
     }
 
     fn above(&self, other: &Self) -> Difference {
@@ -100,7 +100,7 @@ impl Table<'_> {
     fn unit(&self) -> &'static str {
         match self.subject {
             Subject::Text => "test loss",
-            Subject::Digits => "points of mistakes",
+            Subject::Digits => "percentage points more of mistakes",
         }
     }
 
@@ -136,15 +136,21 @@ impl Table<'_> {
             Subject::Text => "test loss, nats per character",
             Subject::Digits => "test accuracy, per cent",
         };
-        let height = |method, workers| Some((f64::from(workers), self.cell(method, workers)?.height()));
-        let over_workers = METHODS.map(|method| Curve {
-            name: method.name().to_owned(),
-            points: self.workers.iter().filter_map(|&workers| height(method, workers)).collect(),
-        });
+        let height = |method, of: u32, at: u32| {
+            let (mean, spread) = self.cell(method, of)?.height();
+            Some((f64::from(at), mean, spread))
+        };
+        // One worker's momentum SGD is the mark for every number of workers.
+        let msgd = self.workers.iter().filter_map(|&workers| height(Method::Msgd, 1, workers));
+        let mut over_workers = vec![Curve::of_means("msgd, 1 worker", msgd)];
+        over_workers.extend(METHODS.map(|method| {
+            let own = |&workers: &u32| height(method, workers, workers);
+            Curve::of_means(method.name(), self.workers.iter().filter_map(own))
+        }));
         let most = self.most();
-        let curves = METHODS.map(|method| Curve {
-            name: method.name().to_owned(),
-            points: self.cell(method, most).map_or(Vec::new(), |cell| mean_curve(outcomes(&cell.runs))),
+        let curves = METHODS.map(|method| {
+            let cell = self.cell(method, most);
+            Curve::of_means(method.name(), cell.map_or(Vec::new(), |cell| curve_of(&cell.runs)))
         });
         let title = format!("{name}: methods over workers");
         let of_curves = format!("{name}: validation loss of {most} workers");
@@ -202,14 +208,14 @@ impl Table<'_> {
                 true => writeln!(
                     text,
                     "  * {}: {} {unit} worse: {}.",
-                    workers_text(workers),
+                    counted(u64::from(workers), "worker"),
                     plus_minus(mean, spread, 2),
                     held(mean <= CLOSE, worse.len())
                 ),
                 false => writeln!(
                     text,
                     "  * {}: runs diverged: {}.",
-                    workers_text(workers),
+                    counted(u64::from(workers), "worker"),
                     held(false, worse.len())
                 ),
             };
@@ -291,10 +297,6 @@ fn loses(falls: &[Fall], method: Method, wanted: Agreement) -> &'static str {
     } else {
         "**a tie** with another, by seeds"
     }
-}
-
-fn workers_text(workers: u32) -> String {
-    if workers == 1 { "1 worker".to_owned() } else { format!("{workers} workers") }
 }
 
 #[cfg(test)]

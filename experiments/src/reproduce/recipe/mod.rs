@@ -5,28 +5,37 @@ mod report;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use sanderling_common::config::{RunConfig, parse};
+use sanderling_common::config::RunPartial;
 
 use self::report::Report;
 use super::lab::{
-    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, SMALL_MODEL_RATE, Spec, Subject, Trainer,
-    Tried, Warmup, file_name, look_every, make, small_model, validation, write_configuration, write_report,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, RunFile, Spec, Subject, Trainer, Tried,
+    Warmup, exchanges, file_name, look_every, make, validation, write_configuration, write_report,
 };
 use crate::simulation::Conditions;
 
 /// The default method, for 4 to 32 workers, against AdamW on one worker and data-parallel AdamW
 ///
 /// The default model and method, one setting for every number of workers, 1 % sent up and 5 % down with 8 bits, in virtual time;
-/// and AdamW at the same number of gradient evaluations: on one worker, and data-parallel, where N workers make one step of N
-/// batches together. AdamW has the best of at least four learning rates for each number of workers, and of the rates around it for
-/// longer runs, and the better of two warm-ups, by validation with the first seed; weight decay is 0 for everyone. With --quick a
-/// small model, with the rates that suit it, and three rates of AdamW. Finished runs are kept in the folder and not made again.
+/// and AdamW at the same number of gradient evaluations, 8 000 and 16 000: on one worker, and data-parallel, where N workers make one
+/// step of N batches together. AdamW has the best of at least four learning rates for each number of workers, and of the rates around
+/// it for longer runs, and the better of two warm-ups, by validation with the first seed; weight decay is the same for everyone. With
+/// --quick 600 evaluations of a small model, with the rates that suit it, and three rates of AdamW. A run file puts other settings in
+/// the place of the defaults: its model, text, start and schedule are also those of AdamW, its method and rates are the workers'.
+/// Finished runs are kept in the folder and not made again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   sanderling reproduce recipe --quick
+  sanderling reproduce recipe --config run.toml --steps 2000 --workers 8,32    # your model, or from a checkpoint
   sanderling reproduce recipe --out DIR    # the same folder from several shells: they share the work")]
 pub struct Arguments {
+    /// A run file (TOML) with other settings than the defaults, as `train` takes it
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Numbers of workers [default: 4,8,16,32, with --quick 4,8]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(2..=256))]
+    workers: Vec<u32>,
     /// What all reproductions take.
     #[command(flatten)]
     options: Options,
@@ -36,11 +45,9 @@ pub struct Arguments {
 const LOOKS: u64 = 16;
 
 struct Settings {
-    /// Sections of the run file.
-    model: &'static str,
-    /// What the run file says of training by the default method, beside its length.
-    ours: String,
-    /// Of the default method.
+    /// Everything but numbers of workers, lengths, seeds, and AdamW's rates.
+    base: RunFile,
+    /// Of the default method, ascending.
     workers: Vec<u32>,
     /// Gradient evaluations, ascending.
     lengths: Vec<u64>,
@@ -49,27 +56,40 @@ struct Settings {
     seeds: Vec<u64>,
 }
 
+/// The lengths of the full form, and that of --quick.
+const LENGTHS: [u64; 2] = [8_000, 16_000];
+const QUICK_LENGTH: u64 = 600;
+
 impl Settings {
-    fn new(options: &Options) -> Self {
-        if options.quick {
-            Self {
-                model: small_model(Subject::Text),
-                ours: format!("learning_rate = {SMALL_MODEL_RATE:?}\n"),
-                workers: vec![4, 8],
-                lengths: vec![options.steps(0, 600)],
-                rates: vec![2e-3, 4e-3, 8e-3],
-                seeds: options.seeds(),
-            }
-        } else {
-            Self {
-                model: "",
-                ours: String::new(),
-                workers: vec![4, 8, 16, 32],
-                lengths: options.steps.map_or(vec![8_000, 16_000], |steps| vec![steps]),
-                rates: vec![5e-4, 1e-3, 2e-3, 4e-3],
-                seeds: options.seeds(),
-            }
-        }
+    fn new(arguments: &Arguments) -> anyhow::Result<Self> {
+        let options = &arguments.options;
+        let base = match &arguments.config {
+            Some(path) => RunFile::read(path)?,
+            None if options.quick => RunFile::small(),
+            None => RunFile::default(),
+        };
+        let lengths = match options.steps {
+            Some(steps) => vec![steps],
+            None if options.quick => vec![QUICK_LENGTH],
+            None => LENGTHS.to_vec(),
+        };
+        let mut workers = match &arguments.workers[..] {
+            [] if options.quick => vec![4, 8],
+            [] => vec![4, 8, 16, 32],
+            stated => stated.to_vec(),
+        };
+        workers.sort_unstable();
+        workers.dedup();
+        let rates = match options.quick {
+            true => vec![2e-3, 4e-3, 8e-3],
+            false => vec![5e-4, 1e-3, 2e-3, 4e-3],
+        };
+        Ok(Self { base, workers, lengths, rates, seeds: options.seeds() })
+    }
+
+    /// Whether the goals are for it.
+    fn is_default(&self) -> bool {
+        self.base.path.as_os_str().is_empty()
     }
 
     /// Everyone's AdamW with the short warm-up, which one worker has in any case.
@@ -78,29 +98,48 @@ impl Settings {
         workers.map(|workers| Reference { workers, warmup: Warmup::Short }).collect()
     }
 
-    fn run(&self, workers: u32, steps: u64, seed: u64, training: &str) -> anyhow::Result<RunConfig> {
-        let eval_every = look_every(steps, LOOKS);
-        let file = format!(
-            "{}[run]\nworkers = {workers}\nseed = {seed}\n[training]\nsteps = {steps}\neval_every = {eval_every}\n{training}",
-            self.model
-        );
-        Ok(parse(&file)?.resolve()?)
+    /// The base with so many workers, and of so many gradient evaluations.
+    fn settings(&self, workers: u32, evaluations: u64, seed: u64) -> RunPartial {
+        let mut settings = self.base.settings.clone();
+        (settings.run.workers, settings.run.seed) = (Some(workers), Some(seed));
+        settings.training.steps = Some(evaluations);
+        settings.training.eval_every = Some(look_every(evaluations, LOOKS));
+        settings
+    }
+
+    fn spec(&self, settings: RunPartial, trainer: Trainer) -> anyhow::Result<Spec> {
+        let spec = Spec::of(Subject::Text, &settings.resolve()?, trainer);
+        Ok(Spec { contents: self.base.contents.clone(), ..spec })
     }
 
     /// AdamW, where so many workers make a step together.
-    fn reference(&self, reference: Reference, rate: f64, steps: u64, seed: u64) -> anyhow::Result<Spec> {
+    fn reference(
+        &self,
+        reference: Reference,
+        rate: f64,
+        evaluations: u64,
+        seed: u64,
+    ) -> anyhow::Result<Spec> {
         let Reference { workers, warmup } = reference;
-        let mut run = self.run(workers, steps, seed, &format!("learning_rate = {rate:?}\n"))?;
+        let mut settings = self.settings(workers, evaluations, seed);
+        settings.training.learning_rate = Some(rate);
+        // What else there is of a method's rates is not AdamW's.
+        (settings.training.learning_rate_max, settings.training.local_rate) = (None, None);
+        settings.training.local_steps = None;
+        let mut spec = self.spec(settings, Trainer::AdamW)?;
         if warmup == Warmup::Long {
-            run.training.warmup_steps = run.training.warmup_exchanges * u64::from(workers);
+            spec.training.warmup_steps = spec.training.warmup_exchanges * u64::from(workers);
         }
-        Ok(Spec::of(Subject::Text, &run, Trainer::AdamW))
+        Ok(spec)
     }
 
-    /// The default method.
-    fn ours(&self, workers: u32, steps: u64, seed: u64) -> anyhow::Result<Spec> {
-        let run = self.run(workers, steps, seed, &self.ours)?;
-        Ok(Spec::of(Subject::Text, &run, Trainer::Workers(Conditions::default())))
+    /// The default method, or that of the run file.
+    fn ours(&self, workers: u32, evaluations: u64, seed: u64) -> anyhow::Result<Spec> {
+        let mut settings = self.settings(workers, evaluations, seed);
+        let steps = exchanges(evaluations, settings.training.local_steps.unwrap_or(1))?;
+        settings.training.steps = Some(steps);
+        settings.training.eval_every = Some(look_every(steps, LOOKS));
+        self.spec(settings, Trainer::Workers(Conditions::default()))
     }
 }
 
@@ -124,9 +163,16 @@ struct Experiment {
 /// Whatever keeps the experiment from its end, in a sentence.
 pub fn recipe(arguments: &Arguments) -> anyhow::Result<()> {
     let options = &arguments.options;
-    let folder = options.folder("recipe")?;
+    let mut own = Vec::new();
+    own.extend(arguments.config.iter().map(|path| format!("--config {}", path.display())));
+    own.extend((!arguments.workers.is_empty()).then(|| {
+        let workers: Vec<String> = arguments.workers.iter().map(u32::to_string).collect();
+        format!("--workers {}", workers.join(","))
+    }));
+    let settings = Settings::new(arguments)?;
+    let folder = options.folder("recipe", &own)?;
     let book = Book::open(&folder)?;
-    let experiment = Experiment { settings: Settings::new(options), folder, jobs: options.jobs(), book };
+    let experiment = Experiment { settings, folder, jobs: options.jobs(), book };
     let started = Instant::now();
     let lines = experiment.lines()?;
     let report = Report { settings: &experiment.settings, lines: &lines, folder: &experiment.folder };

@@ -3,11 +3,13 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use sanderling_common::sparse::ValueFormat;
+
 use super::{Length, Line, Settings};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Difference, Warmup, held, mean_and_spread, mean_curve, outcomes, per_cent_above, plot_both, plus_minus,
-    seeds_text, show,
+    Difference, Warmup, curve_of, held, mean_and_spread, per_cent_above, plot_both, plus_minus, seeds_text,
+    show,
 };
 use crate::task::Score;
 
@@ -38,7 +40,8 @@ impl Length {
     }
 
     fn cells(&self) -> String {
-        let rate = self.tuned.map_or("default".to_owned(), |tuned| {
+        let own = || format!("η0 {}", self.runs[0].spec.training.learning_rate);
+        let rate = self.tuned.map_or_else(own, |tuned| {
             let edge = if tuned.is_at_edge { " (at the edge)" } else { "" };
             let warmup = if tuned.reference.warmup == Warmup::Long { ", long warm-up" } else { "" };
             format!("{}{edge}{warmup}", tuned.rate)
@@ -61,13 +64,10 @@ impl Report<'_> {
         text.push_str(&self.table());
         let _ = write!(text, "\n## Verdict\n\n{}", self.verdict());
         for (length, steps) in self.settings.lengths.iter().enumerate() {
-            let curve = |line: &Line| Curve {
-                name: line.name(),
-                points: mean_curve(outcomes(&line.lengths[length].runs)),
-            };
+            let curve = |line: &Line| Curve::of_means(line.name(), curve_of(&line.lengths[length].runs));
             let curves: Vec<Curve> = self.lines.iter().map(curve).collect();
             let title = format!("AdamW and asynchronous workers, {steps} gradient evaluations");
-            let axes = ("gradient evaluations", "validation loss, nats per character");
+            let axes = ("gradient evaluations", "validation loss, nats");
             let picture = plot_both(self.folder, &format!("curves-{steps}"), &title, axes, &curves)?;
             let _ = write!(text, "\n{picture}");
         }
@@ -83,22 +83,36 @@ impl Report<'_> {
         } else {
             ""
         };
+        let (title, whose, text) = match settings.is_default() {
+            true => {
+                ("The default recipe".to_owned(), "the default settings", "characters of the bundled text")
+            }
+            false => (settings.base.name(), "the settings of the run file", first.spec.data.text.as_str()),
+        };
+        let start = match &first.spec.upcycle.dense {
+            dense if !dense.is_empty() => format!(", upcycled from {dense}"),
+            _ if !first.spec.model.init.is_empty() => format!(", from {}", first.spec.model.init),
+            _ => String::new(),
+        };
+        let values = |values: ValueFormat| format!("{values:?}").to_lowercase();
+        let weight_decay = first.spec.training.weight_decay;
         format!(
-            "# The default recipe against AdamW\n\nCharacters of the bundled text, {} parameters, {}, loss in nats per character. \
+            "# {title} against AdamW\n\nText: {text}; {} parameters{start}; {}, loss in nats per token of the text. \
              The same number of gradient evaluations for everyone: N workers with data-parallel AdamW make a step of N \
              batches together, with the best of the rates {:?} and on while the best lies at the edge{around}, and the better of a \
              warm-up over {} evaluations (but 10 steps at least) and a long one over {} steps (but a quarter of the run at most, as for \
-             asynchronous workers), by validation with the first seed; asynchronous workers each go at their own pace, with the default settings for any N and length: {} % kept \
-             up, {} % down, {} both ways, in virtual time. Weight decay is 0 for everyone. Runs of one seed share parameters and \
-             batches, and are compared with each other.\n\n",
+             asynchronous workers), by validation with the first seed; asynchronous workers each go at their own pace, with {whose} \
+             for any N and length: {} % kept up as {}, {} % down as {}, in virtual time. Weight decay is {weight_decay} for everyone. \
+             Runs of one seed share parameters and batches, and are compared with each other.\n\n",
             first.outcome.parameters,
             seeds_text(&settings.seeds),
             settings.rates,
             first.spec.training.warmup_steps,
             first.spec.training.warmup_exchanges,
             100.0 * first.spec.exchange.keep,
+            values(first.spec.exchange.values_up),
             100.0 * first.spec.exchange.secondary,
-            format!("{:?}", first.spec.exchange.values_up).to_lowercase(),
+            values(first.spec.exchange.values_down),
         )
     }
 
@@ -141,7 +155,8 @@ impl Report<'_> {
         for (length, &steps) in self.settings.lengths.iter().enumerate() {
             for ours in self.lines.iter().filter(|line| !line.is_reference) {
                 let above = per_cent_above(&ours.lengths[length].losses(), &one.lengths[length].losses());
-                let goal = GOALS.iter().find(|(workers, _)| (*workers, GOAL_STEPS) == (ours.workers, steps));
+                let mut goals = GOALS.iter().filter(|_| self.settings.is_default());
+                let goal = goals.find(|(workers, _)| (*workers, GOAL_STEPS) == (ours.workers, steps));
                 let _ = writeln!(
                     text,
                     "* {} workers, {steps} evaluations: {}.",

@@ -36,7 +36,7 @@ use crate::task::{LanguageTask, Score, Task};
 ///
 /// Trains a small dense model on the bundled text, upcycles it in several ways, and trains each on with a fresh optimiser
 /// and learning rate: for the floating-point operations of the dense continuation (so the mixtures, which cost more per
-/// token, see fewer tokens) and for its tokens. By AdamW in one process or, with --workers, by asynchronous workers in
+/// token, see fewer tokens) and for its tokens: of 1 000 steps or, with --quick, 400. By AdamW in one process or, with --workers, by asynchronous workers in
 /// virtual time, and for comparison some also by AdamW from the same start. The learning rate is chosen for every arm
 /// from the same values, by validation with the first seed, and from further ones as long as the best lies at the edge.
 /// Finished runs are kept in the folder and not run again, so an interrupted experiment goes on where it was.
@@ -129,7 +129,8 @@ impl Settings {
                     (training.warmup_exchanges * workers).min(evaluations / 4)
                 }
             },
-            final_fraction: 0.1,
+            decay: training.decay,
+            final_fraction: training.final_rate_fraction,
             eval_every: look_every(evaluations, LOOKS),
             clip_norm: training.clip_norm,
             adamw: AdamWSettings { weight_decay, ..AdamWSettings::default() },
@@ -302,10 +303,10 @@ struct Experiment {
 pub fn upcycling(arguments: &Arguments) -> anyhow::Result<()> {
     let corpus = Arc::new(Corpus::bundled());
     let settings = Settings::new(arguments, corpus.vocabulary().len())?;
-    let mut name = "upcycling".to_owned();
-    settings.workers.iter().for_each(|workers| name += &format!("-{workers}w"));
-    arguments.pretraining_steps.iter().for_each(|steps| name += &format!("-{steps}p"));
-    let folder = arguments.options.folder(&name)?;
+    let mut own = Vec::new();
+    own.extend(settings.workers.map(|workers| format!("--workers {workers}")));
+    own.extend(arguments.pretraining_steps.map(|steps| format!("--pretraining-steps {steps}")));
+    let folder = arguments.options.folder("upcycling", &own)?;
     let book = Book::open(&folder)?;
     let experiment = Experiment { settings, corpus, folder, jobs: arguments.options.jobs(), book };
 

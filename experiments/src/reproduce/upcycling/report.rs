@@ -81,8 +81,7 @@ fn picture(experiment: &Experiment, rows: &[Row], budget: Budget) -> anyhow::Res
         row.contestant.workers == experiment.settings.workers
             && (row.contestant.budget == budget || row.contestant.arm == ARMS[0])
     };
-    let curve =
-        |row: &Row| Curve { name: row.contestant.arm.name.replace('`', ""), points: row.curve(budget) };
+    let curve = |row: &Row| Curve::of_means(row.contestant.arm.name.replace('`', ""), row.curve(budget));
     let curves: Vec<Curve> = rows.iter().filter(of).map(curve).collect();
     let (title, x) = match budget {
         Budget::Compute => ("Validation loss at equal compute", "training compute after upcycling, TFLOP"),
@@ -168,14 +167,17 @@ impl Row {
     }
 
     /// The mean over seeds at every evaluation, over what the budget counts.
-    fn curve(&self, budget: Budget) -> Vec<(f64, f64)> {
+    fn curve(&self, budget: Budget) -> Vec<(f64, f64, Option<f64>)> {
         let first = &self.runs[0];
         let per_step = match budget {
             Budget::Compute => first.flops / first.steps as f64 / 1e12,
             Budget::Tokens => first.tokens as f64 / first.steps as f64 / 1e6,
         };
         let outcomes = self.runs.iter().map(|run| &run.outcome);
-        mean_curve(outcomes).into_iter().map(|(steps, loss)| (steps * per_step, loss)).collect()
+        mean_curve(outcomes)
+            .into_iter()
+            .map(|(steps, loss, spread)| (steps * per_step, loss, spread))
+            .collect()
     }
 }
 

@@ -1,0 +1,163 @@
+//! Any run files, side by side.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use anyhow::ensure;
+
+use super::lab::{Options, RunFile, Sweep, Trainer, Variant, Varied, cost};
+use crate::simulation::Conditions;
+
+/// Run files of your own side by side, each with all seeds: loss, bytes and staleness
+///
+/// What each file describes is trained by asynchronous workers in virtual time: as many as the file says, or as --workers
+/// says, all of about the same speed unless told otherwise. All runs have the same number of gradient evaluations: --steps, or
+/// as many as the first file's run has; with --quick 1 000. Every file is compared with the first one, seed by seed. The
+/// resolved configurations of other reproductions (configurations/*.toml) are run files, too.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  sanderling reproduce compare a.toml b.toml --steps 4000
+  sanderling reproduce compare cosine.toml wsd.toml --workers 8,32 --out runs/decay
+  sanderling reproduce compare a.toml --workers 8 --slow-workers 1 --slowness 10    # one worker ten times slower")]
+pub struct Arguments {
+    /// Run files (TOML), as `train --config` takes them; the others are compared with the first
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Numbers of workers [default: what each file says]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=256))]
+    workers: Vec<u32>,
+    /// So many workers are slower than the others
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=256))]
+    slow_workers: u32,
+    /// How many times slower they are
+    #[arg(long, default_value_t = 10.0, value_name = "TIMES", value_parser = at_least_one)]
+    slowness: f64,
+    /// Every second worker leaves after about so many exchanges, and comes back later as a new one; 0: none does
+    #[arg(long, default_value_t = 0, value_name = "EXCHANGES")]
+    stay: u32,
+    /// For the time of about so many gradients it is away
+    #[arg(long, default_value_t = 40.0, value_name = "GRADIENTS", value_parser = at_least_one)]
+    away: f64,
+    /// What all reproductions take.
+    #[command(flatten)]
+    options: Options,
+}
+
+fn at_least_one(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value >= 1.0 => Ok(value),
+        _ => Err("a number of at least 1 is wanted".to_owned()),
+    }
+}
+
+impl Arguments {
+    fn conditions(&self) -> Conditions {
+        let even = Conditions::default();
+        Conditions {
+            slow_workers: self.slow_workers,
+            slowness: if self.slow_workers > 0 { self.slowness } else { even.slowness },
+            stay: self.stay,
+            away: if self.stay > 0 { self.away } else { even.away },
+            ..even
+        }
+    }
+
+    /// The options that make it another experiment, as they are typed.
+    fn own(&self) -> Vec<String> {
+        let mut own: Vec<String> = self.files.iter().map(|path| path.display().to_string()).collect();
+        if !self.workers.is_empty() {
+            let workers: Vec<String> = self.workers.iter().map(u32::to_string).collect();
+            own.push(format!("--workers {}", workers.join(",")));
+        }
+        if self.slow_workers > 0 {
+            own.push(format!("--slow-workers {} --slowness {}", self.slow_workers, self.slowness));
+        }
+        if self.stay > 0 {
+            own.push(format!("--stay {} --away {}", self.stay, self.away));
+        }
+        own
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever keeps it from its end, in a sentence.
+pub fn compare(arguments: &Arguments) -> anyhow::Result<()> {
+    let files: Vec<RunFile> =
+        arguments.files.iter().map(|path| RunFile::read(path)).collect::<anyhow::Result<_>>()?;
+    let mut names: Vec<String> = files.iter().map(RunFile::name).collect();
+    names.sort();
+    names.dedup();
+    ensure!(names.len() == files.len(), "two run files have the same name; rename one, or leave it out");
+    let first = files[0].settings.clone().resolve()?.training;
+    let evaluations = arguments.options.steps(first.steps * u64::from(first.local_steps), 1000);
+    let conditions = arguments.conditions();
+    let mut variants = Vec::new();
+    // By workers first, so that a picture holds what is compared.
+    let places = if arguments.workers.is_empty() { 1 } else { arguments.workers.len() };
+    for place in 0..places {
+        for file in &files {
+            let own = || file.settings.clone().resolve().map(|run| run.run.workers);
+            let workers = arguments.workers.get(place).map_or_else(own, |&workers| Ok(workers))?;
+            variants.push(Variant {
+                cells: vec![workers.to_string(), file.name()],
+                picture: match arguments.workers.get(place) {
+                    Some(workers) => format!("Run files, {workers} workers"),
+                    None => "Run files".to_owned(),
+                },
+                run: file.clone(),
+                workers,
+                trainer: Trainer::Workers(conditions),
+            });
+        }
+    }
+    let sweep = Sweep {
+        name: "compare",
+        own: arguments.own(),
+        title: "Run files side by side",
+        introduction: introduction(arguments),
+        columns: &["workers", "run file"],
+        evaluations,
+        variants,
+    };
+    sweep.report(&arguments.options, |rows, _| Ok(rows.chunks(files.len()).map(verdict).collect()))
+}
+
+fn introduction(arguments: &Arguments) -> String {
+    let mut text = String::from("By asynchronous workers");
+    if arguments.slow_workers > 0 {
+        let _ = write!(text, ", {} of them {} times slower", arguments.slow_workers, arguments.slowness);
+    }
+    if arguments.stay > 0 {
+        let (stay, away) = (arguments.stay, arguments.away);
+        let _ = write!(
+            text,
+            ", every second of which stays for about {stay} exchanges and is away for about {away} gradients"
+        );
+    }
+    text.push('.');
+    text
+}
+
+/// Of one number of workers: everyone against the first.
+fn verdict(rows: &[Varied<'_>]) -> String {
+    let first = &rows[0];
+    let mut text = String::new();
+    for row in &rows[1..] {
+        let (up, down) = row.fewer_bytes(first);
+        let _ = writeln!(
+            text,
+            "* {} against {}: {up} up and {down} down, and a test loss {}: {}.",
+            row.variant.name(),
+            first.variant.cells[1],
+            row.above(first),
+            cost(&row.above(first)),
+        );
+    }
+    if text.is_empty() {
+        let _ = writeln!(text, "* {}: nothing to compare it with.", first.variant.name());
+    }
+    text
+}
