@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::ensure;
 
-use super::lab::{Options, RunFile, Sweep, Trainer, Variant, Varied, cost};
+use super::lab::{Options, RunFile, Sweep, Trainer, Variant, Varied, cost, counted, workers_option};
 use crate::simulation::Conditions;
 
 /// Run files of your own side by side, each with all seeds: loss, bytes and staleness
@@ -66,10 +66,7 @@ impl Arguments {
     /// The options that make it another experiment, as they are typed.
     fn own(&self) -> Vec<String> {
         let mut own: Vec<String> = self.files.iter().map(|path| path.display().to_string()).collect();
-        if !self.workers.is_empty() {
-            let workers: Vec<String> = self.workers.iter().map(u32::to_string).collect();
-            own.push(format!("--workers {}", workers.join(",")));
-        }
+        own.extend(workers_option(&self.workers));
         if self.slow_workers > 0 {
             own.push(format!("--slow-workers {} --slowness {}", self.slow_workers, self.slowness));
         }
@@ -93,26 +90,14 @@ pub fn compare(arguments: &Arguments) -> anyhow::Result<()> {
     ensure!(names.len() == files.len(), "two run files have the same name; rename one, or leave it out");
     let first = files[0].settings.clone().resolve()?.training;
     let evaluations = arguments.options.steps(first.steps * u64::from(first.local_steps), 1000);
-    let conditions = arguments.conditions();
-    let mut variants = Vec::new();
     // By workers first, so that a picture holds what is compared.
-    let places = if arguments.workers.is_empty() { 1 } else { arguments.workers.len() };
-    for place in 0..places {
-        for file in &files {
-            let own = || file.settings.clone().resolve().map(|run| run.run.workers);
-            let workers = arguments.workers.get(place).map_or_else(own, |&workers| Ok(workers))?;
-            variants.push(Variant {
-                cells: vec![workers.to_string(), file.name()],
-                picture: match arguments.workers.get(place) {
-                    Some(workers) => format!("Run files, {workers} workers"),
-                    None => "Run files".to_owned(),
-                },
-                run: file.clone(),
-                workers,
-                trainer: Trainer::Workers(conditions),
-            });
-        }
-    }
+    let numbers: Vec<Option<u32>> = match &arguments.workers[..] {
+        [] => vec![None],
+        stated => stated.iter().copied().map(Some).collect(),
+    };
+    let pairs = numbers.iter().flat_map(|&workers| files.iter().map(move |file| (file, workers)));
+    let variants = pairs.map(|(file, workers)| variant(file, workers, arguments.conditions()));
+    let variants = variants.collect::<anyhow::Result<_>>()?;
     let sweep = Sweep {
         name: "compare",
         own: arguments.own(),
@@ -123,6 +108,23 @@ pub fn compare(arguments: &Arguments) -> anyhow::Result<()> {
         variants,
     };
     sweep.report(&arguments.options, |rows, _| Ok(rows.chunks(files.len()).map(verdict).collect()))
+}
+
+/// A file by so many workers, or by as many as it says.
+fn variant(file: &RunFile, stated: Option<u32>, conditions: Conditions) -> anyhow::Result<Variant> {
+    let workers = match stated {
+        Some(workers) => workers,
+        None => file.settings.clone().resolve()?.run.workers,
+    };
+    Ok(Variant {
+        cells: vec![workers.to_string(), file.name()],
+        picture: stated.map_or("Run files".to_owned(), |_| {
+            format!("Run files, {}", counted(u64::from(workers), "worker"))
+        }),
+        run: file.clone(),
+        workers,
+        trainer: Trainer::Workers(conditions),
+    })
 }
 
 fn introduction(arguments: &Arguments) -> String {

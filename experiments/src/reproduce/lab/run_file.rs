@@ -39,8 +39,12 @@ impl RunFile {
             Origin::Fresh => {}
             Origin::Checkpoint(checkpoint) => contents.init_sha256 = hash(checkpoint)?,
             Origin::Upcycled { dense, .. } => {
-                let sha256 = hex(&Dense::load(dense)?.sha256);
-                settings.upcycle.dense_sha256.get_or_insert(sha256);
+                // A stated one is compared with it where the model is made.
+                let stated = settings.upcycle.dense_sha256.take().filter(|stated| !stated.is_empty());
+                settings.upcycle.dense_sha256 = Some(match stated {
+                    Some(stated) => stated,
+                    None => hex(&Dense::load(dense)?.sha256),
+                });
             }
         }
         if run.data.text != BUNDLED_TEXT {

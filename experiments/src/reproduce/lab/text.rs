@@ -133,6 +133,12 @@ pub(in crate::reproduce) fn plus_minus(mean: f64, spread: Option<f64>, decimals:
     }
 }
 
+/// An option with numbers of workers, as it is typed; none if none were stated.
+pub(in crate::reproduce) fn workers_option(workers: &[u32]) -> Option<String> {
+    let typed: Vec<String> = workers.iter().map(u32::to_string).collect();
+    (!typed.is_empty()).then(|| format!("--workers {}", typed.join(",")))
+}
+
 /// So many of something: `1 worker`, `8 workers`.
 pub(in crate::reproduce) fn counted(count: u64, noun: &str) -> String {
     if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }

@@ -10,7 +10,8 @@ use sanderling_common::config::RunPartial;
 use self::report::Report;
 use super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, RunFile, Spec, Subject, Trainer, Tried,
-    Warmup, exchanges, file_name, look_every, make, validation, write_configuration, write_report,
+    Warmup, exchanges, file_name, look_every, make, validation, workers_option, write_configuration,
+    write_report,
 };
 use crate::simulation::Conditions;
 
@@ -165,10 +166,7 @@ pub fn recipe(arguments: &Arguments) -> anyhow::Result<()> {
     let options = &arguments.options;
     let mut own = Vec::new();
     own.extend(arguments.config.iter().map(|path| format!("--config {}", path.display())));
-    own.extend((!arguments.workers.is_empty()).then(|| {
-        let workers: Vec<String> = arguments.workers.iter().map(u32::to_string).collect();
-        format!("--workers {}", workers.join(","))
-    }));
+    own.extend(workers_option(&arguments.workers));
     let settings = Settings::new(arguments)?;
     let folder = options.folder("recipe", &own)?;
     let book = Book::open(&folder)?;
