@@ -130,7 +130,7 @@ pub enum Decay {
     /// Along half a cosine
     #[default]
     Cosine,
-    /// Warm-up, stable, decay: the peak for 60 % of the run, and then along a line
+    /// Warm-up, stable, decay: the peak for 60 % of what follows warmup_steps, and then along a line
     Wsd,
 }
 

@@ -211,9 +211,37 @@ fn run_files_are_compared_with_the_first() {
     assert!(compare(&["--workers", "2,4"]).status.success());
     assert_eq!(results(folder.path()).len(), 16);
     let said = String::from_utf8(compare(&[&plain]).stderr).unwrap();
-    assert!(said.contains("two run files have the same name"), "{said}");
+    assert!(said.contains("have the same name for tables and files"), "{said}");
+    let said = String::from_utf8(compare(&["--workers", "2", "--slow-workers", "2"]).stderr).unwrap();
+    assert!(said.contains("of 2 workers; take fewer"), "{said}");
     let said = String::from_utf8(compare(&["absent.toml"]).stderr).unwrap();
     assert!(said.contains("cannot read the run file absent.toml"), "{said}");
+}
+
+/// What cannot be run is refused before anything is, and takes no folder.
+#[test]
+fn what_cannot_be_run_has_no_folder() {
+    let files = tempfile::tempdir().unwrap();
+    let threes = run_file(files.path(), "threes.toml", "[training]\nlocal_steps = 3\n");
+    let cases: [(&[&str], &str); 4] = [
+        (
+            &["recipe", "--config", &threes, "--workers", "2", "--steps", "16"],
+            "whole exchanges of 3 local steps",
+        ),
+        (
+            &["compare", &threes, "--steps", "16"],
+            "threes.toml: 16 gradient evaluations are no whole exchanges",
+        ),
+        (&["recipe", "--workers", "3", "--steps", "16"], "no whole steps of 3 workers together"),
+        (&["recipe", "--config", "absent.toml"], "cannot read the run file absent.toml"),
+    ];
+    for (arguments, sentence) in cases {
+        let folder = files.path().join("results");
+        let output = command(&folder, arguments).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && said.contains(sentence), "{arguments:?}: {said}");
+        assert!(!folder.exists(), "{arguments:?}");
+    }
 }
 
 #[test]

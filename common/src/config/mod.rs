@@ -134,7 +134,7 @@ settings! {
         warmup_steps: u64 = 100;
         /// Exchanges of each worker over which the rate warms up, where those of all take longer than warmup_steps
         warmup_exchanges: u64 = defaults.warmup_exchanges;
-        /// How the rate falls after the warm-up: cosine, or wsd (the peak for 60 % of the run, then in a line)
+        /// How the rate falls after the warm-up: cosine, or wsd (the peak for 60 % of what follows warmup_steps, then in a line)
         decay: Decay = Decay::Cosine;
         /// The decay ends at this fraction of the peak
         final_rate_fraction: f64 = 0.1;

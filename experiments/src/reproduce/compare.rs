@@ -3,16 +3,16 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 
-use super::lab::{Options, RunFile, Sweep, Trainer, Variant, Varied, cost, counted, workers_option};
+use super::lab::{Options, RunFile, Sweep, Trainer, Variant, Varied, counted, file_name, workers_option};
 use crate::simulation::Conditions;
 
 /// Run files of your own side by side, each with all seeds: loss, bytes and staleness
 ///
 /// What each file describes is trained by asynchronous workers in virtual time: as many as the file says, or as --workers
 /// says, all of about the same speed unless told otherwise. All runs have the same number of gradient evaluations: --steps, or
-/// as many as the first file's run has; with --quick 1 000. Every file is compared with the first one, seed by seed. The
+/// as many as the first file's run has, with --quick 1 000 at most. What the files say of seeds and of the server plays no part. Every file is compared with the first one, seed by seed. The
 /// resolved configurations of other reproductions (configurations/*.toml) are run files, too.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -31,18 +31,21 @@ pub struct Arguments {
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=256))]
     slow_workers: u32,
     /// How many times slower they are
-    #[arg(long, default_value_t = 10.0, value_name = "TIMES", value_parser = at_least_one)]
+    #[arg(long, default_value_t = 10.0, value_name = "TIMES", value_parser = at_least_one, requires = "slow_workers")]
     slowness: f64,
     /// Every second worker leaves after about so many exchanges, and comes back later as a new one; 0: none does
     #[arg(long, default_value_t = 0, value_name = "EXCHANGES")]
     stay: u32,
     /// For the time of about so many gradients it is away
-    #[arg(long, default_value_t = 40.0, value_name = "GRADIENTS", value_parser = at_least_one)]
+    #[arg(long, default_value_t = 40.0, value_name = "GRADIENTS", value_parser = at_least_one, requires = "stay")]
     away: f64,
     /// What all reproductions take.
     #[command(flatten)]
     options: Options,
 }
+
+/// Gradient evaluations with --quick, at most.
+const QUICK_EVALUATIONS: u64 = 1000;
 
 fn at_least_one(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -84,17 +87,27 @@ impl Arguments {
 pub fn compare(arguments: &Arguments) -> anyhow::Result<()> {
     let files: Vec<RunFile> =
         arguments.files.iter().map(|path| RunFile::read(path)).collect::<anyhow::Result<_>>()?;
-    let mut names: Vec<String> = files.iter().map(RunFile::name).collect();
-    names.sort();
-    names.dedup();
-    ensure!(names.len() == files.len(), "two run files have the same name; rename one, or leave it out");
+    for (place, file) in files.iter().enumerate() {
+        // Configurations are written by these names.
+        let is_same = |other: &&RunFile| file_name(&other.name()) == file_name(&file.name());
+        if let Some(other) = files[..place].iter().find(is_same) {
+            bail!(
+                "{} and {} have the same name for tables and files; rename one, or leave it out",
+                other.path.display(),
+                file.path.display()
+            );
+        }
+    }
     let first = files[0].settings.clone().resolve()?.training;
-    let evaluations = arguments.options.steps(first.steps * u64::from(first.local_steps), 1000);
+    let of_first = first.steps * u64::from(first.local_steps);
+    let evaluations = arguments.options.steps(of_first, of_first.min(QUICK_EVALUATIONS));
     // By workers first, so that a picture holds what is compared.
-    let numbers: Vec<Option<u32>> = match &arguments.workers[..] {
-        [] => vec![None],
-        stated => stated.iter().copied().map(Some).collect(),
-    };
+    let mut numbers: Vec<Option<u32>> = arguments.workers.iter().copied().map(Some).collect();
+    numbers.sort_unstable();
+    numbers.dedup();
+    if numbers.is_empty() {
+        numbers.push(None);
+    }
     let pairs = numbers.iter().flat_map(|&workers| files.iter().map(move |file| (file, workers)));
     let variants = pairs.map(|(file, workers)| variant(file, workers, arguments.conditions()));
     let variants = variants.collect::<anyhow::Result<_>>()?;
@@ -116,6 +129,11 @@ fn variant(file: &RunFile, stated: Option<u32>, conditions: Conditions) -> anyho
         Some(workers) => workers,
         None => file.settings.clone().resolve()?.run.workers,
     };
+    ensure!(
+        conditions.slow_workers < workers,
+        "--slow-workers {} is as many as there are, or more, of {workers} workers; take fewer",
+        conditions.slow_workers
+    );
     Ok(Variant {
         cells: vec![workers.to_string(), file.name()],
         picture: stated.map_or("Run files".to_owned(), |_| {
@@ -151,11 +169,10 @@ fn verdict(rows: &[Varied<'_>]) -> String {
         let (up, down) = row.fewer_bytes(first);
         let _ = writeln!(
             text,
-            "* {} against {}: {up} up and {down} down, and a test loss {}: {}.",
+            "* {} against {}: {up} up and {down} down, and a test loss {}.",
             row.variant.name(),
             first.variant.cells[1],
             row.above(first),
-            cost(&row.above(first)),
         );
     }
     if text.is_empty() {

@@ -10,7 +10,8 @@ use sanderling_common::init::parameters_hash;
 use sanderling_common::join::hex;
 use sanderling_common::origin::{Dense, Origin};
 
-use super::spec::{Contents, SMALL_MODEL_RATE, Subject, small_model};
+use super::spec::{Contents, SMALL_MODEL_RATE, Spec, Subject, Trainer, small_model};
+use super::text::EVALUATIONS_MAX;
 
 /// What a run file says, as `train --config` reads it, and what the files are that it names.
 #[derive(Clone, Debug, Default)]
@@ -32,22 +33,38 @@ impl RunFile {
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", in_file()))?;
         let mut settings = parse(&text).with_context(in_file)?.adopt().with_context(in_file)?;
         let run = settings.clone().resolve().with_context(in_file)?;
-        ensure!(!run.training.overlap, "{}: overlap is for real workers, not for simulated ones", in_file());
+        ensure!(
+            !run.training.overlap,
+            "{}: overlap is for real workers, not for simulated ones; leave it out",
+            in_file()
+        );
+        let training = &run.training;
+        let evaluations = training.steps.checked_mul(u64::from(training.local_steps));
+        ensure!(
+            evaluations.is_some_and(|evaluations| evaluations <= EVALUATIONS_MAX),
+            "{}: {} steps of {} gradients are too many to be simulated; at most {EVALUATIONS_MAX} gradients are",
+            in_file(),
+            training.steps,
+            training.local_steps
+        );
         let origin = Origin::open(&run).with_context(in_file)?;
         let mut contents = Contents::default();
         match &origin {
             Origin::Fresh => {}
             Origin::Checkpoint(checkpoint) => contents.init_sha256 = hash(checkpoint)?,
             Origin::Upcycled { dense, .. } => {
-                // A stated one is compared with it where the model is made.
-                let stated = settings.upcycle.dense_sha256.take().filter(|stated| !stated.is_empty());
-                settings.upcycle.dense_sha256 = Some(match stated {
-                    Some(stated) => stated,
-                    None => hex(&Dense::load(dense)?.sha256),
-                });
+                let (found, stated) = (hex(&Dense::load(dense)?.sha256), &run.upcycle.dense_sha256);
+                ensure!(
+                    stated.is_empty() || stated.eq_ignore_ascii_case(&found),
+                    "{}: the dense checkpoint {} has the hash {found}, and not dense_sha256 = {stated}",
+                    in_file(),
+                    run.upcycle.dense
+                );
+                settings.upcycle.dense_sha256 = Some(found);
             }
         }
-        if run.data.text != BUNDLED_TEXT {
+        // A checkpoint's tokenizer makes another text of the bundled one, too.
+        if run.data.text != BUNDLED_TEXT || run.starts_from_checkpoint() {
             contents.text_sha256 = hex(&origin.corpus(&run).with_context(in_file)?.sha256());
         }
         Ok(Self { path: path.to_owned(), settings, contents })
@@ -71,6 +88,23 @@ impl RunFile {
             parse(&file).expect("variations of the small model are written down in this program");
         settings.training.learning_rate.get_or_insert(SMALL_MODEL_RATE);
         Self { settings, ..Self::default() }
+    }
+
+    /// A run with these settings of it, resolved.
+    ///
+    /// # Errors
+    /// A sentence that names the file, if there is one.
+    pub(in crate::reproduce) fn spec(&self, settings: RunPartial, trainer: Trainer) -> anyhow::Result<Spec> {
+        let resolved = self.named(settings.resolve().map_err(anyhow::Error::new))?;
+        Ok(Spec { contents: self.contents.clone(), ..Spec::of(Subject::Text, &resolved, trainer) })
+    }
+
+    /// What went wrong with the file, with its name.
+    pub(in crate::reproduce) fn named<T>(&self, outcome: anyhow::Result<T>) -> anyhow::Result<T> {
+        match self.path.as_os_str().is_empty() {
+            true => outcome,
+            false => outcome.with_context(|| format!("the run file {}", self.path.display())),
+        }
     }
 
     /// For tables.

@@ -179,6 +179,21 @@ impl Spec {
 }
 
 impl Spec {
+    /// The text that is trained on.
+    pub(in crate::reproduce) fn text_name(&self) -> String {
+        match (self.data.text.as_str(), self.contents.text_sha256.is_empty()) {
+            (BUNDLED_TEXT, true) => "characters of the bundled text".to_owned(),
+            (BUNDLED_TEXT, false) => "the bundled text".to_owned(),
+            (path, _) => path.to_owned(),
+        }
+    }
+
+    /// Whether it has the model, the start and the batches of another run of the same seed.
+    pub(in crate::reproduce) fn shares_all_but_method(&self, other: &Self) -> bool {
+        (&self.data, &self.model, &self.upcycle, &self.contents)
+            == (&other.data, &other.model, &other.upcycle, &other.contents)
+    }
+
     /// Everything that the run depends on, and nothing else.
     pub(in crate::reproduce) fn resolved(&self) -> Value {
         let mut resolved = json!({

@@ -4,14 +4,13 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Instant;
 
-use sanderling_common::config::BUNDLED_TEXT;
 use sanderling_server::progress::bytes;
 
 use super::book::Book;
 use super::difference::Difference;
 use super::jobs::{EVALUATIONS, Jobs};
 use super::run_file::RunFile;
-use super::spec::{Run, Spec, Subject, Trainer, exchanges, make};
+use super::spec::{Run, Spec, Trainer, exchanges, make};
 use super::text::{
     Options, curve_of, file_name, look_every, mean_and_spread, plot_both, seeds_text, show,
     write_configuration, write_report,
@@ -160,11 +159,11 @@ impl Sweep {
     fn spec(&self, variant: &Variant, seed: u64) -> anyhow::Result<Spec> {
         let mut settings = variant.run.settings.clone();
         (settings.run.workers, settings.run.seed) = (Some(variant.workers), Some(seed));
-        let steps = exchanges(self.evaluations, settings.training.local_steps.unwrap_or(1))?;
+        let local_steps = settings.training.local_steps.unwrap_or(1);
+        let steps = variant.run.named(exchanges(self.evaluations, local_steps))?;
         settings.training.steps = Some(steps);
         settings.training.eval_every = Some(look_every(steps, LOOKS));
-        let spec = Spec::of(Subject::Text, &settings.resolve()?, variant.trainer);
-        Ok(Spec { contents: variant.run.contents.clone(), ..spec })
+        variant.run.spec(settings, variant.trainer)
     }
 
     /// Makes the runs that are missing and writes the report; `verdict` adds to its text, and to the pictures in the folder.
@@ -174,7 +173,12 @@ impl Sweep {
         verdict: impl FnOnce(&[Varied<'_>], &Path) -> anyhow::Result<String>,
     ) -> anyhow::Result<()> {
         let started = Instant::now();
-        let (folder, seeds) = (options.folder(self.name, &self.own)?, options.seeds());
+        let seeds = options.seeds();
+        // What cannot be run is found out before it has a folder.
+        for variant in &self.variants {
+            self.spec(variant, seeds[0])?;
+        }
+        let folder = options.folder(self.name, &self.own)?;
         let rows = self.make_all(&folder, &seeds, options.jobs())?;
         let mut text = self.table(&seeds, &rows);
         let _ = write!(text, "\n## Verdict\n\n{}\n", verdict(&rows, &folder)?);
@@ -184,7 +188,7 @@ impl Sweep {
             let curves: Vec<Curve> = (rows.iter().filter(|row| row.variant.picture == picture))
                 .map(|row| Curve::of_means(row.variant.name(), curve_of(&row.runs)))
                 .collect();
-            let axes = ("gradient evaluations", "validation loss, nats per character");
+            let axes = ("gradient evaluations", "validation loss, nats");
             let _ = write!(text, "\n{}", plot_both(&folder, &file_name(picture), picture, axes, &curves)?);
         }
         let _ = writeln!(
@@ -217,12 +221,13 @@ impl Sweep {
         let mut text = format!(
             "# {}\n\n{} {} gradient evaluations each, {}; {}; in virtual time, whose \
              unit is a gradient of a worker of middling speed. Bytes are those of the frames, with how many times fewer they are \
-             than a dense float32 exchange of every gradient. Runs of one seed share parameters and batches, and are compared with each other.\n\n",
+             than a dense float32 exchange of every gradient. {}\n\n",
             self.title,
             self.introduction,
             self.evaluations,
             seeds_text(seeds),
             subject_text(rows),
+            shared_text(rows),
         );
         let _ = writeln!(
             text,
@@ -239,14 +244,20 @@ impl Sweep {
 /// What was learned by how large a model.
 fn subject_text(rows: &[Varied<'_>]) -> String {
     let list = |mut all: Vec<String>| {
+        all.sort();
         all.dedup();
         all.join(" and ")
     };
-    let text = |row: &Varied<'_>| match row.runs[0].spec.data.text.as_str() {
-        BUNDLED_TEXT => "characters of the bundled text".to_owned(),
-        path => path.to_owned(),
-    };
-    let texts = list(rows.iter().map(text).collect());
+    let texts = list(rows.iter().map(|row| row.runs[0].spec.text_name()).collect());
     let parameters = list(rows.iter().map(|row| row.runs[0].outcome.parameters.to_string()).collect());
     format!("{texts}, {parameters} parameters")
+}
+
+/// Whether runs of one seed can be compared.
+fn shared_text(rows: &[Varied<'_>]) -> &'static str {
+    let first = &rows[0].runs[0].spec;
+    match rows.iter().all(|row| row.runs[0].spec.shares_all_but_method(first)) {
+        true => "Runs of one seed share parameters and batches, and are compared with each other.",
+        false => "Not all of them have the same model, start and text: their losses differ by that, too.",
+    }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
+use super::book::key_name;
 use super::difference::diverged_of;
 use super::jobs::Jobs;
 use super::spec::{Outcome, Run, Spec};
@@ -16,6 +17,12 @@ use crate::task::Score;
 
 /// The first seed; the others follow.
 const FIRST_SEED: u64 = 1337;
+
+/// The most gradient evaluations of a run.
+pub(in crate::reproduce) const EVALUATIONS_MAX: u64 = 100_000_000;
+
+/// The longest name of a folder that is made of a command, in bytes; longer ones are cut off and end with a hash.
+const FOLDER_NAME_MAX: usize = 100;
 
 /// The file of a folder that says whose results it holds.
 const WHOSE: &str = "reproduction.txt";
@@ -32,8 +39,8 @@ pub(in crate::reproduce) struct Options {
     /// Seeds, from 1337 on [default: 3, with --quick 1]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100))]
     pub(in crate::reproduce) seeds: Option<u64>,
-    /// Gradient evaluations of a run that counts [default: as said above]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    /// Gradient evaluations of a run that counts [default: the command's own, see --help]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=EVALUATIONS_MAX))]
     pub(in crate::reproduce) steps: Option<u64>,
     /// Where results go, and are looked for; several processes may share it [default: runs/reproduce-NAME, with the options
     /// that make it another experiment]
@@ -55,7 +62,7 @@ impl Options {
         let form = self.form(name, own);
         let folder = match &self.out {
             Some(folder) => folder.clone(),
-            None => PathBuf::from(format!("runs/reproduce-{}", file_name(&form))),
+            None => PathBuf::from(format!("runs/reproduce-{}", folder_name(&form))),
         };
         fs::create_dir_all(&folder)
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
@@ -247,6 +254,15 @@ pub(in crate::reproduce) fn write_part(folder: &Path, name: &str, text: &str) ->
     say(&format!("{text}\nResults are in {}\n", folder.display()))
 }
 
+/// A folder's name for a command.
+fn folder_name(form: &str) -> String {
+    let name = file_name(form);
+    match name.get(..FOLDER_NAME_MAX) {
+        Some(beginning) if name.len() > FOLDER_NAME_MAX => format!("{beginning}-{}", key_name(&form)),
+        _ => name,
+    }
+}
+
 /// A name without what a file system or a link would trip over.
 pub(in crate::reproduce) fn file_name(name: &str) -> String {
     let plain = |character: char| if character.is_ascii_alphanumeric() { character } else { '-' };
@@ -262,5 +278,8 @@ mod tests {
     fn names_of_files_are_plain() {
         assert_eq!(file_name("8 workers, 5 % down"), "8-workers-5-percent-down");
         assert_eq!(file_name("η0/√(1+τ)"), "0-1");
+        assert_eq!(folder_name("compare a.toml"), "compare-a-toml");
+        let long = |name: &str| folder_name(&format!("{} {name}", "run.toml ".repeat(50)));
+        assert!(long("a").len() < 150 && long("a") != long("b"), "{}", long("a"));
     }
 }

@@ -5,13 +5,13 @@ mod report;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use anyhow::ensure;
 use sanderling_common::config::RunPartial;
 
 use self::report::Report;
 use super::lab::{
-    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, RunFile, Spec, Subject, Trainer, Tried,
-    Warmup, exchanges, file_name, look_every, make, validation, workers_option, write_configuration,
-    write_report,
+    Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, RunFile, Spec, Trainer, Tried, Warmup,
+    exchanges, file_name, look_every, make, validation, workers_option, write_configuration, write_report,
 };
 use crate::simulation::Conditions;
 
@@ -22,8 +22,8 @@ use crate::simulation::Conditions;
 /// step of N batches together. AdamW has the best of at least four learning rates for each number of workers, and of the rates around
 /// it for longer runs, and the better of two warm-ups, by validation with the first seed; weight decay is the same for everyone. With
 /// --quick 600 evaluations of a small model, with the rates that suit it, and three rates of AdamW. A run file puts other settings in
-/// the place of the defaults: its model, text, start and schedule are also those of AdamW, its method and rates are the workers'.
-/// Finished runs are kept in the folder and not made again.
+/// the place of the defaults and of the small model: its model, text, start, length and schedule are also those of AdamW, its method and
+/// rates are the workers'; what it says of the server, of seeds and of the number of workers plays no part. Finished runs are kept in the folder and not made again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -69,10 +69,13 @@ impl Settings {
             None if options.quick => RunFile::small(),
             None => RunFile::default(),
         };
+        let stated = &base.settings.training;
+        let of_file =
+            stated.steps.map(|steps| steps.saturating_mul(u64::from(stated.local_steps.unwrap_or(1))));
         let lengths = match options.steps {
             Some(steps) => vec![steps],
             None if options.quick => vec![QUICK_LENGTH],
-            None => LENGTHS.to_vec(),
+            None => of_file.map_or(LENGTHS.to_vec(), |evaluations| vec![evaluations]),
         };
         let mut workers = match &arguments.workers[..] {
             [] if options.quick => vec![4, 8],
@@ -86,6 +89,26 @@ impl Settings {
             false => vec![5e-4, 1e-3, 2e-3, 4e-3],
         };
         Ok(Self { base, workers, lengths, rates, seeds: options.seeds() })
+    }
+
+    /// Finds out what cannot be run before anything is.
+    fn check(&self) -> anyhow::Result<()> {
+        for (&evaluations, reference) in self
+            .lengths
+            .iter()
+            .flat_map(|length| self.references().into_iter().map(move |reference| (length, reference)))
+        {
+            let workers = reference.workers;
+            ensure!(
+                evaluations.is_multiple_of(u64::from(workers)),
+                "{evaluations} gradient evaluations are no whole steps of {workers} workers together; give other --steps or --workers"
+            );
+            self.reference(reference, self.rates[0], evaluations, self.seeds[0])?;
+            if workers > 1 {
+                self.ours(workers, evaluations, self.seeds[0])?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether the goals are for it.
@@ -109,8 +132,7 @@ impl Settings {
     }
 
     fn spec(&self, settings: RunPartial, trainer: Trainer) -> anyhow::Result<Spec> {
-        let spec = Spec::of(Subject::Text, &settings.resolve()?, trainer);
-        Ok(Spec { contents: self.base.contents.clone(), ..spec })
+        self.base.spec(settings, trainer)
     }
 
     /// AdamW, where so many workers make a step together.
@@ -126,12 +148,22 @@ impl Settings {
         settings.training.learning_rate = Some(rate);
         // What else there is of a method's rates is not AdamW's.
         (settings.training.learning_rate_max, settings.training.local_rate) = (None, None);
-        settings.training.local_steps = None;
+        // Warm-ups count exchanges, which are as many gradients each.
+        let local_steps = u64::from(settings.training.local_steps.take().unwrap_or(1));
         let mut spec = self.spec(settings, Trainer::AdamW)?;
-        if warmup == Warmup::Long {
-            spec.training.warmup_steps = spec.training.warmup_exchanges * u64::from(workers);
-        }
+        let training = &mut spec.training;
+        training.warmup_steps = local_steps
+            * match warmup {
+                Warmup::Short => training.warmup_steps,
+                Warmup::Long => training.warmup_exchanges * u64::from(workers),
+            };
         Ok(spec)
+    }
+
+    /// Whether asynchronous workers have a warm-up that grows with their number.
+    fn warms_up_by_exchanges(&self) -> anyhow::Result<bool> {
+        let spec = self.ours(self.workers[0], self.lengths[0], self.seeds[0])?;
+        Ok(spec.training.warmup_exchanges > 0)
     }
 
     /// The default method, or that of the run file.
@@ -168,6 +200,7 @@ pub fn recipe(arguments: &Arguments) -> anyhow::Result<()> {
     own.extend(arguments.config.iter().map(|path| format!("--config {}", path.display())));
     own.extend(workers_option(&arguments.workers));
     let settings = Settings::new(arguments)?;
+    settings.check()?;
     let folder = options.folder("recipe", &own)?;
     let book = Book::open(&folder)?;
     let experiment = Experiment { settings, folder, jobs: options.jobs(), book };
@@ -213,7 +246,8 @@ impl Experiment {
                 Some(before) => [0.5, 1.0, 2.0].map(|by| by * before.rate).to_vec(),
             };
             let of_short = self.tune(settings.references(), steps, grid)?;
-            let several = of_short.iter().filter(|(tuned, _)| tuned.reference.workers > 1);
+            let is_longer = settings.warms_up_by_exchanges()?;
+            let several = of_short.iter().filter(|(tuned, _)| is_longer && tuned.reference.workers > 1);
             let long = several.map(|(tuned, _)| Reference { warmup: Warmup::Long, ..tuned.reference });
             let grid = |reference: &Reference| {
                 let (short, _) =

@@ -83,12 +83,11 @@ impl Report<'_> {
         } else {
             ""
         };
-        let (title, whose, text) = match settings.is_default() {
-            true => {
-                ("The default recipe".to_owned(), "the default settings", "characters of the bundled text")
-            }
-            false => (settings.base.name(), "the settings of the run file", first.spec.data.text.as_str()),
+        let (title, whose) = match settings.is_default() {
+            true => ("The default recipe".to_owned(), "the default settings"),
+            false => (settings.base.name(), "the settings of the run file"),
         };
+        let local_steps = u64::from(first.spec.training.local_steps);
         let start = match &first.spec.upcycle.dense {
             dense if !dense.is_empty() => format!(", upcycled from {dense}"),
             _ if !first.spec.model.init.is_empty() => format!(", from {}", first.spec.model.init),
@@ -97,18 +96,19 @@ impl Report<'_> {
         let values = |values: ValueFormat| format!("{values:?}").to_lowercase();
         let weight_decay = first.spec.training.weight_decay;
         format!(
-            "# {title} against AdamW\n\nText: {text}; {} parameters{start}; {}, loss in nats per token of the text. \
+            "# {title} against AdamW\n\nOf {}, {} parameters{start}; {}, loss in nats per token. \
              The same number of gradient evaluations for everyone: N workers with data-parallel AdamW make a step of N \
              batches together, with the best of the rates {:?} and on while the best lies at the edge{around}, and the better of a \
              warm-up over {} evaluations (but 10 steps at least) and a long one over {} steps (but a quarter of the run at most, as for \
              asynchronous workers), by validation with the first seed; asynchronous workers each go at their own pace, with {whose} \
              for any N and length: {} % kept up as {}, {} % down as {}, in virtual time. Weight decay is {weight_decay} for everyone. \
              Runs of one seed share parameters and batches, and are compared with each other.\n\n",
+            first.spec.text_name(),
             first.outcome.parameters,
             seeds_text(&settings.seeds),
             settings.rates,
-            first.spec.training.warmup_steps,
-            first.spec.training.warmup_exchanges,
+            local_steps * first.spec.training.warmup_steps,
+            local_steps * first.spec.training.warmup_exchanges,
             100.0 * first.spec.exchange.keep,
             values(first.spec.exchange.values_up),
             100.0 * first.spec.exchange.secondary,
