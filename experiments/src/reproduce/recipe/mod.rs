@@ -93,19 +93,18 @@ impl Settings {
 
     /// Finds out what cannot be run before anything is.
     fn check(&self) -> anyhow::Result<()> {
-        for (&evaluations, reference) in self
-            .lengths
-            .iter()
-            .flat_map(|length| self.references().into_iter().map(move |reference| (length, reference)))
-        {
-            let workers = reference.workers;
-            ensure!(
-                evaluations.is_multiple_of(u64::from(workers)),
-                "{evaluations} gradient evaluations are no whole steps of {workers} workers together; give other --steps or --workers"
-            );
-            self.reference(reference, self.rates[0], evaluations, self.seeds[0])?;
-            if workers > 1 {
-                self.ours(workers, evaluations, self.seeds[0])?;
+        for &evaluations in &self.lengths {
+            for reference in self.references() {
+                let workers = reference.workers;
+                ensure!(
+                    evaluations.is_multiple_of(u64::from(workers)),
+                    "{evaluations} gradient evaluations are no whole steps of {workers} workers together; give other --steps or \
+                     --workers"
+                );
+                self.reference(reference, self.rates[0], evaluations, self.seeds[0])?;
+                if workers > 1 {
+                    self.ours(workers, evaluations, self.seeds[0])?;
+                }
             }
         }
         Ok(())
@@ -131,10 +130,6 @@ impl Settings {
         settings
     }
 
-    fn spec(&self, settings: RunPartial, trainer: Trainer) -> anyhow::Result<Spec> {
-        self.base.spec(settings, trainer)
-    }
-
     /// AdamW, where so many workers make a step together.
     fn reference(
         &self,
@@ -150,7 +145,7 @@ impl Settings {
         (settings.training.learning_rate_max, settings.training.local_rate) = (None, None);
         // Warm-ups count exchanges, which are as many gradients each.
         let local_steps = u64::from(settings.training.local_steps.take().unwrap_or(1));
-        let mut spec = self.spec(settings, Trainer::AdamW)?;
+        let mut spec = self.base.spec(settings, Trainer::AdamW)?;
         let training = &mut spec.training;
         training.warmup_steps = local_steps
             * match warmup {
@@ -172,7 +167,7 @@ impl Settings {
         let steps = exchanges(evaluations, settings.training.local_steps.unwrap_or(1))?;
         settings.training.steps = Some(steps);
         settings.training.eval_every = Some(look_every(steps, LOOKS));
-        self.spec(settings, Trainer::Workers(Conditions::default()))
+        self.base.spec(settings, Trainer::Workers(Conditions::default()))
     }
 }
 
