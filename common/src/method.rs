@@ -63,7 +63,8 @@ impl Method {
     /// The paper's methods are as published but for the rates, which suit small transformers on about four workers
     /// with gradients clipped to norm 1. Momentum multiplies the reach of a rate by 1/(1 − m), hence the lower ones. Those of
     /// `dgs-adam` were chosen on the default model (1.78 M parameters, 128 wide) for 4 to 32 workers together; a model of half
-    /// the width does best with twice the rates. `sanderling reproduce recipe` holds them against AdamW.
+    /// the width does best with twice the rates, and a run that goes on [from a checkpoint](MethodDefaults::from_checkpoint) with a
+    /// quarter of them. `sanderling reproduce recipe` holds them against AdamW.
     pub fn defaults(self) -> MethodDefaults {
         let published = MethodDefaults {
             method: self,
@@ -155,7 +156,22 @@ pub struct MethodDefaults {
     pub warmup_exchanges: u64,
 }
 
+/// The share of its rates from scratch with which `dgs-adam` goes on from a checkpoint: at the full ones a model first loses of
+/// what it has learnt (`docs/results.md`, from a warm start). The other methods keep theirs, for want of evidence.
+const CHECKPOINT_RATE_SHARE: f64 = 0.25;
+
 impl MethodDefaults {
+    /// Those of a run that goes on from a checkpoint, or from a mixture that is made of one.
+    #[must_use]
+    pub fn from_checkpoint(self) -> Self {
+        if self.method != Method::DgsAdam {
+            return self;
+        }
+        let learning_rate = CHECKPOINT_RATE_SHARE * self.learning_rate;
+        let (learning_rate_max, local_rate) = self.rates_beside(learning_rate);
+        Self { learning_rate, learning_rate_max, local_rate, ..self }
+    }
+
     /// The cap on the scaled rate, and a worker's own rate, beside another η0: their shares of it stay what they are.
     pub fn rates_beside(&self, learning_rate: f64) -> (f64, f64) {
         let scale = learning_rate / self.learning_rate;
@@ -214,6 +230,14 @@ mod tests {
         for method in Method::ALL {
             assert_eq!(method.is_dense(), method.defaults().keep == 1.0, "{method}");
         }
+    }
+
+    #[test]
+    fn from_a_checkpoint_the_rates_are_lower_by_one_share() {
+        let MethodDefaults { learning_rate, learning_rate_max, local_rate, .. } =
+            Method::DgsAdam.defaults().from_checkpoint();
+        assert_eq!((learning_rate, learning_rate_max, local_rate), (5e-4, 2.5e-4, 2.5e-4));
+        assert_eq!(Method::Dgs.defaults().from_checkpoint(), Method::Dgs.defaults());
     }
 
     #[test]

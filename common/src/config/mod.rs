@@ -121,7 +121,7 @@ settings! {
         method: Method = defaults.method;
         /// Exchanges of all workers together: of a gradient each, or of local_steps
         steps: u64 = 4500;
-        /// Peak learning rate (η0)
+        /// Peak learning rate (η0); from a checkpoint dgs-adam takes a quarter of its default
         learning_rate: f64 = defaults.learning_rate;
         /// How the rate depends on the staleness τ: constant, inverse η0/(1+τ), inverse-sqrt η0/√(1+τ)
         rate_scaling: RateScaling = defaults.rate_scaling;
@@ -358,9 +358,17 @@ impl RunPartial {
         Ok(config)
     }
 
+    /// Whether it goes on from a checkpoint, or from a mixture that is made of one.
+    fn names_checkpoint(&self) -> bool {
+        [&self.model.init, &self.upcycle.dense].into_iter().flatten().any(|path| !path.is_empty())
+    }
+
     /// Fills in the defaults, but for the name, which follows from the rest.
     fn fill_in(mut self) -> RunConfig {
-        let defaults = self.training.method.unwrap_or_default().defaults();
+        let mut defaults = self.training.method.unwrap_or_default().defaults();
+        if self.names_checkpoint() {
+            defaults = defaults.from_checkpoint();
+        }
         if let Some(experts) = self.model.experts {
             self.model.top_k.get_or_insert(TOP_K.min(experts));
         }
@@ -656,6 +664,12 @@ mod tests {
         assert_eq!(rates("learning_rate = 4e-3"), (4e-3, 2e-3, 2e-3));
         assert_eq!(rates("learning_rate = 4e-3\nlocal_rate = 0.0"), (4e-3, 2e-3, 0.0));
         assert_eq!(rates("learning_rate = 0.4\nmethod = 'asgd'"), (0.4, 0.4, 0.0));
+        for start in ["[model]\ninit = 'a'", "[upcycle]\ndense = 'a'"] {
+            assert_eq!(rates(start), (5e-4, 2.5e-4, 2.5e-4));
+            assert_eq!(rates(&format!("method = 'dgs'\n{start}")), (0.1, 0.1, 0.0));
+            assert_eq!(rates(&format!("learning_rate = 4e-3\n{start}")), (4e-3, 2e-3, 2e-3));
+        }
+        assert_eq!(rates("[model]\ninit = ''"), (2e-3, 1e-3, 1e-3));
         // A resolved file states all three.
         let mut line = RunPartial::default();
         line.training.learning_rate = Some(4e-3);
