@@ -54,6 +54,7 @@ impl Method {
     /// | learning rate | 0.2 | 0.2 | 0.1 | 0.1 | 0.1 | 0.002 / √(1 + τ), at most 0.001 |
     /// | of a worker's own, at least | 0 | 0 | 0 | 0 | 0 | 0.001 |
     /// | warm-up, exchanges of each worker | 0 | 0 | 0 | 0 | 0 | 64 |
+    /// | the rate falls | half a cosine | half a cosine | half a cosine | half a cosine | half a cosine | in a line, after 60 % |
     /// | momentum | – | – | 0.7 | 0.7 | 0.9 | 0 |
     /// | kept up | all | 1 % | 1 % | 1 % | all | 1 % |
     /// | kept down | all | all | all | all | all | 5 % |
@@ -79,6 +80,7 @@ impl Method {
             dense_below: 0,
             local_rate: 0.0,
             warmup_exchanges: 0,
+            decay: Decay::Cosine,
         };
         let with_momentum =
             MethodDefaults { learning_rate: 0.1, learning_rate_max: 0.1, momentum: 0.7, ..published.clone() };
@@ -93,6 +95,7 @@ impl Method {
                 learning_rate_max: 1e-3,
                 local_rate: 1e-3,
                 warmup_exchanges: 64,
+                decay: Decay::Wsd,
                 secondary: 0.05,
                 values_up: ValueFormat::Int8,
                 values_down: ValueFormat::Int8,
@@ -154,6 +157,7 @@ pub struct MethodDefaults {
     pub dense_below: usize,
     pub local_rate: f64,
     pub warmup_exchanges: u64,
+    pub decay: Decay,
 }
 
 /// The share of its rates from scratch with which `dgs-adam` goes on from a checkpoint: at the full ones a model first loses of

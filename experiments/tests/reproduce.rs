@@ -150,7 +150,7 @@ fn the_recipe_of_a_run_file_is_held_against_adamw() {
     let files = tempfile::tempdir().unwrap();
     let dense = dense(files.path());
     let settings = format!(
-        "experts = 4\n[upcycle]\ndense = '{dense}'\n[training]\nlearning_rate = 1e-3\nlocal_steps = 2\ndecay = \"wsd\"\n"
+        "experts = 4\n[upcycle]\ndense = '{dense}'\n[training]\nlearning_rate = 1e-3\nlocal_steps = 2\ndecay = \"cosine\"\n"
     );
     let config = run_file(files.path(), "warm.toml", &settings);
     // The model's shape is the checkpoint's.
@@ -170,7 +170,7 @@ fn the_recipe_of_a_run_file_is_held_against_adamw() {
         let (spec, is_adamw) = (&run["spec"], run["spec"]["trainer"] == "adam-w");
         assert_eq!(spec["upcycle"]["dense"], dense);
         assert_eq!(spec["upcycle"]["dense_sha256"].as_str().unwrap().len(), 64);
-        assert_eq!(spec["training"]["decay"], "wsd");
+        assert_eq!(spec["training"]["decay"], "cosine");
         // As many gradients for everyone, of which two are an exchange.
         assert_eq!(spec["training"]["steps"], if is_adamw { 8 } else { 4 }, "{spec}");
         let first = &run["outcome"]["curve"][0]["score"]["loss"];

@@ -135,7 +135,7 @@ settings! {
         /// Exchanges of each worker over which the rate warms up, where those of all take longer than warmup_steps
         warmup_exchanges: u64 = defaults.warmup_exchanges;
         /// How the rate falls after the warm-up: cosine, or wsd (the peak for 60 % of what follows warmup_steps, then in a line)
-        decay: Decay = Decay::Cosine;
+        decay: Decay = defaults.decay;
         /// The decay ends at this fraction of the peak
         final_rate_fraction: f64 = 0.1;
         /// Momentum m of the method
@@ -334,6 +334,7 @@ impl RunPartial {
             training.learning_rate_max,
             training.local_rate,
             training.warmup_exchanges,
+            training.decay,
             training.momentum,
             exchange.keep,
             exchange.secondary,

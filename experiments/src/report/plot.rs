@@ -1,6 +1,7 @@
 //! Curves as SVG and PNG.
 
 use std::error::Error;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Once;
 
@@ -200,6 +201,49 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     }
 }
 
+/// About what is between the axes, and what a letter of the legend, a line of it, and what stands beside its names take, in
+/// pixels.
+const PLOT: (f64, f64) = (704.0, 364.0);
+const LEGEND_LETTER: f64 = 7.5;
+const LEGEND_LINE: f64 = 21.0;
+const LEGEND_MARGIN: f64 = 45.0;
+
+/// The corner where the legend covers least of the lines; `across` and `up` are the ranges of the axes.
+fn legend_corner(series: &[Series<'_>], across: Range<f64>, up: Range<f64>) -> SeriesLabelPosition {
+    let letters = series.iter().map(|series| series.name.chars().count()).max().unwrap_or(0);
+    let width = (LEGEND_MARGIN + LEGEND_LETTER * letters as f64) / PLOT.0;
+    let height = LEGEND_LINE * (series.len() + 1) as f64 / PLOT.1;
+    let share = |value: f64, of: &Range<f64>| (value - of.start) / (of.end - of.start);
+    // Lines between points count, too: each segment is looked at in so many places.
+    const PLACES: u32 = 16;
+    let places: Vec<(f64, f64)> = (series.iter())
+        .flat_map(|series| series.points.windows(2).filter(|ends| ends.iter().all(is_drawable)))
+        .flat_map(|ends| {
+            (0..=PLACES).map(|place| {
+                let along = f64::from(place) / f64::from(PLACES);
+                let between = |from: f64, to: f64| from + along * (to - from);
+                let (x, y) = (between(ends[0].0, ends[1].0), between(ends[0].1, ends[1].1));
+                (share(x, &across), share(y, &up))
+            })
+        })
+        .collect();
+    let covered = |is_right: bool, is_upper: bool| {
+        let is_covered = |&&(x, y): &&(f64, f64)| {
+            (if is_right { 1.0 - x } else { x }) < width && (if is_upper { 1.0 - y } else { y }) < height
+        };
+        places.iter().filter(is_covered).count()
+    };
+    // Losses fall, so that the first is the usual one.
+    let corners = [
+        (SeriesLabelPosition::UpperRight, covered(true, true)),
+        (SeriesLabelPosition::LowerLeft, covered(false, false)),
+        (SeriesLabelPosition::UpperLeft, covered(false, true)),
+        (SeriesLabelPosition::LowerRight, covered(true, false)),
+    ];
+    let [first, ..] = corners.clone();
+    corners.into_iter().fold(first, |least, corner| if corner.1 < least.1 { corner } else { least }).0
+}
+
 fn draw<B: DrawingBackend>(
     root: &DrawingArea<B, Shift>,
     title: &str,
@@ -252,7 +296,7 @@ where
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(legend_corner(series, 0.0..right, bottom - margin..top + margin))
         .label_font(("sans-serif", 16))
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK.mix(0.2))
@@ -298,6 +342,22 @@ mod tests {
         });
         assert!(pictures[0].starts_with(b"\x89PNG") && pictures[0].len() > 3000, "{}", pictures[0].len());
         assert_ne!(pictures[0], pictures[1], "the labels are drawn");
+    }
+
+    #[test]
+    fn the_legend_keeps_out_of_the_lines_way() {
+        let corner = |points: &[&[(f64, f64)]]| {
+            let series: Vec<_> = (points.iter())
+                .map(|points| Series { name: "a name", look: Look::of(0), points, spread: &[] })
+                .collect();
+            legend_corner(&series, 0.0..10.0, 0.0..1.0)
+        };
+        let falling: &[_] = &[(0.0, 1.0), (2.0, 0.1), (10.0, 0.0)];
+        let rising: &[_] = &[(0.0, 0.0), (10.0, 1.0)];
+        assert_eq!(corner(&[falling]), SeriesLabelPosition::UpperRight);
+        assert_eq!(corner(&[rising]), SeriesLabelPosition::UpperLeft);
+        assert_eq!(corner(&[falling, rising]), SeriesLabelPosition::LowerRight);
+        assert_eq!(corner(&[]), SeriesLabelPosition::UpperRight);
     }
 
     #[test]

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use anyhow::{bail, ensure};
 
-use super::lab::{Options, RunFile, Sweep, Trainer, Variant, Varied, counted, file_name, workers_option};
+use super::lab::{
+    Options, RunFile, Sweep, Trainer, Variant, Varied, counted, escaped, file_name, workers_option,
+};
 use crate::simulation::Conditions;
 
 /// Run files of your own side by side, each with all seeds: loss, bytes and staleness
@@ -170,13 +172,13 @@ fn verdict(rows: &[Varied<'_>]) -> String {
         let _ = writeln!(
             text,
             "* {} against {}: {up} up and {down} down, and a test loss {}.",
-            row.variant.name(),
-            first.variant.cells[1],
+            escaped(&row.variant.name()),
+            escaped(&first.variant.cells[1]),
             row.above(first),
         );
     }
     if text.is_empty() {
-        let _ = writeln!(text, "* {}: nothing to compare it with.", first.variant.name());
+        let _ = writeln!(text, "* {}: nothing to compare it with.", escaped(&first.variant.name()));
     }
     text
 }

@@ -12,7 +12,7 @@ use super::jobs::{EVALUATIONS, Jobs};
 use super::run_file::RunFile;
 use super::spec::{Run, Spec, Trainer, exchanges, make};
 use super::text::{
-    Options, curve_of, file_name, look_every, mean_and_spread, plot_both, seeds_text, show,
+    Options, curve_of, escaped, file_name, look_every, mean_and_spread, plot_both, seeds_text, show,
     write_configuration, write_report,
 };
 use crate::report::Curve;
@@ -134,7 +134,7 @@ impl Varied<'_> {
         let max = self.runs.iter().map(|run| run.outcome.staleness_max()).max().unwrap_or(0);
         format!(
             "| {} | {} | {} | {} | {} | {:.1}, {max} | {:.0} |\n",
-            self.variant.cells.join(" | "),
+            self.variant.cells.iter().map(|cell| escaped(cell)).collect::<Vec<_>>().join(" | "),
             show(&validation),
             show(&self.test()),
             traffic(self.bytes_up()),

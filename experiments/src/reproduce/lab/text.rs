@@ -140,8 +140,11 @@ pub(in crate::reproduce) fn plus_minus(mean: f64, spread: Option<f64>, decimals:
     }
 }
 
-/// An option with numbers of workers, as it is typed; none if none were stated.
+/// An option with numbers of workers, as it is typed by whoever states each once and in order; none if none were stated.
 pub(in crate::reproduce) fn workers_option(workers: &[u32]) -> Option<String> {
+    let mut workers = workers.to_vec();
+    workers.sort_unstable();
+    workers.dedup();
     let typed: Vec<String> = workers.iter().map(u32::to_string).collect();
     (!typed.is_empty()).then(|| format!("--workers {}", typed.join(",")))
 }
@@ -270,9 +273,33 @@ pub(in crate::reproduce) fn file_name(name: &str) -> String {
     name.split('-').filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
 }
 
+/// A name that stands for itself in Markdown, in a table too.
+pub(in crate::reproduce) fn escaped(name: &str) -> String {
+    let mut text = String::with_capacity(name.len());
+    for character in name.chars() {
+        if "\\|*_`<>[]".contains(character) {
+            text.push('\\');
+        }
+        text.push(character);
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_stand_for_themselves_in_markdown() {
+        assert_eq!(escaped("5 % down, f32"), "5 % down, f32");
+        assert_eq!(escaped(r"a|b_c\*"), r"a\|b\_c\\\*");
+    }
+
+    #[test]
+    fn numbers_of_workers_are_the_same_in_any_order() {
+        assert_eq!(workers_option(&[8, 4, 8]).unwrap(), "--workers 4,8");
+        assert_eq!(workers_option(&[]), None);
+    }
 
     #[test]
     fn names_of_files_are_plain() {

@@ -14,7 +14,7 @@ use sanderling_common::checkpoint::{self, Checkpoint};
 use sanderling_common::config::{ExchangeSettings, ModelSettings, RunConfig, TrainingSettings};
 use sanderling_common::corpus::Corpus;
 use sanderling_common::init::initial_parameters;
-use sanderling_common::method::Method;
+use sanderling_common::method::{Decay, Method};
 use sanderling_common::model_config::ModelConfig;
 use sanderling_common::origin::Dense;
 use sanderling_common::wire::Split;
@@ -88,6 +88,8 @@ impl Settings {
         let model = &mut run.model;
         (model.hidden_size, model.layers, model.context) = (64, 2, 64);
         (model.intermediate_size, model.experts, model.top_k) = (256, 1, 1);
+        // For everyone, whatever the default is, so that rows of different ages belong to one experiment.
+        run.training.decay = Decay::Cosine;
         run.validate()?;
         let dense = run.model_config(vocabulary);
         let workers = arguments.workers;
