@@ -352,7 +352,7 @@ mod tests {
                 .collect();
             legend_corner(&series, 0.0..10.0, 0.0..1.0)
         };
-        let falling: &[_] = &[(0.0, 1.0), (2.0, 0.1), (10.0, 0.0)];
+        let falling: &[_] = &[(0.0, 1.0), (2.0, 0.4), (10.0, 0.3)];
         let rising: &[_] = &[(0.0, 0.0), (10.0, 1.0)];
         assert_eq!(corner(&[falling]), SeriesLabelPosition::UpperRight);
         assert_eq!(corner(&[rising]), SeriesLabelPosition::UpperLeft);
