@@ -62,7 +62,10 @@ fn upcycled(granularity: usize) -> impl FnOnce(&Path) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_goes_on_from_a_checkpoint() {
-    let (scene, config) = scene(30, |dense| format!("[model]\ninit = '{}'", dense.display()));
+    // The checkpoint has learnt nothing yet, and takes the rate of a run from scratch.
+    let settings =
+        |dense: &Path| format!("[model]\ninit = '{}'\n[training]\nlearning_rate = 2e-3", dense.display());
+    let (scene, config) = scene(30, settings);
     let serving = Serving::start(&scene);
     let workers: Vec<_> = (0..2).map(|_| worker(&serving.join)).collect();
     let outcome = serving.outcome().await;

@@ -26,7 +26,8 @@ use crate::support::{PATIENCE, Scene, Serving, options, worker_with};
 struct Doomed {
     runtime: Runtime,
     join: JoinString,
-    done: watch::Receiver<u64>,
+    /// Updates and skipped batches, and workers.
+    seen: watch::Receiver<(u64, u32)>,
     outcome: JoinHandle<Result<Outcome, ServerError>>,
     stop: watch::Sender<bool>,
 }
@@ -44,21 +45,32 @@ impl Doomed {
             std::thread::sleep(Duration::from_millis(20));
         };
         let (stop, stopped) = watch::channel(false);
-        let (told, done) = watch::channel(0);
+        let (told, seen) = watch::channel((0, 0));
         let join = server.join().clone();
         let outcome = runtime.spawn(server.serve(stopped, move |progress| {
-            told.send_replace(progress.done);
+            told.send_replace((progress.done, progress.workers));
         }));
-        Self { runtime, join, done, outcome, stop }
+        Self { runtime, join, seen, outcome, stop }
     }
 
     fn reach(&mut self, done: u64) {
-        let reached = async {
-            tokio::time::timeout(PATIENCE, self.done.wait_for(|&now| now >= done))
+        self.see(|(now, _)| now >= done);
+    }
+
+    /// Until so many workers are there, each of which has had the time to hear of its session: one that was opened, and not told of
+    /// when its server was killed, is nobody's.
+    fn welcome(&mut self, workers: u32) {
+        let (done, _) = self.see(|(_, there)| there >= workers);
+        self.reach(done + 20);
+    }
+
+    fn see(&mut self, is_so: impl Fn((u64, u32)) -> bool) -> (u64, u32) {
+        let seen = async {
+            tokio::time::timeout(PATIENCE, self.seen.wait_for(|&now| is_so(now)))
                 .await
-                .map(|now| drop(now.unwrap()))
+                .map(|now| *now.unwrap())
         };
-        self.runtime.block_on(reached).expect("the run goes on");
+        self.runtime.block_on(seen).expect("the run goes on")
     }
 
     fn kill(self) {
@@ -106,6 +118,7 @@ fn a_server_that_is_killed_goes_on_with_every_session() {
         let mut server = Doomed::start(&scene);
         let join = server.join.clone();
         let (outcome, reports) = with_workers(&join, 3, || {
+            server.welcome(3);
             for done in [60, 200, 330] {
                 server.reach(done);
                 server.kill();
@@ -115,7 +128,8 @@ fn a_server_that_is_killed_goes_on_with_every_session() {
             server.outcome()
         });
         let summary = &outcome.summary;
-        assert_eq!((summary.steps, summary.skipped, summary.sessions), (600, 0, 3), "{durability}");
+        let counts = (summary.steps, summary.skipped, summary.sessions);
+        assert_eq!(counts, (600, 0, 3), "{durability}, {reports:?}");
         assert_eq!(summary.tokens, 600 * 2 * 32);
         assert!(summary.seconds > summary.training_seconds && summary.traffic.bytes_up > 0);
         assert!(reports.iter().all(|(sessions, _)| *sessions == 1), "{reports:?}");
@@ -144,6 +158,7 @@ fn a_damaged_checkpoint_costs_nothing() {
         names
     };
     let (outcome, reports) = with_workers(&join, 2, || {
+        server.welcome(2);
         for (done, damaged) in [(80, 1), (200, usize::MAX)] {
             server.reach(done);
             server.kill();
