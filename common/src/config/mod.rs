@@ -359,15 +359,15 @@ impl RunPartial {
         Ok(config)
     }
 
-    /// Whether it goes on from a checkpoint, or from a mixture that is made of one.
-    fn names_checkpoint(&self) -> bool {
+    /// See [`RunConfig::starts_from_checkpoint`].
+    fn starts_from_checkpoint(&self) -> bool {
         [&self.model.init, &self.upcycle.dense].into_iter().flatten().any(|path| !path.is_empty())
     }
 
     /// Fills in the defaults, but for the name, which follows from the rest.
     fn fill_in(mut self) -> RunConfig {
         let mut defaults = self.training.method.unwrap_or_default().defaults();
-        if self.names_checkpoint() {
+        if self.starts_from_checkpoint() {
             defaults = defaults.from_checkpoint();
         }
         if let Some(experts) = self.model.experts {

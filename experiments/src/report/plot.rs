@@ -240,8 +240,7 @@ fn legend_corner(series: &[Series<'_>], across: Range<f64>, up: Range<f64>) -> S
         (SeriesLabelPosition::UpperLeft, covered(false, true)),
         (SeriesLabelPosition::LowerRight, covered(true, false)),
     ];
-    let [first, ..] = corners.clone();
-    corners.into_iter().fold(first, |least, corner| if corner.1 < least.1 { corner } else { least }).0
+    corners.into_iter().min_by_key(|(_, covered)| *covered).expect("there are four").0
 }
 
 fn draw<B: DrawingBackend>(

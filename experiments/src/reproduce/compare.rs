@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{bail, ensure};
 
 use super::lab::{
-    Options, RunFile, Sweep, Trainer, Variant, Varied, counted, escaped, file_name, workers_option,
+    Options, RunFile, Sweep, Trainer, Variant, Varied, counted, distinct, escaped, file_name, workers_option,
 };
 use crate::simulation::Conditions;
 
@@ -104,9 +104,7 @@ pub fn compare(arguments: &Arguments) -> anyhow::Result<()> {
     let of_first = first.steps * u64::from(first.local_steps);
     let evaluations = arguments.options.steps(of_first, of_first.min(QUICK_EVALUATIONS));
     // By workers first, so that a picture holds what is compared.
-    let mut numbers: Vec<Option<u32>> = arguments.workers.iter().copied().map(Some).collect();
-    numbers.sort_unstable();
-    numbers.dedup();
+    let mut numbers: Vec<Option<u32>> = distinct(&arguments.workers).into_iter().map(Some).collect();
     if numbers.is_empty() {
         numbers.push(None);
     }

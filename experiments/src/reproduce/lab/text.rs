@@ -140,12 +140,17 @@ pub(in crate::reproduce) fn plus_minus(mean: f64, spread: Option<f64>, decimals:
     }
 }
 
-/// An option with numbers of workers, as it is typed by whoever states each once and in order; none if none were stated.
-pub(in crate::reproduce) fn workers_option(workers: &[u32]) -> Option<String> {
+/// Each number of workers once, ascending.
+pub(in crate::reproduce) fn distinct(workers: &[u32]) -> Vec<u32> {
     let mut workers = workers.to_vec();
     workers.sort_unstable();
     workers.dedup();
-    let typed: Vec<String> = workers.iter().map(u32::to_string).collect();
+    workers
+}
+
+/// An option with [`distinct`] numbers of workers, as it is typed; none if none were stated.
+pub(in crate::reproduce) fn workers_option(workers: &[u32]) -> Option<String> {
+    let typed: Vec<String> = distinct(workers).iter().map(u32::to_string).collect();
     (!typed.is_empty()).then(|| format!("--workers {}", typed.join(",")))
 }
 

@@ -11,7 +11,8 @@ use sanderling_common::config::RunPartial;
 use self::report::Report;
 use super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, RunFile, Spec, Trainer, Tried, Warmup,
-    exchanges, file_name, look_every, make, validation, workers_option, write_configuration, write_report,
+    distinct, exchanges, file_name, look_every, make, validation, workers_option, write_configuration,
+    write_report,
 };
 use crate::simulation::Conditions;
 
@@ -77,13 +78,11 @@ impl Settings {
             None if options.quick => vec![QUICK_LENGTH],
             None => of_file.map_or(LENGTHS.to_vec(), |evaluations| vec![evaluations]),
         };
-        let mut workers = match &arguments.workers[..] {
+        let workers = match &arguments.workers[..] {
             [] if options.quick => vec![4, 8],
             [] => vec![4, 8, 16, 32],
-            stated => stated.to_vec(),
+            stated => distinct(stated),
         };
-        workers.sort_unstable();
-        workers.dedup();
         let rates = match options.quick {
             true => vec![2e-3, 4e-3, 8e-3],
             false => vec![5e-4, 1e-3, 2e-3, 4e-3],
