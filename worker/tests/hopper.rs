@@ -1,5 +1,5 @@
-//! The expert products for Hopper, whose instructions the emulator of the other kernels lacks: a C++ program of their own
-//! stands in for the copy engine and the tensor cores, and compares the kernels with plain loops.
+//! The expert products for Hopper, whose descriptions of tensors a driver encodes: a C++ program of their own makes emulated
+//! ones, and compares the kernels with plain loops.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -17,7 +17,7 @@ fn expert_products_for_hopper_are_those_of_plain_loops() {
     let compiled = Command::new(&compiler)
         .current_dir(&kernels)
         .args(["-std=c++17", "-O2", "-w", "-DSANDERLING_EMULATE", "-DACT_BF16=1"])
-        .args(["-I.", "-Iemulator", "-Iemulator/tests", "emulator/tests/experts_hopper.cpp", "-o"])
+        .args(["-I.", "-Iemulator", "emulator/tests/experts_hopper.cpp", "-o"])
         .arg(&program)
         .output()
         .unwrap();

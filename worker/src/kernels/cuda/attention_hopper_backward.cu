@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, 1) attention_backward
             unsigned operand[PASS_ROWS / 16][4], ds_operand[PASS_ROWS / 16][4];
             scores(p, own_keys, queries);
             scores(ds, own_values, gradients);
-            products_wait<1>();
+            wgmma_wait<1>();
             settle(p);
 #pragma unroll
             for (int n = 0; n < PASS_ROWS / 8; ++n) {
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, 1) attention_backward
             }
             as_operand(operand, p);
             accumulate(dv, operand, gradients);
-            products_wait<1>();
+            wgmma_wait<1>();
             settle(ds);
 #pragma unroll
             for (int n = 0; n < PASS_ROWS / 8; ++n) {
@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, 1) attention_backward
             }
             as_operand(ds_operand, ds);
             accumulate(dk, ds_operand, queries);
-            products_wait<0>();
+            wgmma_wait<0>();
             settle(dv), settle(dk);
         }
         ring.release(item);
@@ -200,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(QUERIES_THREADS, 1) attention_backw
         ring.wait(item);
         scores(p, own_queries, keys);
         scores(ds, own_gradients, keys + PASS_TILE);
-        products_wait<1>();
+        wgmma_wait<1>();
         settle(p);
 #pragma unroll
         for (int n = 0; n < PASS_ROWS / 8; ++n) {
@@ -217,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(QUERIES_THREADS, 1) attention_backw
             }
         }
         settle(p);
-        products_wait<0>();
+        wgmma_wait<0>();
         settle(ds);
 #pragma unroll
         for (int n = 0; n < PASS_ROWS / 8; ++n) {
@@ -226,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(QUERIES_THREADS, 1) attention_backw
         }
         as_operand(operand, ds);
         accumulate(dq, operand, keys);
-        products_wait<0>();
+        wgmma_wait<0>();
         settle(dq);
         ring.release(item);
     }

@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1) attention_forwa
         float p[1][KEYS / 8][4];
         key_ring.wait(item);
         scores(p, own, keys + item % FORWARD_STAGES * TILE);
-        products_wait<0>();
+        wgmma_wait<0>();
         settle(p);
         key_ring.release(item);
         const int key = (blocks - 1 - item) * KEYS + threadIdx.x % 4 * 2;
@@ -132,14 +132,14 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1) attention_forwa
         scores(p, own, keys + item % FORWARD_STAGES * TILE);
         value_ring.wait(item - 1);
         accumulate(sum, probabilities, values + (item - 1) % FORWARD_STAGES * TILE);
-        products_wait<1>();
+        wgmma_wait<1>();
         settle(p);
         key_ring.release(item);
         forward_softmax(p, max, total, rescale);
         settle(p);
         // Here, as the assembler would put the wait for values before the exponentials if there were no branch between them.
         if (item + 1 < blocks) key_ring.wait(item + 1);
-        products_wait<0>();
+        wgmma_wait<0>();
         settle(sum);
         value_ring.release(item - 1);
 #pragma unroll
@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1) attention_forwa
             to[0] = max[half] * score_scale(), to[1] = total[half];
         }
     }
-    products_wait<0>();
+    wgmma_wait<0>();
     settle(sum);
     store_sums(own, sum, total, output_rows(out, sequence, time, head, heads), own_first);
 }

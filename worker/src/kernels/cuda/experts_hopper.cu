@@ -17,11 +17,6 @@
 #error "experts_hopper.cu is for activations of bfloat16"
 #endif
 
-// A CUtensorMap, which the host encodes: see the launch below.
-struct alignas(64) TensorMap {
-    unsigned char bytes[128];
-};
-
 constexpr int HOPPER_ROWS = 128, HOPPER_COLUMNS = 256, HOPPER_DEPTH = 64, HOPPER_STAGES = 4;
 constexpr int HOPPER_THREADS = 384, HOPPER_CONSUMER_WARPS = 8;
 constexpr int HOPPER_EXPERTS = 256; // the most experts
@@ -43,113 +38,17 @@ static_assert(
 
 enum HopperProduct { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
 
-// ---- Barriers in shared memory, the copy engine, wgmma ----
+// ---- Operands ----
 
-// A test on the CPU brings its own of these.
-#ifndef HOPPER_INSTRUCTIONS
-
-__device__ __forceinline__ void barrier_init(unsigned barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+// Operands in boxes, as whole descriptors, which go on in units of 16 bytes: registers are not as short here as in attention.
+template <bool is_side_contiguous>
+__device__ __forceinline__ unsigned long long box(unsigned address) {
+    return descriptor(is_side_contiguous ? side_contiguous(address, BOX_BYTES) : depth_contiguous(address));
 }
-// Arrives and announces bytes that the copy engine will count off.
-__device__ __forceinline__ void barrier_expect(unsigned barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Waits for the end of the barrier's phase of that parity.
-__device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
-    unsigned done = 0;
-    while (!done) {
-        asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    }
-}
-// Makes barriers just initialised known to the copy engine.
-__device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// Makes this thread's writes to shared memory known to wgmma and the copy engine.
-__device__ __forceinline__ void shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-// What the producer gives up, the consumers take.
-__device__ __forceinline__ void producer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
-__device__ __forceinline__ void consumer_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
-
-// A box of a matrix (y, x) or, with `z`, of one of many, to shared memory.
-__device__ __forceinline__ void load_box(unsigned to, const TensorMap& map, unsigned barrier, int x, int y) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-            to),
-        "l"(&map), "r"(barrier), "r"(x), "r"(y)
-        : "memory");
-}
-__device__ __forceinline__ void load_box(unsigned to, const TensorMap& map, unsigned barrier, int x, int y, int z) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
-        "[%2];" ::"r"(to),
-        "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
-        : "memory");
-}
-
-// Everything before: writes to shared memory by the copy engine, and to registers of the sums.
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-// Keeps uses of the sums behind the wait before it.
-__device__ __forceinline__ void wgmma_hold(float (&c)[128]) {
-#pragma unroll
-    for (int i = 0; i < 128; i++) asm volatile("" : "+f"(c[i])::"memory");
-}
-
-#define SUMS_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
-// c (64 × 256) = left (64 × 16) · right (16 × 256), added to c with `accumulate`. A thread's c[4·j + {0, 1}] are row
-// 16 · warp + lane / 4 and columns 8·j + 2·(lane % 4) + {0, 1}; c[4·j + {2, 3}] are 8 rows below.
-template <bool left_side_contiguous, bool right_side_contiguous>
-__device__ __forceinline__ void
-wgmma(float (&c)[128], unsigned long long left, unsigned long long right, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "%128, %129, p, 1, 1, %131, %132;\n}"
-        : SUMS_16(0), SUMS_16(16), SUMS_16(32), SUMS_16(48), SUMS_16(64), SUMS_16(80), SUMS_16(96), SUMS_16(112)
-        : "l"(left), "l"(right), "r"(accumulate), "n"((int)left_side_contiguous), "n"((int)right_side_contiguous));
-}
-
-#endif
-
-// A matrix descriptor without its address: offsets in units of 16 bytes, swizzle of 128 bytes.
-//
-// With the depth contiguous, a row of a box has all 64 of the depth; 8 rows further is 1024 bytes (stride), and 16 along
-// the depth are 32 bytes inside the swizzled row. With the side contiguous, a row of a box has 64 of the side for one
-// place along the depth: 8 places further is 1024 bytes (stride), 64 further along the side is the next box (leading),
-// and 16 along the depth are 2048 bytes.
-__device__ __forceinline__ constexpr unsigned long long descriptor_of(unsigned leading_bytes, unsigned stride_bytes) {
-    return (unsigned long long)(leading_bytes / 16) << 16 | (unsigned long long)(stride_bytes / 16) << 32 | 1ull << 62;
-}
-template <bool side_contiguous>
-__device__ __forceinline__ unsigned long long descriptor(unsigned address) {
-    const unsigned long long form = side_contiguous ? descriptor_of(BOX_BYTES, 1024) : descriptor_of(16, 1024);
-    return form | (address & 0x3ffff) >> 4;
-}
-// Units of 16 bytes between places 16 apart along the depth.
-template <bool side_contiguous>
+// 16 places further along the depth: with the depth contiguous, a row of a box has all 64 of them, else 8 rows are 1024 bytes.
+template <bool is_side_contiguous>
 __device__ __forceinline__ constexpr unsigned depth_step() {
-    return side_contiguous ? 2048 / 16 : 32 / 16;
+    return is_side_contiguous ? 2048 / 16 : 32 / 16;
 }
 
 // ---- Which tiles a block computes ----
@@ -252,7 +151,7 @@ __device__ __forceinline__ void transpose_quad(unsigned (&words)[4]) {
 
 // A warpgroup's sums to a matrix (rows, width) of act, 16 bytes a thread; `row` is this thread's first one.
 __device__ __forceinline__ void
-store_act(const float (&c)[128], act* output, int rows, int width, int row, int column) {
+store_act(const float (&c)[1][32][4], act* output, int rows, int width, int row, int column) {
     column += threadIdx.x % 4 * 8;
 #pragma unroll
     for (int j = 0; j < 32; j += 4) {
@@ -261,7 +160,7 @@ store_act(const float (&c)[128], act* output, int rows, int width, int row, int 
             unsigned words[4];
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                words[i] = pack_bf16(c[(j + i) * 4 + half * 2], c[(j + i) * 4 + half * 2 + 1]);
+                words[i] = pack_bf16(c[0][j + i][half * 2], c[0][j + i][half * 2 + 1]);
             transpose_quad(words);
             if (row + half * 8 < rows && column + j * 8 < width)
                 *(uint4*)(output + (long long)(row + half * 8) * width + column + j * 8) =
@@ -271,7 +170,7 @@ store_act(const float (&c)[128], act* output, int rows, int width, int row, int 
 }
 // Adds them to what is there.
 __device__ __forceinline__ void
-add_act(const float (&c)[128], act* output, int rows, int width, int row, int column) {
+add_act(const float (&c)[1][32][4], act* output, int rows, int width, int row, int column) {
     column += threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 32; j++) {
@@ -280,13 +179,13 @@ add_act(const float (&c)[128], act* output, int rows, int width, int row, int co
             if (row + half * 8 >= rows || column + j * 8 >= width) continue;
             unsigned* to = (unsigned*)(output + (long long)(row + half * 8) * width + column + j * 8);
             *to = pack_bf16(
-                c[j * 4 + half * 2] + low_bf16(*to), c[j * 4 + half * 2 + 1] + high_bf16(*to));
+                c[0][j][half * 2] + low_bf16(*to), c[0][j][half * 2 + 1] + high_bf16(*to));
         }
     }
 }
 template <bool add>
 __device__ __forceinline__ void
-store_float(const float (&c)[128], float* output, int rows, int width, int row, int column) {
+store_float(const float (&c)[1][32][4], float* output, int rows, int width, int row, int column) {
     column += threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 32; j++) {
@@ -295,7 +194,7 @@ store_float(const float (&c)[128], float* output, int rows, int width, int row, 
             const int at = column + j * 8;
             if (row + half * 8 >= rows || at >= width) continue;
             float2* to = (float2*)(output + (long long)(row + half * 8) * width + at);
-            float2 sum = make_float2(c[j * 4 + half * 2], c[j * 4 + half * 2 + 1]);
+            float2 sum = make_float2(c[0][j][half * 2], c[0][j][half * 2 + 1]);
             if (add) {
                 const float2 there = *to;
                 sum.x += there.x, sum.y += there.y;
@@ -339,7 +238,7 @@ __device__ __forceinline__ void hopper_product(
     HopperTile tile;
     int stage = 0, parity = 0;
     if (threadIdx.x < 128) {
-        producer_registers();
+        fewer_registers<40>();
         if (threadIdx.x == 0) {
             while (tiles.next(tile)) {
                 const int length = product == WEIGHT_GRADIENT ? tile.slots : depth;
@@ -373,16 +272,16 @@ __device__ __forceinline__ void hopper_product(
             }
         }
     } else {
-        consumer_registers();
+        more_registers<232>();
         const int consumer = threadIdx.x / 128 - 1, lane = threadIdx.x % WARP;
-        const unsigned long long lefts = descriptor<left_side_contiguous>(ring + consumer * BOX_BYTES);
-        const unsigned long long rights = descriptor<right_side_contiguous>(ring + LEFT_BYTES);
-        float c[128];
+        const unsigned long long lefts = box<left_side_contiguous>(ring + consumer * BOX_BYTES);
+        const unsigned long long rights = box<right_side_contiguous>(ring + LEFT_BYTES);
+        float c[1][32][4];
         while (tiles.next(tile)) {
             const int length = product == WEIGHT_GRADIENT ? tile.slots : depth;
             if (length == 0) {
 #pragma unroll
-                for (int i = 0; i < 128; i++) c[i] = 0.0f;
+                for (int i = 0; i < 128; i++) (&c[0][0][0])[i] = 0.0f;
             }
             int last = 0;
             for (int at = 0; at < length; at += HOPPER_DEPTH) {
@@ -394,7 +293,7 @@ __device__ __forceinline__ void hopper_product(
                     for (int i = threadIdx.x - 128; i < rest * (RING_STAGE_BYTES / BOX_BYTES); i += 256)
                         slice[(i / rest + 1) * (BOX_BYTES / 16) - 1 - i % rest] = make_uint4(0, 0, 0, 0);
                     shared_fence();
-                    consumers_sync();
+                    sync_some<256>(1);
                 }
                 const unsigned long long left = lefts + stage * (RING_STAGE_BYTES / 16);
                 const unsigned long long right = rights + stage * (RING_STAGE_BYTES / 16);
@@ -415,7 +314,7 @@ __device__ __forceinline__ void hopper_product(
                 parity ^= stage == 0;
             }
             wgmma_wait<0>();
-            wgmma_hold(c);
+            settle(c);
             if (length > 0 && lane == 0) barrier_arrive(empty + last * 8);
             const int row = tile.row + consumer * 64 + threadIdx.x % 128 / WARP * 16 + lane / 4;
             const int rows_here = product == WEIGHT_GRADIENT ? rows : tile.slots;

@@ -279,12 +279,14 @@ __device__ __forceinline__ void mma_tf32(float c[4], const unsigned a[4], const 
 #endif
 }
 
-#ifndef SANDERLING_EMULATE
 // The 32-bit address of shared memory that PTX asks for.
 __device__ __forceinline__ unsigned shared_address(const void* shared) {
+#ifdef SANDERLING_EMULATE
+    return emulate_shared_address(shared);
+#else
     return (unsigned)__cvta_generic_to_shared(shared);
-}
 #endif
+}
 
 // Four 8 × 8 matrices of 16-bit elements: lane 8·i + j gives the address of row j of matrix i (16 bytes, aligned), and
 // gets, in r[i], elements 2·(lane % 4) + {0, 1} of row lane / 4 of matrix i.
@@ -315,11 +317,22 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned r[4], const void* sha
 // 16 bytes from global to shared memory, or 16 zeros when not valid (the address is then not read). Both are aligned.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
 #ifdef SANDERLING_EMULATE
-    emulate_cp_async_16(shared, global, valid);
+    emulate_cp_async(shared, global, 16, valid);
 #else
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
                  : "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+#endif
+}
+// The same for 8 bytes.
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, bool valid) {
+#ifdef SANDERLING_EMULATE
+    emulate_cp_async(shared, global, 8, valid);
+#else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+                 :
+                 : "r"(shared_address(shared)), "l"(global), "r"(valid ? 8 : 0)
                  : "memory");
 #endif
 }

@@ -144,6 +144,7 @@ impl Emulator {
                 for (name, text) in [
                     ("emulate.hpp", include_str!("../emulator/emulate.hpp")),
                     ("mma.hpp", include_str!("../emulator/mma.hpp")),
+                    ("hopper.hpp", include_str!("../emulator/hopper.hpp")),
                 ] {
                     std::fs::write(directory.path().join(name), text)
                         .map_err(|error| failed(error.to_string()))?;

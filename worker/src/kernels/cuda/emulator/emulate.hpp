@@ -197,6 +197,8 @@ asm(".text\n"
 #endif
 
 struct EmulateFiber {
+    // Products that it has begun and not waited for.
+    int products;
 #if defined(__x86_64__)
     void* stack_pointer;
 #else
@@ -225,6 +227,7 @@ struct EmulateBlock {
     EmulateLane lanes[EMULATE_THREADS_MAX];
     std::vector<char> memory;
     char* shared;
+    unsigned shared_bytes;
     int current, threads;
     bool progress;
     void (*call)(void* kernel, const long long* words, const float* floats);
@@ -246,6 +249,21 @@ static uint3 threadIdx, blockIdx, blockDim, gridDim;
 }
 
 inline void* emulate_dynamic_shared() { return emulate_block.shared; }
+
+// Numbers for addresses in shared memory: what the launch sizes from 0 on, what kernels declare around the middle.
+#define EMULATE_STATIC_SHARED 0x80000000u
+static thread_local char emulate_shared_mark;
+inline unsigned emulate_shared_address(const void* shared) {
+    const EmulateBlock& block = emulate_block;
+    const char* at = (const char*)shared;
+    if (at >= block.shared && at <= block.shared + block.shared_bytes) return (unsigned)(at - block.shared);
+    return EMULATE_STATIC_SHARED + (unsigned)(at - &emulate_shared_mark);
+}
+inline char* emulate_shared(unsigned address) {
+    const EmulateBlock& block = emulate_block;
+    if (address <= block.shared_bytes) return block.shared + address;
+    return &emulate_shared_mark + (int)(address - EMULATE_STATIC_SHARED);
+}
 
 inline void emulate_go(EmulateFiber& from, EmulateFiber& to) {
 #if defined(__x86_64__)
@@ -356,8 +374,6 @@ inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote
 // ---- Launches ----
 
 #if defined(__linux__)
-static thread_local char emulate_shared_mark;
-
 inline int emulate_find_shared(struct dl_phdr_info* module, size_t, void* found) {
     for (int i = 0; i < module->dlpi_phnum; i++) {
         if (module->dlpi_phdr[i].p_type != PT_TLS) continue;
@@ -392,6 +408,7 @@ inline void emulate_enter() {
     EmulateBlock& block = emulate_block;
     block.call(block.kernel, block.words, block.floats);
     const int current = block.current;
+    if (block.fibers[current].products != 0) emulate_fail("products that nobody waited for");
     block.fibers[current].done = true;
     block.progress = true;
     emulate_leave(block.all);
@@ -402,6 +419,7 @@ inline void emulate_enter() {
 inline void emulate_prepare(EmulateFiber& fiber) {
     if (fiber.stack == nullptr) fiber.stack = (char*)malloc(EMULATE_STACK_BYTES);
     fiber.done = false;
+    fiber.products = 0;
 #if defined(__x86_64__)
     // Six registers and the address to return to, with the stack as a call leaves it: 8 bytes off a multiple of 16.
     void** top = (void**)(((unsigned long long)fiber.stack + EMULATE_STACK_BYTES) / 16 * 16) - 1;
@@ -440,6 +458,7 @@ extern "C" __attribute__((visibility("default"))) void emulate_launch(
     if (threads % 32 != 0) emulate_fail("a block of less than whole warps");
     block.kernel = kernel, block.words = words, block.floats = floats, block.call = emulate_call;
     block.threads = (int)threads;
+    block.shared_bytes = shared_bytes;
     block.memory.resize(shared_bytes + 1024 + EMULATE_GUARD_BYTES);
     block.shared = (char*)(((unsigned long long)block.memory.data() + 1023) / 1024 * 1024);
     gridDim = {grid[0], grid[1], grid[2]};

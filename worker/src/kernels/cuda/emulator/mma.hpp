@@ -67,13 +67,13 @@ inline void emulate_load_matrices(unsigned* r, const void* shared, bool transpos
 inline void emulate_ldmatrix_x4(unsigned* r, const void* shared) { emulate_load_matrices(r, shared, false); }
 inline void emulate_ldmatrix_x4_trans(unsigned* r, const void* shared) { emulate_load_matrices(r, shared, true); }
 
-inline void emulate_cp_async_16(void* shared, const void* global, bool valid) {
-    if ((unsigned long long)shared % 16 != 0 || (valid && (unsigned long long)global % 16 != 0))
-        emulate_fail("cp.async with an address that is no multiple of 16");
+inline void emulate_cp_async(void* shared, const void* global, unsigned bytes, bool valid) {
+    if ((unsigned long long)shared % bytes != 0 || (valid && (unsigned long long)global % bytes != 0))
+        emulate_fail("cp.async with an address that is no multiple of its bytes");
     if (valid) {
-        memcpy(shared, global, 16);
+        memcpy(shared, global, bytes);
     } else {
-        memset(shared, 0, 16);
+        memset(shared, 0, bytes);
     }
 }
 

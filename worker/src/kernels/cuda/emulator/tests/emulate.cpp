@@ -7,6 +7,8 @@
 
 #include "prelude.cuh"
 
+#include "hopper.cuh"
+
 #include <cmath>
 #include <random>
 #include <string>
@@ -116,6 +118,38 @@ extern "C" __global__ void past_the_end(int*) {
 }
 extern "C" __global__ void some_lanes(int* out) {
     if (threadIdx.x < 4) out[threadIdx.x] = __shfl_sync(0xfu, (int)threadIdx.x, 0);
+}
+// A warpgroup's product of a tile of 64 × 64 ones with itself, begun.
+static void begin_product(float (&c)[1][8][4], bf16* tile) {
+    for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) tile[i] = __float2bfloat16_rn(1.0f);
+    __syncthreads();
+    const unsigned long long ones = descriptor(depth_contiguous(shared_address(tile)));
+    wgmma<false, false>(c, ones, ones, false);
+    wgmma_commit();
+}
+extern "C" __global__ void used_too_early(int*) {
+    DYNAMIC_SHARED(bf16, tile);
+    float c[1][8][4];
+    begin_product(c, tile);
+    settle(c);
+}
+extern "C" __global__ void never_waited_for(int*) {
+    DYNAMIC_SHARED(bf16, tile);
+    float c[1][8][4];
+    begin_product(c, tile);
+}
+// With the tile used again before the product is waited for, or after it.
+extern "C" __global__ void tile_used_again(int* out, int too_early) {
+    DYNAMIC_SHARED(bf16, tile);
+    float c[1][8][4];
+    begin_product(c, tile);
+    if (!too_early) wgmma_wait<0>();
+    __syncthreads();
+    for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) tile[i] = __float2bfloat16_rn(0.0f);
+    __syncthreads();
+    wgmma_wait<0>();
+    settle(c);
+    out[threadIdx.x] = (int)c[0][7][3];
 }
 // Without a barrier before the sum is read.
 extern "C" __global__ void race(int* out) {
@@ -237,6 +271,14 @@ static void test_race() {
     expect(seen, "a race is seen");
 }
 
+static void test_tiles_used_again() {
+    for (const int too_early : {0, 1}) {
+        std::vector<int> out(128, -1);
+        launch(tile_used_again, 1, 1, 1, 128, 1, 64 * 128, {at(out), too_early}, {});
+        for (int sum : out) expect(sum == (too_early ? 0 : 16), "a tile that is used again too early is seen");
+    }
+}
+
 int main(int count, char** arguments) {
     std::vector<int> out(64);
     if (count > 1) {
@@ -244,6 +286,8 @@ int main(int count, char** arguments) {
         if (name == "left_alone") launch(left_alone, 1, 1, 1, 64, 1, 0, {at(out)}, {});
         if (name == "past_the_end") launch(past_the_end, 1, 1, 1, 32, 1, 128, {at(out)}, {});
         if (name == "some_lanes") launch(some_lanes, 1, 1, 1, 32, 1, 0, {at(out)}, {});
+        if (name == "used_too_early") launch(used_too_early, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
+        if (name == "never_waited_for") launch(never_waited_for, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
         return 2;
     }
     test_reductions();
@@ -251,5 +295,6 @@ int main(int count, char** arguments) {
     test_products();
     test_arguments();
     test_race();
+    test_tiles_used_again();
     return failures > 0;
 }

@@ -1,12 +1,12 @@
 // experts_hopper.cu against plain loops, without a GPU.
 //
-//   c++ -O2 -std=c++17 -DSANDERLING_EMULATE -DACT_BF16=1 -I . -I emulator -I emulator/tests emulator/tests/experts_hopper.cpp
+//   c++ -O2 -std=c++17 -DSANDERLING_EMULATE -DACT_BF16=1 -I . -I emulator emulator/tests/experts_hopper.cpp
 //
 // in the folder of the kernels; fails with a message per wrong result.
 
 #include "prelude.cuh"
 
-#include "hopper.hpp"
+#include "hopper.cuh"
 
 #include "experts_hopper.cu"
 

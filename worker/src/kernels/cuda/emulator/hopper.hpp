@@ -1,0 +1,186 @@
+// The instructions of hopper.cuh on the CPU: barriers in shared memory that count arrivals and bytes, the tensor copy engine
+// with its swizzle, and wgmma, which reads by descriptors as PTX defines their layouts.
+//
+// What the device may do at any time is done at the worst one: boxes arrive at once, and wgmma reads shared memory and writes
+// its sums only when it is waited for, so that a tile that is given back too early is seen, and so are sums that are used
+// before.
+
+#ifndef SANDERLING_HOPPER_HPP
+#define SANDERLING_HOPPER_HPP
+
+#include "emulate.hpp"
+
+// ---- Barriers ----
+
+// What a barrier's eight bytes hold. One that nobody initialised is all ones, and never comes to an end.
+struct EmulateArrivals {
+    unsigned count : 10, pending : 10, phase : 1;
+    int bytes;
+};
+static_assert(sizeof(EmulateArrivals) == sizeof(unsigned long long), "a barrier holds it");
+
+inline EmulateArrivals& emulate_arrivals(unsigned barrier) {
+    if (barrier % 8 != 0) emulate_fail("a barrier at an address that is no multiple of 8");
+    return *(EmulateArrivals*)emulate_shared(barrier);
+}
+inline void emulate_flip(EmulateArrivals& arrivals) {
+    if (arrivals.pending > 0 || arrivals.bytes > 0) return;
+    arrivals.phase ^= 1;
+    arrivals.pending = arrivals.count;
+    emulate_block.progress = true;
+}
+inline void barrier_init(unsigned barrier, int count) {
+    emulate_arrivals(barrier) = {(unsigned)count, (unsigned)count, 0, 0};
+}
+inline void barrier_arrive(unsigned barrier) {
+    EmulateArrivals& arrivals = emulate_arrivals(barrier);
+    if (arrivals.pending == 0) emulate_fail("more arrivals at a barrier than it counts");
+    arrivals.pending--;
+    emulate_flip(arrivals);
+}
+inline void barrier_expect(unsigned barrier, int bytes) {
+    emulate_arrivals(barrier).bytes += bytes;
+    barrier_arrive(barrier);
+}
+inline void barrier_wait(unsigned barrier, int parity) {
+    while (((volatile EmulateArrivals&)emulate_arrivals(barrier)).phase == (unsigned)parity) emulate_yield();
+}
+inline void barrier_fence() {}
+inline void shared_fence() {}
+
+// Spoiled at the start of a block, as all that is thread-local.
+static thread_local EmulateBarrier emulate_some[16];
+template <int THREADS>
+void sync_some(int number) {
+    EmulateBarrier& barrier = emulate_some[number];
+    if (barrier.alive != THREADS) barrier = {0, THREADS, 0};
+    emulate_wait(barrier);
+}
+
+template <int REGISTERS>
+void fewer_registers() {}
+template <int REGISTERS>
+void more_registers() {}
+
+// ---- The copy engine ----
+
+// What a test puts into a TensorMap.
+struct EmulateTensor {
+    const bf16* data;
+    long long sizes[3], strides[2];
+};
+
+// The 16 bytes of a row of 128 change places by the row's number.
+inline unsigned emulate_swizzle(unsigned address) { return address ^ (address >> 7 & 7) << 4; }
+
+inline void load_box(unsigned to, const TensorMap& map, unsigned barrier, int x, int y, int z = 0) {
+    if (to % 1024 != 0) emulate_fail("a swizzled box that does not start at a multiple of 1024 bytes");
+    const EmulateTensor& tensor = *(const EmulateTensor*)&map;
+    for (int row = 0; row < 64; row++)
+        for (int column = 0; column < 64; column++) {
+            const long long at[3] = {x + column, y + row, z};
+            bool inside = true;
+            for (int axis = 0; axis < 3; axis++) inside = inside && at[axis] >= 0 && at[axis] < tensor.sizes[axis];
+            const bf16 value =
+                inside ? tensor.data[at[2] * tensor.strides[1] + at[1] * tensor.strides[0] + at[0]] : bf16{0};
+            memcpy(emulate_shared(emulate_swizzle(to + row * 128 + column * 2)), &value, 2);
+        }
+    EmulateArrivals& arrivals = emulate_arrivals(barrier);
+    arrivals.bytes -= 64 * 128;
+    emulate_flip(arrivals);
+}
+
+// ---- wgmma ----
+
+// A product that was begun: with one operand in shared memory, or both.
+struct EmulateProduct {
+    float* c;
+    int columns;
+    unsigned long long left, right;
+    bool left_side, right_side, in_registers, add;
+    unsigned a[4][4]; // a lane's rows of the left operand: `a` of the four lanes that hold them
+    int group;
+};
+struct EmulateProducts {
+    std::vector<EmulateProduct> begun;
+    int groups;
+};
+static EmulateProducts emulate_products[EMULATE_THREADS_MAX];
+
+// This thread's. What was left by a block before, which failed, is forgotten.
+inline EmulateProducts& emulate_mine() {
+    EmulateProducts& mine = emulate_products[emulate_block.current];
+    if (emulate_block.fibers[emulate_block.current].products == 0) mine.begun.clear();
+    return mine;
+}
+
+// An element of an operand: PTX's canonical layouts for a swizzle of 128 bytes.
+inline float emulate_operand(unsigned long long descriptor, bool side_contiguous, int side, int depth) {
+    if (descriptor >> 62 != 1) emulate_fail("a descriptor without the swizzle of 128 bytes");
+    const unsigned start = (descriptor & 0x3fff) << 4;
+    const unsigned leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+    const unsigned at = side_contiguous ? side % 64 * 2 + side / 64 * leading + depth % 8 * 128 + depth / 8 * stride
+                                        : side % 8 * 128 + side / 8 * stride + depth * 2;
+    bf16 value;
+    memcpy(&value, emulate_shared(emulate_swizzle(start + at)), 2);
+    return to_float(value);
+}
+inline void emulate_run(const EmulateProduct& product) {
+    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    for (int half = 0; half < 2; half++) {
+        float left[16];
+        for (int k = 0; k < 16; k++) {
+            const unsigned pair = product.a[k % 8 / 2][half + k / 8 * 2];
+            left[k] = product.in_registers ? (k % 2 ? high_bf16(pair) : low_bf16(pair))
+                                           : emulate_operand(product.left, product.left_side, row + half * 8, k);
+        }
+        for (int j = 0; j < product.columns / 4; j++) {
+            float sum = 0.0f;
+            for (int k = 0; k < 16; k++)
+                sum += left[k] * emulate_operand(product.right, product.right_side, j / 2 * 8 + column + j % 2, k);
+            float& c = product.c[j / 2 * 4 + half * 2 + j % 2];
+            c = product.add ? c + sum : sum;
+        }
+    }
+}
+inline void emulate_begin(EmulateProduct product) {
+    EmulateProducts& mine = emulate_mine();
+    product.group = mine.groups;
+    mine.begun.push_back(product);
+    emulate_block.fibers[emulate_block.current].products++;
+}
+
+inline void wgmma_fence() {}
+// Lanes of a warp are together at every instruction of a product.
+inline void wgmma_commit() {
+    __syncwarp();
+    emulate_mine().groups++;
+}
+template <int LEFT>
+void wgmma_wait() {
+    __syncwarp();
+    EmulateProducts& mine = emulate_mine();
+    size_t done = 0;
+    while (done < mine.begun.size() && mine.begun[done].group < mine.groups - LEFT) emulate_run(mine.begun[done++]);
+    mine.begun.erase(mine.begun.begin(), mine.begun.begin() + done);
+    emulate_block.fibers[emulate_block.current].products -= (int)done;
+    __syncwarp();
+}
+template <int N>
+void settle(float (&c)[1][N][4]) {
+    for (const EmulateProduct& product : emulate_mine().begun)
+        if (product.c == &c[0][0][0]) emulate_fail("sums of products that were not waited for");
+}
+template <bool left_side_contiguous, bool right_side_contiguous, int N>
+void wgmma(float (&c)[1][N][4], unsigned long long left, unsigned long long right, bool add) {
+    emulate_begin({&c[0][0][0], N * 8, left, right, left_side_contiguous, right_side_contiguous, false, add});
+}
+template <int N>
+void wgmma_registers(float (&c)[1][N][4], const unsigned (&a)[4], unsigned long long right) {
+    EmulateProduct product = {&c[0][0][0], N * 8, 0, right, false, true, true, true};
+    const int first = threadIdx.x % WARP / 4 * 4;
+    for (int i = 0; i < 16; i++) product.a[i / 4][i % 4] = __shfl_sync(FULL_WARP, a[i % 4], first + i / 4);
+    emulate_begin(product);
+}
+
+#endif
