@@ -74,6 +74,11 @@ impl Tiles {
     }
 }
 
+/// What the backward pass keeps of every row's softmax: a shift and, for its gradient, Σ out⊙dout.
+pub(super) fn softmax_bytes(rows: usize, heads: usize) -> usize {
+    rows * heads * 2 * size_of::<f32>()
+}
+
 fn unit(shape: AttentionShape) -> Unit {
     let AttentionShape { head_dim, heads, kv_heads, .. } = shape;
     assert!(head_dim % 2 == 0 && (2..=HEAD_DIM_MAX).contains(&head_dim), "no kernel for heads of {head_dim}");
@@ -126,7 +131,7 @@ impl Cuda {
     ) {
         let AttentionShape { batch, time, heads, kv_heads, head_dim } = shape;
         let (unit, rows) = (unit(shape), shape.rows());
-        let softmax = self.scratch(Slot::Partials, rows * heads * 2 * size_of::<f32>());
+        let softmax = self.scratch(Slot::Partials, softmax_bytes(rows, heads));
         let out = self.activations_at(out, rows * shape.out_width());
         let dout = self.activations_at(dout, rows * shape.out_width());
         let statistics = statistics.at(0..rows * heads * ATTENTION_STATISTICS);

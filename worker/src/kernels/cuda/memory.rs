@@ -3,8 +3,9 @@
 use sanderling_common::model_config::{FeedForward, ModelConfig, ModelConfigError};
 
 use super::Precision;
-use super::pointwise::EMBED_RUN;
-use super::router::ROUTE_TOKENS;
+use super::attention::softmax_bytes;
+use super::pointwise::{TOTAL_PARTS_MAX, bias_parts, embed_parts, norm_parts, total_bytes};
+use super::router::{ROUTE_TOKENS, statistics_bytes};
 use super::routing::routing_bytes;
 use crate::model::step_memory;
 
@@ -20,9 +21,6 @@ const BUFFERS_BESIDE: usize = 64;
 
 /// Multiprocessors that partial sums are reckoned for: more than any GPU has.
 const MULTIPROCESSORS_MAX: usize = 256;
-
-/// Parts of the sums of a bias's gradient, at most.
-const BIAS_PARTS_MAX: usize = 128;
 
 /// Memory of a training step on a GPU, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,12 +71,12 @@ fn partials_bytes(config: &ModelConfig, rows: usize) -> usize {
     let qkv = (heads + 2 * config.kv_heads) * config.head_dim;
     let experts = experts_of(config);
     [
-        rows * heads * 2 * size_of::<f32>(),
-        rows.min(4 * MULTIPROCESSORS_MAX) * d * size_of::<f32>(),
-        2 * rows.div_ceil(EMBED_RUN) * d * size_of::<f32>(),
-        rows.div_ceil(32).min(BIAS_PARTS_MAX) * qkv * size_of::<f32>(),
-        (rows.div_ceil(64).min(256) * experts + 2 * experts + 1) * size_of::<f64>(),
-        1025 * size_of::<f64>(),
+        softmax_bytes(rows, heads),
+        norm_parts(rows, MULTIPROCESSORS_MAX) * d * size_of::<f32>(),
+        embed_parts(rows) * d * size_of::<f32>(),
+        bias_parts(rows) * qkv * size_of::<f32>(),
+        statistics_bytes(rows, experts),
+        total_bytes(TOTAL_PARTS_MAX),
     ]
     .into_iter()
     .max()

@@ -38,9 +38,8 @@ const ENTRIES: usize = 1024;
 /// Elements of a block that makes the view.
 const VIEW: usize = 4096;
 
-/// Elements that a block of the norm takes before there is another one, and the most blocks.
+/// Elements that a block of the norm takes before there is another one.
 const NORM: usize = 8192;
-const NORM_BLOCKS_MAX: usize = 1024;
 
 /// Some elements of a flat vector and a value for each, in a GPU's memory.
 pub struct Entries {
@@ -360,15 +359,7 @@ impl MethodKernels for Cuda {
     }
 
     fn sum_of_squares(&mut self, len: usize, values: &Buffer) -> Result<f64, CudaError> {
-        let parts = len.div_ceil(NORM).clamp(1, NORM_BLOCKS_MAX);
-        let partials = self.scratch(Slot::Partials, (parts + 1) * size_of::<f64>());
-        let total = partials + (parts * size_of::<f64>()) as u64;
-        let arguments = arguments![floats_at(values, 0..len), long(len), partials];
-        self.launch(Unit::Method, "squares_parts", flat(parts, 256), arguments);
-        self.launch(Unit::Pointwise, "sum_total", flat(1, 256), arguments![partials, int(parts), total]);
-        let mut sum = [0; size_of::<f64>()];
-        self.fetch(total, &mut sum)?;
-        Ok(f64::from_ne_bytes(sum))
+        self.total((Unit::Method, "squares_parts"), (floats_at(values, 0..len), len), NORM)
     }
 
     fn accumulate(

@@ -15,7 +15,30 @@ const STRAIGHT: usize = 4096;
 const LOGITS_BYTES: usize = 96 * 1024;
 
 /// Tokens whose gradients one block of the embedding adds up.
-pub(super) const EMBED_RUN: usize = 32;
+const EMBED_RUN: usize = 32;
+
+/// Parts of a sum over all elements, at most.
+pub(super) const TOTAL_PARTS_MAX: usize = 1024;
+
+/// The parts of such a sum, and the sum.
+pub(super) fn total_bytes(parts: usize) -> usize {
+    (parts + 1) * size_of::<f64>()
+}
+
+/// Blocks that sum the gradient of a norm's weights, each over some of the rows.
+pub(super) fn norm_parts(rows: usize, multiprocessors: usize) -> usize {
+    rows.min(4 * multiprocessors)
+}
+
+/// Blocks that sum a bias's gradient for the same columns.
+pub(super) fn bias_parts(rows: usize) -> usize {
+    rows.div_ceil(32).min(128)
+}
+
+/// Rows of sums that the gradient of a table of tokens takes: a run's first and last token may go on in its neighbours.
+pub(super) fn embed_parts(rows: usize) -> usize {
+    2 * rows.div_ceil(EMBED_RUN)
+}
 
 impl Cuda {
     pub(super) fn add_buffers(&mut self, len: usize, a: &Buffer, b: &Buffer, out: &mut Buffer) {
@@ -26,11 +49,20 @@ impl Cuda {
     }
 
     pub(super) fn sum_of(&mut self, values: &Buffer, len: usize) -> Result<f64, CudaError> {
-        let parts = len.div_ceil(STRAIGHT).clamp(1, 1024);
-        let partials = self.scratch(Slot::Partials, (parts + 1) * size_of::<f64>());
+        self.total((Unit::Pointwise, "sum_parts"), (floats_at(values, 0..len), len), STRAIGHT)
+    }
+
+    /// A sum over all elements, on the host: `kernel` makes one for every `part` elements, or a few more.
+    pub(super) fn total(
+        &mut self,
+        (unit, kernel): (Unit, &'static str),
+        (from, len): (Address, usize),
+        part: usize,
+    ) -> Result<f64, CudaError> {
+        let parts = len.div_ceil(part).clamp(1, TOTAL_PARTS_MAX);
+        let partials = self.scratch(Slot::Partials, total_bytes(parts));
         let total = partials + (parts * size_of::<f64>()) as u64;
-        let from = floats_at(values, 0..len);
-        self.launch(Unit::Pointwise, "sum_parts", flat(parts, 256), arguments![from, long(len), partials]);
+        self.launch(unit, kernel, flat(parts, 256), arguments![from, long(len), partials]);
         self.launch(Unit::Pointwise, "sum_total", flat(1, 256), arguments![partials, int(parts), total]);
         let mut bytes = [0; size_of::<f64>()];
         self.fetch(total, &mut bytes)?;
@@ -62,7 +94,7 @@ impl Cuda {
     }
 
     pub(super) fn bias_backward(&mut self, grad: &mut Buffer, bias: Range<usize>, rows: usize, dy: &Buffer) {
-        let (width, parts) = (bias.len(), rows.div_ceil(32).min(128));
+        let (width, parts) = (bias.len(), bias_parts(rows));
         let partials = self.scratch(Slot::Partials, parts * width * size_of::<f32>());
         let dy = self.activations_at(dy, rows * width);
         let launch = grid([width.div_ceil(256), parts, 1], [32, 8, 1], 0);
@@ -120,7 +152,7 @@ impl Cuda {
         let weight = floats_at(params, offset..offset + width);
         let (x, inverse_rms) = (floats_at(x, 0..rows * width), floats_at(inverse_rms, 0..rows));
         let dy = self.activations_at(dy, rows * width);
-        let parts = rows.min(4 * self.properties().multiprocessors as usize);
+        let parts = norm_parts(rows, self.properties().multiprocessors as usize);
         let partials = self.scratch(Slot::Partials, parts * width * size_of::<f32>());
         let twin = dx.twin_at(0..rows * width, self.activation()).unwrap_or(0);
         let to = floats_at_mut(dx, rows * width);
@@ -220,7 +252,7 @@ impl Cuda {
         let width = table.inputs;
         let buffers = self.scratch(Slot::Integers, 4 * rows * size_of::<u32>());
         let runs = rows.div_ceil(EMBED_RUN);
-        let partials = self.scratch(Slot::Partials, 2 * runs * width * size_of::<f32>());
+        let partials = self.scratch(Slot::Partials, embed_parts(rows) * width * size_of::<f32>());
         let largest = table.outputs.max(2) - 1;
         let bits = int((usize::BITS - largest.leading_zeros()) as usize);
         let (rows_int, width_int) = (int(rows), int(width));

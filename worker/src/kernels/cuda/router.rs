@@ -14,6 +14,24 @@ pub(super) const ROUTE_TOKENS: usize = 128;
 /// The most experts that the kernels have room for.
 pub(super) const EXPERTS_MAX: usize = 256;
 
+/// Elements of probabilities whose entropy a block sums before there is another one.
+const ENTROPY: usize = 1024;
+
+/// Blocks that sum the router's probabilities, each over some of the tokens.
+fn statistics_parts(rows: usize) -> usize {
+    rows.div_ceil(64).min(256)
+}
+
+/// Sums of probabilities, tokens of experts, and slots in use.
+fn statistics_results(experts: usize) -> usize {
+    2 * experts + 1
+}
+
+/// What the router's statistics take while they are summed.
+pub(super) fn statistics_bytes(rows: usize, experts: usize) -> usize {
+    (statistics_parts(rows) * experts + statistics_results(experts)) * size_of::<f64>()
+}
+
 impl Cuda {
     pub(super) fn choose(&mut self, shape: RouterShape, logits: &Buffer, routing: &mut Routing) {
         let RouterShape { rows, experts, top_k, capacity, .. } = shape;
@@ -113,9 +131,8 @@ impl Cuda {
         statistics: &mut RouterStatistics,
     ) -> Result<(), CudaError> {
         let RouterShape { rows, experts, top_k, .. } = routing.shape;
-        let parts = rows.div_ceil(64).min(256);
-        let results = 2 * experts + 1;
-        let partials = self.scratch(Slot::Partials, (parts * experts + results) * size_of::<f64>());
+        let (parts, results) = (statistics_parts(rows), statistics_results(experts));
+        let partials = self.scratch(Slot::Partials, statistics_bytes(rows, experts));
         let out = partials + (parts * experts * size_of::<f64>()) as u64;
         let arguments = arguments![routing.probabilities(), partials, int(rows), int(experts)];
         self.launch(Unit::Router, "router_sums_parts", flat(parts, 256), arguments);
@@ -137,15 +154,7 @@ impl Cuda {
 
     pub(super) fn entropy(&mut self, routing: &Routing) -> Result<f64, CudaError> {
         let len = routing.shape.rows * routing.shape.experts;
-        let parts = len.div_ceil(1024).clamp(1, 1024);
-        let partials = self.scratch(Slot::Partials, (parts + 1) * size_of::<f64>());
-        let total = partials + (parts * size_of::<f64>()) as u64;
-        let arguments = arguments![routing.probabilities(), long(len), partials];
-        self.launch(Unit::Router, "router_entropy_parts", flat(parts, 256), arguments);
-        self.launch(Unit::Pointwise, "sum_total", flat(1, 256), arguments![partials, int(parts), total]);
-        let mut bytes = [0; size_of::<f64>()];
-        self.fetch(total, &mut bytes)?;
-        Ok(f64::from_ne_bytes(bytes))
+        self.total((Unit::Router, "router_entropy_parts"), (routing.probabilities(), len), ENTROPY)
     }
 
     pub(super) fn sort_rows(&mut self, routing: &Routing, width: usize, x: &Buffer, sorted: &mut Buffer) {
