@@ -39,6 +39,19 @@ pub struct Schedule {
 /// a fall of 40 % of the run did better than the cosine, which falls all along.
 const STABLE: f64 = 0.6;
 
+impl Decay {
+    /// In a sentence about a rate, which ends at that fraction of its peak.
+    pub fn describe(self, final_fraction: f64) -> String {
+        match self {
+            Self::Cosine => format!("falls along half a cosine to {final_fraction} of its peak"),
+            Self::Wsd => format!(
+                "stays for {:.0} % of what follows the warm-up and then falls in a line to {final_fraction} of its peak",
+                100.0 * STABLE
+            ),
+        }
+    }
+}
+
 impl Schedule {
     /// s(t, τ): (t + 1)/warm-up at first, then from 1 by the [`Decay`] to `final_fraction`, and constant after that.
     pub fn factor(&self, step: Step, staleness: u32) -> f64 {
@@ -133,6 +146,8 @@ mod tests {
     #[test]
     fn a_stable_rate_falls_in_a_line_at_the_end() {
         let schedule = Schedule { decay: Decay::Wsd, ..schedule() };
+        let says = "stays for 60 % of what follows the warm-up and then falls in a line to 0.1 of its peak";
+        assert_eq!(Decay::Wsd.describe(0.1), says);
         let check = |step, expected: f64| {
             let factor = schedule.factor(Step(step), 3);
             assert!((factor - expected).abs() < 1e-12, "s({step}) = {factor}, expected {expected}");

@@ -221,12 +221,13 @@ impl Sweep {
         let mut text = format!(
             "# {}\n\n{} {} gradient evaluations each, {}; {}; in virtual time, whose \
              unit is a gradient of a worker of middling speed. Bytes are those of the frames, with how many times fewer they are \
-             than a dense float32 exchange of every gradient. {}\n\n",
+             than a dense float32 exchange of every gradient. {}{}\n\n",
             self.title,
             self.introduction,
             self.evaluations,
             seeds_text(seeds),
             subject_text(rows),
+            decay_text(rows),
             shared_text(rows),
         );
         let _ = writeln!(
@@ -251,6 +252,19 @@ fn subject_text(rows: &[Varied<'_>]) -> String {
     let texts = list(rows.iter().map(|row| row.runs[0].spec.text_name()).collect());
     let parameters = list(rows.iter().map(|row| row.runs[0].outcome.parameters.to_string()).collect());
     format!("{texts}, {parameters} parameters")
+}
+
+/// How the rate falls, if that is the same for all; else it is what they are compared for, and the configurations say it.
+fn decay_text(rows: &[Varied<'_>]) -> String {
+    let describe = |row: &Varied<'_>| {
+        let training = &row.runs[0].spec.training;
+        training.decay.describe(training.final_rate_fraction)
+    };
+    let first = describe(&rows[0]);
+    match rows.iter().all(|row| describe(row) == first) {
+        true => format!("The learning rate {first}. "),
+        false => String::new(),
+    }
 }
 
 /// Whether runs of one seed can be compared.

@@ -101,7 +101,7 @@ impl Report<'_> {
              batches together, with the best of the rates {:?} and on while the best lies at the edge{around}, and the better of a \
              warm-up over {} evaluations (but 10 steps at least) and a long one over {} steps (but a quarter of the run at most, as for \
              asynchronous workers), by validation with the first seed; asynchronous workers each go at their own pace, with {whose} \
-             for any N and length: {} % kept up as {}, {} % down as {}, in virtual time. Weight decay is {weight_decay} for everyone. \
+             for any N and length: {} % kept up as {}, {} % down as {}, in virtual time. Everyone's rate {}, and weight decay is {weight_decay}. \
              Runs of one seed share parameters and batches, and are compared with each other.\n\n",
             first.spec.text_name(),
             first.outcome.parameters,
@@ -113,6 +113,7 @@ impl Report<'_> {
             values(first.spec.exchange.values_up),
             100.0 * first.spec.exchange.secondary,
             values(first.spec.exchange.values_down),
+            first.spec.training.decay.describe(first.spec.training.final_rate_fraction),
         )
     }
 
