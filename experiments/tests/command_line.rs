@@ -72,6 +72,8 @@ fn bad_run_files_are_named_with_the_place() {
     for (text, words) in [
         ("[training]\nstep = 5", "did you mean steps"),
         ("[trainin]\nsteps = 5", "did you mean [training]"),
+        ("device = 'cuda'", "say it on the command line: --device"),
+        ("[training]\nprecision = 'f32'", "--precision"),
         ("[training\n", "line 1"),
         ("[training]\nsteps = 'x'", "line 2, column 9"),
     ] {

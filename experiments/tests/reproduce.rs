@@ -328,6 +328,23 @@ fn a_folder_of_another_form_is_refused() {
     // More seeds are the same experiment.
     reproduce(folder.path(), &["secondary", "--steps", "8", "--seeds", "2"]);
     assert_eq!(results(folder.path()).len(), 10);
+    // Fewer would leave a report that says less in its place.
+    let report = fs::read_to_string(folder.path().join("README.md")).unwrap();
+    let output = command(folder.path(), &["secondary", "--steps", "8"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("holds a report of 2 seeds"), "{said}");
+    assert_eq!(fs::read_to_string(folder.path().join("README.md")).unwrap(), report);
+}
+
+/// Results would lie among its files.
+#[test]
+fn a_folder_with_something_else_in_it_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("checkpoint")).unwrap();
+    let output = command(folder.path(), &["secondary", "--steps", "8"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("holds checkpoint"), "{said}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
 #[test]

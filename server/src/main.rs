@@ -110,7 +110,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             "workers join with this string and a token of their own: see sanderling-server token add --help"
         );
     }
-    info!("results go to {}; waiting for workers", server.folder().display());
+    match server.was_over() {
+        true => info!("the run is over already; its results are in {}", server.folder().display()),
+        false => info!("results go to {}; waiting for workers", server.folder().display()),
+    }
     let mut view = ProgressView::new(server.run().training.steps);
     let served = server.serve(stop, |progress| view.update(progress)).await;
     view.finish();

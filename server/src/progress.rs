@@ -92,8 +92,10 @@ impl ProgressView {
 
 fn describe(progress: &Progress) -> String {
     let loss = progress.loss.map_or("loss –".to_owned(), |loss| format!("loss {loss:.3}"));
+    // What is left then takes a while, and nothing else would move.
+    let evaluating = if progress.done >= progress.total { "  evaluating" } else { "" };
     format!(
-        "{loss}  {:.1} k tok/s  ↑ {} ({}) ↓ {} ({})  staleness {:.1}  workers {}",
+        "{loss}{evaluating}  {:.1} k tok/s  ↑ {} ({}) ↓ {} ({})  staleness {:.1}  workers {}",
         progress.tokens_per_second / 1e3,
         bytes(progress.traffic.bytes_up),
         ratio(progress.traffic.dense_bytes_up, progress.traffic.bytes_up),

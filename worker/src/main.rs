@@ -35,7 +35,7 @@ Examples:
   SANDERLING_JOIN='sanderling://…' sanderling-worker -v"
 )]
 struct Arguments {
-    /// The join string that the server printed, in quotes
+    /// The join string that the server printed, in quotes; or --join-file
     #[arg(long, env = "SANDERLING_JOIN", hide_env_values = true, value_name = "STRING")]
     #[arg(required_unless_present = "join_file", conflicts_with = "join_file")]
     join: Option<String>,
@@ -115,21 +115,21 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(arguments: &Arguments) -> anyhow::Result<WorkerReport> {
-    // Before anything else: what is missing is said at once, not when a server is found.
+    let stated: Option<JoinString> = arguments.join.as_deref().map(str::parse).transpose()?;
+    // Before anything is waited for: what is missing is said at once, not when a server is found.
     let (place, said) = arguments.device.open()?;
     info!("{said}");
     let stop =
         stop_on_interrupt(|| info!("stopping after the gradient under way; Ctrl-C again to stop at once"));
     let give_up_after = Duration::from_secs(arguments.give_up_after_s);
-    let text = match (&arguments.join, &arguments.join_file) {
-        (Some(text), _) => text.clone(),
+    let join = match (stated, &arguments.join_file) {
+        (Some(join), _) => join,
         (None, Some(path)) => match wait_for_file(path, give_up_after, stop.clone()).await? {
-            Some(text) => text,
+            Some(text) => text.parse()?,
             None => return Ok(WorkerReport { stopped: true, ..WorkerReport::default() }),
         },
         (None, None) => unreachable!("clap asks for one of the two"),
     };
-    let join: JoinString = text.parse()?;
     info!("joining {}:{}", join.host, join.port);
     let options = WorkerOptions {
         give_up_after,

@@ -24,6 +24,9 @@ pub enum ConfigError {
         /// The known section most like it.
         nearest: String,
     },
+    /// What only the command line says, as it is of a machine and not of a run.
+    #[error("{0} is no setting of a run; say it on the command line: --{0}")]
+    CommandLineOnly(String),
     /// A key that does not exist.
     #[error("unknown key {key} in [{section}]; did you mean {nearest} in [{nearest_section}]?")]
     UnknownKey {

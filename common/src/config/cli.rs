@@ -36,6 +36,9 @@ pub enum RunOptionsError {
         /// What is wrong.
         source: ConfigError,
     },
+    /// The run of a state folder is missing from its file.
+    #[error("{0} is empty, so that the run of its folder cannot go on; was the disk full?")]
+    EmptyState(PathBuf),
     /// File and options together make no run.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -70,6 +73,7 @@ impl RunOptions {
         match there {
             None => Ok(stated.adopt()?.resolve()?),
             // It was adopted and resolved when it began.
+            Some(path) if read_text(&path)?.trim().is_empty() => Err(RunOptionsError::EmptyState(path)),
             Some(path) => Ok(stated.or(read(&path)?).resolve()?),
         }
     }
@@ -88,9 +92,13 @@ fn leave_out_other_method(options: &RunPartial, file: &mut RunPartial) -> Option
     })
 }
 
+fn read_text(path: &Path) -> Result<String, RunOptionsError> {
+    std::fs::read_to_string(path)
+        .map_err(|source| RunOptionsError::Unreadable { path: path.to_owned(), source })
+}
+
 fn read(path: &Path) -> Result<RunPartial, RunOptionsError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| RunOptionsError::Unreadable { path: path.to_owned(), source })?;
+    let text = read_text(path)?;
     parse(&text).map_err(|source| RunOptionsError::File { path: path.to_owned(), source })
 }
 

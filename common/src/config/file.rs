@@ -36,6 +36,9 @@ fn check_keys(table: &toml::Table) -> Result<(), ConfigError> {
             return Err(unknown_section(section));
         };
         for key in value.as_table().into_iter().flat_map(toml::Table::keys) {
+            if OF_WORKERS.contains(&key.as_str()) {
+                return Err(ConfigError::CommandLineOnly(key.clone()));
+            }
             if !keys.contains(&key.as_str()) {
                 return Err(unknown_key(section, key));
             }
@@ -44,7 +47,13 @@ fn check_keys(table: &toml::Table) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// What workers are told on their command lines.
+const OF_WORKERS: [&str; 2] = ["device", "precision"];
+
 fn unknown_section(name: &str) -> ConfigError {
+    if OF_WORKERS.contains(&name) {
+        return ConfigError::CommandLineOnly(name.to_owned());
+    }
     match SECTIONS.iter().find(|(_, keys)| keys.contains(&name)) {
         Some((section, _)) => {
             ConfigError::WrongSection { key: name.to_owned(), section: (*section).to_owned() }

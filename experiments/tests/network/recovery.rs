@@ -219,9 +219,14 @@ fn a_finished_run_stays_finished() {
     let server = Doomed::start(&scene);
     let join = server.join.clone();
     let (first, _) = with_workers(&join, 1, || server.outcome());
+    let path = scene.results().join("summary.json");
+    let summary = std::fs::read_to_string(&path).unwrap();
     let again = Doomed::start(&scene).outcome();
     assert_eq!((again.summary.steps, again.summary.val_loss), (20, first.summary.val_loss));
     assert_eq!(again.parameters, first.parameters);
+    // The bytes of evaluations and goodbyes, which come after the last decision, are not forgotten.
+    assert_eq!(again.summary.traffic, first.summary.traffic);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), summary);
 }
 
 #[test]

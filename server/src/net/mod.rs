@@ -158,6 +158,8 @@ pub struct Server {
     saved: Option<Step>,
     /// At most one checkpoint is being written, on a blocking thread.
     saving: Option<JoinHandle<Result<(), ResultsError>>>,
+    /// Whether the run was over when the server started.
+    was_over: bool,
     /// Locked for as long as the server lives.
     _state: Option<StateFolder>,
     /// Accepting and announcing; they end with the server.
@@ -303,6 +305,7 @@ impl Server {
         tasks.spawn(async move { watched.admission().watch().await });
         tasks.spawn(write_checkpoints(hub.clone()));
         Ok(Self {
+            was_over: hub.is_finished(),
             hub,
             endpoint,
             join,
@@ -336,6 +339,11 @@ impl Server {
     /// The text it trains on.
     pub fn corpus(&self) -> &Corpus {
         self.hub.corpus()
+    }
+
+    /// Whether the run was over when this server started, which then only writes the results that are missing.
+    pub fn was_over(&self) -> bool {
+        self.was_over
     }
 
     /// Where the results go.
@@ -460,8 +468,13 @@ impl Server {
             let written = tokio::task::spawn_blocking(move || write(&parameters).map(|()| parameters)).await;
             written.expect("writing a checkpoint does not panic")
         };
-        let summary = self.hub.summary(self.hub.seconds());
-        self.folder.write_summary(&summary)?;
+        let mut summary = self.hub.summary(self.hub.seconds());
+        let there = self.was_over.then(|| self.folder.summary()).flatten();
+        match there.filter(|there| there.is_of_the_end(&summary)) {
+            // The server that saw the end knows of bytes and seconds after the last decision, too.
+            Some(there) => summary = there,
+            None => self.folder.write_summary(&summary)?,
+        }
         let parameters = parameters?;
         Ok(Outcome {
             summary,

@@ -128,6 +128,12 @@ impl RunFolder {
         write(&self.path.join("summary.json"), &json)
     }
 
+    /// The summary that is there, if it can be read.
+    pub fn summary(&self) -> Option<Summary> {
+        let json = fs::read(self.path.join("summary.json")).ok()?;
+        serde_json::from_slice(&json).ok()
+    }
+
     /// Writes the model, its configuration and its tokenizer to `checkpoint/`: the tokenizer of the checkpoint that the
     /// run began with, or that of its text.
     ///

@@ -114,3 +114,12 @@ pub struct Summary {
     /// Training tokens per second of `training_seconds`.
     pub tokens_per_second: f64,
 }
+
+impl Summary {
+    /// Whether it was written after everything that `last` tells of was decided.
+    pub fn is_of_the_end(&self, last: &Self) -> bool {
+        let decided =
+            |of: &Self| (of.completed, of.steps, of.skipped, of.val_loss, of.best_step, of.test_loss);
+        decided(self) == decided(last)
+    }
+}

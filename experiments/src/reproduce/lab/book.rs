@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use tracing::warn;
 
 /// The file of finished runs.
-const FILE: &str = "results.jsonl";
+pub(super) const FILE: &str = "results.jsonl";
 
 /// The folder of the locks that stand for runs being made.
 const CLAIMS: &str = "claims";

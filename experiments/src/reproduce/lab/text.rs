@@ -4,9 +4,9 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 
-use super::book::key_name;
+use super::book::{FILE as RESULTS_FILE, key_name};
 use super::difference::diverged_of;
 use super::jobs::Jobs;
 use super::spec::{Outcome, Run, Spec};
@@ -66,22 +66,35 @@ impl Options {
         };
         fs::create_dir_all(&folder)
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        // Looked at first: what another process makes in between, it makes after it has said whose the folder is.
+        let foreign = foreign(&folder)?;
         let path = folder.join(WHOSE);
         let whose = match fs::read_to_string(&path) {
             Ok(whose) => whose,
             Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         };
-        let report = folder.join(REPORT);
-        match whose.trim() {
-            whose if whose == form => {}
-            "" if report.exists() => {
-                bail!("{} is not one of ours, and would be replaced; give another --out", report.display())
+        match (whose.trim(), foreign) {
+            (whose, _) if whose == form => {
+                let report = fs::read_to_string(folder.join(REPORT)).unwrap_or_default();
+                let (there, seeds) = (seeds_told(&report), self.seeds().len());
+                ensure!(
+                    seeds >= there,
+                    "{} holds a report of {there} seeds, which one of {seeds} would replace; give --seeds {there}, or another \
+                     --out",
+                    folder.display()
+                );
+            }
+            ("", Some(foreign)) => {
+                bail!(
+                    "{} holds {foreign}, which is none of our results; give another --out",
+                    folder.display()
+                )
             }
             // Nobody's yet, or another process is about to write.
-            "" => fs::write(&path, format!("{form}\n"))
+            ("", None) => fs::write(&path, format!("{form}\n"))
                 .with_context(|| format!("cannot write {}", path.display()))?,
-            whose => {
+            (whose, _) => {
                 bail!(
                     "{} holds the results of `reproduce {whose}`, and not of `reproduce {form}`; give another --out",
                     folder.display()
@@ -114,6 +127,28 @@ impl Options {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Jobs(self.jobs.map_or(cores, usize::from))
     }
+}
+
+/// Of how many seeds a report says that it is, in the words of [`seeds_text`]; 0 if of one, or it does not say.
+fn seeds_told(report: &str) -> usize {
+    let is_number = |word: &&str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit());
+    let after = report.find(&format!("seeds {FIRST_SEED}, ")).map(|at| &report[at + "seeds ".len()..]);
+    after.map_or(0, |after| after.split(", ").take_while(is_number).count())
+}
+
+/// Something in a folder of nobody's that results would be mixed with: anything but results that were put there.
+fn foreign(folder: &Path) -> anyhow::Result<Option<String>> {
+    let cannot = || format!("cannot look into {}", folder.display());
+    let mut found = None;
+    for entry in fs::read_dir(folder).with_context(cannot)? {
+        let name = entry.with_context(cannot)?.file_name().to_string_lossy().into_owned();
+        // The first by name, so that the sentence is the same each time.
+        if ![WHOSE, RESULTS_FILE].contains(&name.as_str()) && found.as_ref().is_none_or(|there| name < *there)
+        {
+            found = Some(name);
+        }
+    }
+    Ok(found)
 }
 
 /// A look at the validation split takes as long as many steps, so there are at least so many between two.
@@ -293,6 +328,19 @@ pub(in crate::reproduce) fn escaped(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_report_tells_its_seeds() {
+        for count in 2..12 {
+            let seeds: Vec<u64> = (FIRST_SEED..FIRST_SEED + count).collect();
+            assert_eq!(
+                seeds_told(&format!("# Title\n\nOf a text; {}; more", seeds_text(&seeds))),
+                seeds.len()
+            );
+        }
+        assert_eq!(seeds_told(&seeds_text(&[FIRST_SEED])), 0);
+        assert_eq!(seeds_told(""), 0);
+    }
 
     #[test]
     fn names_stand_for_themselves_in_markdown() {

@@ -35,7 +35,7 @@ pub struct Arguments {
     /// A run file (TOML) with other settings than the defaults, as `train` takes it
     #[arg(long, short, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Numbers of workers [default: 4,8,16,32, with --quick 4,8]
+    /// Numbers of workers, 2 to 256 [default: 4,8,16,32, with --quick 4,8]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(2..=256))]
     workers: Vec<u32>,
     /// What all reproductions take.

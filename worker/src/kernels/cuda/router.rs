@@ -5,7 +5,7 @@ use sanderling_common::model_config::RouterOrder;
 use super::attention::{floats_at, floats_at_mut};
 use super::driver::Scalar;
 use super::scratch::Slot;
-use super::{Buffer, Cuda, CudaError, Routing, Unit, arguments, flat, int, long};
+use super::{Buffer, Cuda, CudaError, Routing, Unit, arguments, flat, int};
 use crate::kernels::{RouterShape, RouterStatistics};
 
 /// Tokens of a block that chooses.
