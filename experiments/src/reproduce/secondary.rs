@@ -58,7 +58,7 @@ pub fn secondary(arguments: &Arguments) -> anyhow::Result<()> {
             for row in &of_workers[1..] {
                 let _ = writeln!(
                     text,
-                    "* {} workers, {} instead of everything down: {}, and a test loss {}: {}.",
+                    "* {} workers, {} down instead of everything: {}, and a test loss {}: {}.",
                     row.variant.workers,
                     row.variant.cells[1],
                     row.fewer_bytes(off).1,
