@@ -72,8 +72,9 @@ impl RunOptions {
         let there = state.map(|folder| Path::new(folder).join(STATE_RUN_FILE)).filter(|path| path.is_file());
         match there {
             None => Ok(stated.adopt()?.resolve()?),
-            // It was adopted and resolved when it began.
+            // An empty file would be a run of defaults only.
             Some(path) if read_text(&path)?.trim().is_empty() => Err(RunOptionsError::EmptyState(path)),
+            // It was adopted and resolved when it began.
             Some(path) => Ok(stated.or(read(&path)?).resolve()?),
         }
     }
