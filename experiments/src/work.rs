@@ -54,7 +54,7 @@ impl Stop {
 pub struct Work {
     bar: ProgressBar,
     unit: Unit,
-    what: &'static str,
+    what: String,
     next_line: Instant,
     stop: Stop,
 }
@@ -67,7 +67,7 @@ impl Work {
     ///
     /// # Panics
     /// Never: the template is a constant.
-    pub fn begin(what: &'static str, total: u64, unit: Unit) -> anyhow::Result<Self> {
+    pub fn begin(what: &str, total: u64, unit: Unit) -> anyhow::Result<Self> {
         let stop = Stop::listen()?;
         let terminal = std::io::stderr().is_terminal();
         let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
@@ -77,8 +77,8 @@ impl Work {
         };
         let style = ProgressStyle::with_template(template).expect("the template is well formed");
         let bar = ProgressBar::with_draw_target(Some(total), target).with_style(style.progress_chars("━╸─"));
-        bar.set_message(what);
-        Ok(Self { bar, unit, what, next_line: Instant::now() + LINE_EVERY, stop })
+        bar.set_message(what.to_owned());
+        Ok(Self { bar, unit, what: what.to_owned(), next_line: Instant::now() + LINE_EVERY, stop })
     }
 
     /// Notes how far it is; breaks when Ctrl-C was pressed.

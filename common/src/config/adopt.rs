@@ -13,6 +13,16 @@ pub enum AdoptError {
     /// The checkpoint cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// There is none.
+    #[error("{key} names the checkpoint {path}, but there is no folder {absolute}")]
+    Missing {
+        /// The setting.
+        key: &'static str,
+        /// As stated.
+        path: PathBuf,
+        /// Where that was looked for.
+        absolute: PathBuf,
+    },
     /// The recipe does not fit it.
     #[error("{path} cannot be upcycled: {source}")]
     Upcycle {
@@ -85,13 +95,13 @@ impl RunPartial {
             (Some(_), Some(_)) => return Err(AdoptError::Both),
             (Some(init), None) => {
                 let path = Path::new(&init);
-                let config = read_config(path)?;
+                let config = read_config("init", path)?;
                 self.model.adopt_choice(path, &config)?;
                 self.model.adopt_shape(path, &config)?;
             }
             (None, Some(dense)) => {
                 let path = Path::new(&dense);
-                let config = read_config(path)?;
+                let config = read_config("dense", path)?;
                 let recipe = self.recipe();
                 let upcycled = recipe.config(&config);
                 let upcycled =
@@ -116,7 +126,12 @@ impl RunPartial {
     }
 }
 
-fn read_config(directory: &Path) -> Result<ModelConfig, CheckpointError> {
+/// Of the checkpoint that the setting `key` names.
+fn read_config(key: &'static str, directory: &Path) -> Result<ModelConfig, AdoptError> {
+    if !directory.exists() {
+        let absolute = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+        return Err(AdoptError::Missing { key, path: directory.to_owned(), absolute });
+    }
     let path = directory.join(CONFIG_FILE);
     Ok(parse_config(&path, &read_small(&path)?)?.1)
 }
@@ -241,6 +256,8 @@ mod tests {
             format!("[model]\ntop_k = 3\n[upcycle]\ndense = '{path}'\ngranularity = 2"),
             &["top_k (3)", &path],
         );
-        check("[model]\ninit = '/no/such'".to_owned(), &["/no/such/config.json"]);
+        check("[model]\ninit = '/no/such'".to_owned(), &["init names", "/no/such"]);
+        check("[upcycle]\ndense = 'no/such'".to_owned(), &["dense names", "no/such", "no folder /"]);
+        check(format!("[model]\ninit = '{}'", folder.path().display()), &["config.json"]);
     }
 }

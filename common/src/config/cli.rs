@@ -56,17 +56,28 @@ impl RunOptionsError {
 
 impl RunOptions {
     /// Reads the run file, if one is named, and resolves the run. What the file says for its own method is left out, and
-    /// that is said on standard error, where the options name another.
+    /// that is said on standard error, where the options name another; so is a warm-up that is longer than the run.
     ///
     /// # Errors
     /// A [`RunOptionsError`]; every one of them is the user's to mend.
     pub fn resolve(self) -> Result<RunConfig, RunOptionsError> {
         let mut file = self.config.as_deref().map(read).transpose()?.unwrap_or_default();
         if let Some(notice) = leave_out_other_method(&self.settings, &mut file) {
-            // Nobody is left to tell when standard error is closed.
-            let _ = writeln!(std::io::stderr(), "{notice}");
+            tell(&notice);
         }
-        let stated = self.settings.or(file);
+        let run = Self::resolve_stated(self.settings.or(file))?;
+        let training = &run.training;
+        if training.steps < training.warmup_steps {
+            tell(&format!(
+                "the learning rate stays below its peak, since the run of {} steps is over before the warm-up of {}; \
+                 --warmup-steps makes that shorter",
+                training.steps, training.warmup_steps
+            ));
+        }
+        Ok(run)
+    }
+
+    fn resolve_stated(stated: RunPartial) -> Result<RunConfig, RunOptionsError> {
         // A state folder with a run in it says whatever else that run is.
         let state = stated.server.state_dir.as_deref().filter(|path| !path.is_empty());
         let there = state.map(|folder| Path::new(folder).join(STATE_RUN_FILE)).filter(|path| path.is_file());
@@ -78,6 +89,11 @@ impl RunOptions {
             Some(path) => Ok(stated.or(read(&path)?).resolve()?),
         }
     }
+}
+
+/// Nobody is left to tell when standard error is closed.
+fn tell(notice: &str) {
+    let _ = writeln!(std::io::stderr(), "{notice}");
 }
 
 /// Takes out of `file` what was stated for another method than the one the options name; says so.

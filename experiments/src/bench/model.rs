@@ -206,13 +206,14 @@ fn tell(
 ) -> anyhow::Result<()> {
     let context = arguments.context(shape);
     let tokens = batch * context;
-    let (what, flops) = match arguments.config(shape) {
-        Some(config) => {
-            let flops = |causal| 3.0 * tokens as f64 * forward_flops_per_token(&config, context, causal);
-            let parameters = config.layout()?.len();
+    let config = arguments.config(shape);
+    let parameters = config.as_ref().map(|config| config.layout().map(|layout| layout.len())).transpose()?;
+    let (what, flops) = match (&config, parameters) {
+        (Some(config), Some(parameters)) => {
+            let flops = |causal| 3.0 * tokens as f64 * forward_flops_per_token(config, context, causal);
             (format!("{parameters} parameters, batch {batch} × {context}"), (flops(true), flops(false)))
         }
-        None => {
+        _ => {
             let layer = expert_layer(tokens);
             let what = format!(
                 "{} × {}, {} experts, top-{}",
@@ -222,8 +223,20 @@ fn tell(
         }
     };
     let precision = precision.to_string();
-    let report =
-        Report { shape: shape.name(), what, device, precision, tokens, flops, peak, needed_bytes, measured };
+    let report = Report {
+        shape: shape.name(),
+        what,
+        device,
+        precision,
+        batch,
+        context,
+        layers: config.map(|config| config.layers),
+        parameters,
+        flops,
+        peak,
+        needed_bytes,
+        measured,
+    };
     if arguments.json { say(&format!("{}\n", report.json())) } else { say(&format!("{}\n", report.text())) }
 }
 

@@ -27,7 +27,12 @@ pub(super) struct Report<'a> {
     /// The device and what it multiplies.
     pub(super) device: String,
     pub(super) precision: String,
-    pub(super) tokens: usize,
+    pub(super) batch: usize,
+    /// Tokens of a sequence.
+    pub(super) context: usize,
+    /// Of the whole model; none of the expert layer alone, which is told by its sizes in `what`.
+    pub(super) layers: Option<usize>,
+    pub(super) parameters: Option<usize>,
     /// Of one step, attention counted as causal, and in full.
     pub(super) flops: (f64, f64),
     pub(super) peak: Option<Peak>,
@@ -37,6 +42,10 @@ pub(super) struct Report<'a> {
 }
 
 impl Report<'_> {
+    fn tokens(&self) -> usize {
+        self.batch * self.context
+    }
+
     fn per_second(&self, amount: f64) -> f64 {
         amount / self.measured.median()
     }
@@ -56,10 +65,10 @@ impl Report<'_> {
             self.what,
             self.device,
             self.precision,
-            self.tokens,
+            self.tokens(),
             milliseconds(median),
             milliseconds(best),
-            self.per_second(self.tokens as f64),
+            self.per_second(self.tokens() as f64),
         );
         let rate = |flops: f64| self.per_second(flops) / 1e12;
         match (self.mfu(), self.peak) {
@@ -123,11 +132,16 @@ impl Report<'_> {
             "shape": self.shape,
             "device": self.device,
             "precision": self.precision,
-            "tokens": self.tokens,
+            "what": self.what,
+            "parameters": self.parameters,
+            "layers": self.layers,
+            "batch": self.batch,
+            "context": self.context,
+            "tokens": self.tokens(),
             "median_ms": self.measured.median() * 1e3,
             "best_ms": self.measured.seconds[0] * 1e3,
             "steps_ms": self.measured.seconds.iter().map(|seconds| seconds * 1e3).collect::<Vec<_>>(),
-            "tokens_per_second": self.per_second(self.tokens as f64),
+            "tokens_per_second": self.per_second(self.tokens() as f64),
             "tflops_causal": self.per_second(self.flops.0) / 1e12,
             "tflops_full": self.per_second(self.flops.1) / 1e12,
             "mfu_causal": self.mfu().map(|(causal, _)| causal),
@@ -167,7 +181,10 @@ mod tests {
             what: "1 parameter".to_owned(),
             device: "a device".to_owned(),
             precision: "bf16".to_owned(),
-            tokens: 100,
+            batch: 4,
+            context: 25,
+            layers: Some(2),
+            parameters: Some(1),
             flops: (5e11, 6e11),
             peak,
             needed_bytes: 7,
@@ -189,6 +206,7 @@ mod tests {
         assert!(lines[0].contains("product") && lines[0].contains("75.0 %"), "{text}");
         assert!(lines[2].contains("all kernels") && lines[2].contains("1000.000 ms"), "{text}");
         assert_eq!(report.json()["mfu_full"], 0.6);
+        assert_eq!((&report.json()["tokens"], &report.json()["context"]), (&json!(100), &json!(25)));
         assert_eq!(report.json()["kernels"]["attention"]["ms"], 250.0);
     }
 

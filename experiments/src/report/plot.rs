@@ -201,6 +201,21 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     }
 }
 
+/// Significant digits of an axis's length that its ticks are told apart by; they lie a tenth of it apart, or more.
+const TICK_DIGITS: i32 = 3;
+
+/// A tick of an axis of that length, without the zeros that plotters would add to a whole number, and without what a sum of
+/// tenths has at its end.
+fn tick(value: f64, length: f64) -> String {
+    if value.abs() >= 1e9 {
+        return format!("{value:.3e}");
+    }
+    let decimals = (TICK_DIGITS - 1 - length.log10().floor() as i32).clamp(0, 12) as usize;
+    let text = format!("{value:.decimals$}");
+    let text = if decimals > 0 { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    if text == "-0" { "0".to_owned() } else { text.to_owned() }
+}
+
 /// About what is between the axes, and what a letter of the legend, a line of it, and what stands beside its names take, in
 /// pixels.
 const PLOT: (f64, f64) = (704.0, 364.0);
@@ -270,6 +285,8 @@ where
         .configure_mesh()
         .x_desc(axes.x)
         .y_desc(axes.y)
+        .x_label_formatter(&|&x| tick(x, right))
+        .y_label_formatter(&|&y| tick(y, top - bottom + 2.0 * margin))
         .label_style(("sans-serif", 16))
         .axis_desc_style(("sans-serif", 17))
         .light_line_style(TRANSPARENT)
@@ -341,6 +358,15 @@ mod tests {
         });
         assert!(pictures[0].starts_with(b"\x89PNG") && pictures[0].len() > 3000, "{}", pictures[0].len());
         assert_ne!(pictures[0], pictures[1], "the labels are drawn");
+    }
+
+    #[test]
+    fn ticks_are_as_short_as_they_can_be() {
+        assert_eq!(tick(1000.0, 8000.0), "1000");
+        assert_eq!((tick(0.0, 8.0), tick(-0.0, 8.0)), ("0".to_owned(), "0".to_owned()));
+        assert_eq!((tick(2.5, 4.0), tick(3.0, 4.0)), ("2.5".to_owned(), "3".to_owned()));
+        assert_eq!((tick(0.1 + 0.2, 0.5), tick(1.4525, 0.03)), ("0.3".to_owned(), "1.4525".to_owned()));
+        assert_eq!(tick(2e12, 5e12), "2.000e12");
     }
 
     #[test]

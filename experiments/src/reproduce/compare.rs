@@ -88,7 +88,7 @@ impl Arguments {
 /// Whatever keeps it from its end, in a sentence.
 pub fn compare(arguments: &Arguments) -> anyhow::Result<()> {
     let files: Vec<RunFile> =
-        arguments.files.iter().map(|path| RunFile::read(path)).collect::<anyhow::Result<_>>()?;
+        arguments.files.iter().map(|path| RunFile::read(path)).collect::<Result<_, _>>()?;
     for (place, file) in files.iter().enumerate() {
         // Configurations are written by these names.
         let is_same = |other: &&RunFile| file_name(&other.name()) == file_name(&file.name());

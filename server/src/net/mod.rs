@@ -290,9 +290,10 @@ impl Server {
         };
         let sessions = beginnings.sessions.clone();
         info!(
-            "at the worst, {} workers and strangers pin {} MB together: {} MB a worker, {} MB the strangers (memory_max_mb)",
-            run.server.sessions_max,
+            "no peers can make this server hold more than {} MB, on which memory_max_mb is a limit: {} workers at {} MB each, and strangers at {} MB; \
+             usual is far less",
             megabytes(pinned.total()),
+            run.server.sessions_max,
             megabytes(pinned.session),
             megabytes(pinned.strangers)
         );

@@ -254,6 +254,11 @@ async fn work_at<S: Site>(
             return Err(WorkerError::GaveUp { seconds: waited.as_secs(), address: join.to_string(), reason });
         }
         let pause = backoff.min(left);
+        if *stop.borrow() {
+            // What was cut short by that is nothing to warn of.
+            report.stopped = true;
+            return Ok(report);
+        }
         warn!("no exchange with {}:{} ({reason}); trying again in {pause:?}", join.host, join.port);
         tokio::select! {
             () = tokio::time::sleep(pause) => {}

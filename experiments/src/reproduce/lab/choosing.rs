@@ -60,14 +60,16 @@ where
         grid: impl Fn(&C) -> Grid,
     ) -> anyhow::Result<Vec<Chosen<C>>> {
         let mut searches: Vec<Search> = contestants.iter().map(|of| Search::new(&grid(of))).collect();
-        loop {
+        // Where the best lies at an edge there is another round, which nobody knows before.
+        for round in 1_u32.. {
             let mut wanted = Vec::new();
             for (contestant, search) in contestants.iter().zip(&searches) {
                 for tried in search.points() {
                     wanted.push((self.wanted)(contestant, tried)?);
                 }
             }
-            self.jobs.make_missing((self.what, EVALUATIONS), self.book, &wanted, self.make)?;
+            let what = format!("{}, round {round}", self.what);
+            self.jobs.make_missing((&what, EVALUATIONS), self.book, &wanted, self.make)?;
             let mut is_widened = false;
             for (contestant, search) in contestants.iter().zip(&mut searches) {
                 is_widened |= search.widen(|tried| self.score(contestant, tried))?;

@@ -69,7 +69,7 @@ impl Jobs {
     /// The first failure of a run, or a sentence if the user wanted it to stop.
     pub(in crate::reproduce) fn make_missing<R>(
         self,
-        (what, unit): (&'static str, Unit),
+        (what, unit): (&str, Unit),
         book: &Book<R>,
         wanted: &[Wanted<R::Key>],
         make: impl Fn(&R::Key, &Progress<'_>) -> anyhow::Result<R> + Sync,

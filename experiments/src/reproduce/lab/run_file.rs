@@ -9,9 +9,11 @@ use sanderling_common::config::{BUNDLED_TEXT, RunPartial, parse};
 use sanderling_common::init::parameters_hash;
 use sanderling_common::join::hex;
 use sanderling_common::origin::{Dense, Origin};
+use sanderling_common::report::one_sentence;
 
 use super::spec::{Contents, SMALL_MODEL_RATE, Spec, Subject, Trainer, small_model};
 use super::text::EVALUATIONS_MAX;
+use crate::commands::UsageError;
 
 /// What a run file says, as `train --config` reads it, and what the files are that it names.
 #[derive(Clone, Debug, Default)]
@@ -27,8 +29,12 @@ impl RunFile {
     /// Reads a run file, and of the checkpoint and the text that it names as much as makes their hashes.
     ///
     /// # Errors
-    /// A sentence that names the file.
-    pub(in crate::reproduce) fn read(path: &Path) -> anyhow::Result<Self> {
+    /// A sentence that names the file, which is the user's to mend.
+    pub(in crate::reproduce) fn read(path: &Path) -> Result<Self, UsageError> {
+        Self::read_and_check(path).map_err(|error| UsageError(one_sentence(error.as_ref())))
+    }
+
+    fn read_and_check(path: &Path) -> anyhow::Result<Self> {
         let in_file = || format!("the run file {}", path.display());
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", in_file()))?;
         let mut settings = parse(&text).with_context(in_file)?.adopt().with_context(in_file)?;
