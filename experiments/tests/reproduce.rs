@@ -218,7 +218,9 @@ fn run_files_are_compared_with_the_first() {
     assert!(said.contains("have the same name for tables and files"), "{said}");
     let said = String::from_utf8(compare(&["--workers", "2", "--slow-workers", "2"]).stderr).unwrap();
     assert!(said.contains("of 2 workers; take fewer"), "{said}");
-    let said = String::from_utf8(compare(&["absent.toml"]).stderr).unwrap();
+    let absent = compare(&["absent.toml"]);
+    assert_eq!(absent.status.code(), Some(2), "as for `train`");
+    let said = String::from_utf8(absent.stderr).unwrap();
     assert!(said.contains("cannot read the run file absent.toml"), "{said}");
 }
 

@@ -66,13 +66,8 @@ impl RunOptions {
             tell(&notice);
         }
         let run = Self::resolve_stated(self.settings.or(file))?;
-        let training = &run.training;
-        if training.steps < training.warmup_steps {
-            tell(&format!(
-                "the learning rate stays below its peak, since the run of {} steps is over before the warm-up of {}; \
-                 --warmup-steps makes that shorter",
-                training.steps, training.warmup_steps
-            ));
+        if let Some(notice) = too_short_for_its_warmup(&run) {
+            tell(&notice);
         }
         Ok(run)
     }
@@ -94,6 +89,16 @@ impl RunOptions {
 /// Nobody is left to tell when standard error is closed.
 fn tell(notice: &str) {
     let _ = writeln!(std::io::stderr(), "{notice}");
+}
+
+fn too_short_for_its_warmup(run: &RunConfig) -> Option<String> {
+    let (steps, warmup_steps) = (run.training.steps, run.training.warmup_steps);
+    (steps < warmup_steps).then(|| {
+        format!(
+            "the learning rate stays below its peak, since the run of {steps} steps is over before the warm-up of \
+             {warmup_steps}; --warmup-steps makes that shorter"
+        )
+    })
 }
 
 /// Takes out of `file` what was stated for another method than the one the options name; says so.
@@ -211,6 +216,20 @@ mod tests {
         let mut kept = file(Method::DgsAdam);
         assert_eq!(leave_out_other_method(&options, &mut kept), None);
         assert_eq!(kept, file(Method::DgsAdam));
+    }
+
+    #[test]
+    fn a_warm_up_longer_than_the_run_is_said() {
+        let mut run = RunConfig::default();
+        assert_eq!(too_short_for_its_warmup(&run), None);
+        run.training.warmup_steps = run.training.steps;
+        assert_eq!(too_short_for_its_warmup(&run), None);
+        (run.training.steps, run.training.warmup_steps) = (7, 8);
+        let notice = too_short_for_its_warmup(&run).unwrap();
+        assert!(
+            ["7 steps", "warm-up of 8", "--warmup-steps"].iter().all(|part| notice.contains(part)),
+            "{notice}"
+        );
     }
 
     #[test]
