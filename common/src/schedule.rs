@@ -45,7 +45,7 @@ impl Decay {
         match self {
             Self::Cosine => format!("falls along half a cosine to {final_fraction} of its peak"),
             Self::Wsd => format!(
-                "stays for {:.0} % of what follows the warm-up and then falls in a line to {final_fraction} of its peak",
+                "stays for {:.0} % of the steps after warmup_steps and then falls in a line to {final_fraction} of its peak",
                 100.0 * STABLE
             ),
         }
@@ -146,7 +146,8 @@ mod tests {
     #[test]
     fn a_stable_rate_falls_in_a_line_at_the_end() {
         let schedule = Schedule { decay: Decay::Wsd, ..schedule() };
-        let says = "stays for 60 % of what follows the warm-up and then falls in a line to 0.1 of its peak";
+        let says =
+            "stays for 60 % of the steps after warmup_steps and then falls in a line to 0.1 of its peak";
         assert_eq!(Decay::Wsd.describe(0.1), says);
         let check = |step, expected: f64| {
             let factor = schedule.factor(Step(step), 3);

@@ -29,7 +29,7 @@ use crate::simulation::Conditions;
 #[command(after_help = "\
 Examples:
   sanderling reproduce recipe --quick
-  sanderling reproduce recipe --config run.toml --steps 2000 --workers 8,32    # your model, or from a checkpoint
+  sanderling reproduce recipe --config run.toml --steps 2048 --workers 8,32    # your model, or from a checkpoint
   sanderling reproduce recipe --out DIR    # the same folder from several shells: they share the work")]
 pub struct Arguments {
     /// A run file (TOML) with other settings than the defaults, as `train` takes it
