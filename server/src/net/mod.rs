@@ -290,8 +290,8 @@ impl Server {
         };
         let sessions = beginnings.sessions.clone();
         info!(
-            "no peers can make this server hold more than {} MB, on which memory_max_mb is a limit: {} workers at {} MB each, and strangers at {} MB; \
-             usual is far less",
+            "peers can make this server hold at most {} MB: {} workers {} MB each, and strangers {} MB; usual is far less, and \
+             memory_max_mb refuses to start above a limit",
             megabytes(pinned.total()),
             run.server.sessions_max,
             megabytes(pinned.session),

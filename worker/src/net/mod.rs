@@ -254,12 +254,10 @@ async fn work_at<S: Site>(
             return Err(WorkerError::GaveUp { seconds: waited.as_secs(), address: join.to_string(), reason });
         }
         let pause = backoff.min(left);
-        if *stop.borrow() {
-            // What was cut short by that is nothing to warn of.
-            report.stopped = true;
-            return Ok(report);
+        // What a stop cut short is nothing to warn of.
+        if !*stop.borrow() {
+            warn!("no exchange with {}:{} ({reason}); trying again in {pause:?}", join.host, join.port);
         }
-        warn!("no exchange with {}:{} ({reason}); trying again in {pause:?}", join.host, join.port);
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             _ = stop.wait_for(|stop| *stop) => {
