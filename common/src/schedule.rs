@@ -35,7 +35,7 @@ pub struct Schedule {
     pub final_fraction: f64,
 }
 
-/// The share of what follows the warm-up for which [`Decay::Wsd`] keeps the peak. On the default model with 8 and 32 workers
+/// The share of the steps after the warm-up steps for which [`Decay::Wsd`] keeps the peak. On the default model with 8 and 32 workers
 /// a fall of 40 % of the run did better than the cosine, which falls all along.
 const STABLE: f64 = 0.6;
 
