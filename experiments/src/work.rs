@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -25,9 +26,11 @@ pub enum Unit {
 /// Knows of Ctrl-C: the first asks for a clean end, the second ends the process.
 pub struct Stop {
     pressed: watch::Receiver<bool>,
-    /// Listens.
-    _runtime: Runtime,
 }
+
+/// What listens, from the first time on that anybody asks until the process ends: of a Ctrl-C between two pieces of work the
+/// second one would not know otherwise.
+static LISTENING: Mutex<Option<(watch::Receiver<bool>, Runtime)>> = Mutex::new(None);
 
 impl Stop {
     /// Listens from now on.
@@ -35,13 +38,19 @@ impl Stop {
     /// # Errors
     /// If the system has no thread to listen with.
     pub fn listen() -> anyhow::Result<Self> {
+        // Nothing is half done in it where another thread panicked.
+        let mut listening = LISTENING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((pressed, _)) = listening.as_ref() {
+            return Ok(Self { pressed: pressed.clone() });
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.context("cannot start the runtime")?;
         let pressed = {
             let _inside = runtime.enter();
             stop_on_interrupt(|| {})
         };
-        Ok(Self { pressed, _runtime: runtime })
+        *listening = Some((pressed.clone(), runtime));
+        Ok(Self { pressed })
     }
 
     /// Whether the work is to end.
@@ -91,10 +100,15 @@ impl Work {
                 Unit::Bytes => format!("{}: {} of {}", self.what, HumanBytes(done), HumanBytes(total)),
                 Unit::Count(name) => format!("{}: {done} of {total} {name}", self.what),
             };
-            // Nobody is left to tell when standard error is closed.
-            let _ = writeln!(std::io::stderr(), "{line}");
+            self.say(&line);
         }
         if self.stop.is_asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    /// Writes a line above the bar.
+    pub fn say(&self, line: &str) {
+        // Nobody is left to tell when standard error is closed.
+        self.bar.suspend(|| drop(writeln!(std::io::stderr(), "{line}")));
     }
 
     /// Says how much it is all together.

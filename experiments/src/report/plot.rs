@@ -50,7 +50,7 @@ impl Series<'_> {
 }
 
 /// How a line is told from the others.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Look {
     colour: RGBColor,
     is_dashed: bool,
@@ -89,12 +89,14 @@ pub struct Curve {
     pub points: Vec<(f64, f64)>,
     /// The standard deviation of each point, for a band about the line; empty where there is none.
     pub spread: Vec<f64>,
+    /// If it is not to be told from the others by its place among them.
+    look: Option<Look>,
 }
 
 impl Curve {
     /// A line without a band.
     pub fn of(name: impl Into<String>, points: Vec<(f64, f64)>) -> Self {
-        Self { name: name.into(), points, spread: Vec::new() }
+        Self { name: name.into(), points, spread: Vec::new(), look: None }
     }
 
     /// The means of several seeds: x, y, and the standard deviation of y, where there is one.
@@ -106,7 +108,13 @@ impl Curve {
             means.into_iter().map(|(x, y, spread)| ((x, y), spread)).unzip();
         // Of a single seed there is none.
         let spread = spread.into_iter().collect::<Option<Vec<f64>>>().unwrap_or_default();
-        Self { name: name.into(), points, spread }
+        Self { name: name.into(), points, spread, look: None }
+    }
+
+    /// The same in one of the colours, by number, dashed or not; for lines that belong together.
+    #[must_use]
+    pub fn drawn_as(self, colour: usize, is_dashed: bool) -> Self {
+        Self { look: Some(Look { colour: COLOURS[colour % COLOURS.len()], is_dashed }), ..self }
     }
 }
 
@@ -132,7 +140,10 @@ pub fn plot_curves(
     curves: &[Curve],
 ) -> Result<(), PlotError> {
     let series: Vec<Series<'_>> = (curves.iter().enumerate())
-        .map(|(place, Curve { name, points, spread })| Series { name, look: Look::of(place), points, spread })
+        .map(|(place, Curve { name, points, spread, look })| {
+            let look = look.unwrap_or_else(|| Look::of(place));
+            Series { name, look, points, spread }
+        })
         .collect();
     let axes = Axes { x, y };
     let drawn = if path.extension().is_some_and(|extension| extension == "png") {
@@ -269,7 +280,11 @@ where
 {
     register_the_font();
     let points = || series.iter().flat_map(|series| series.points).filter(|point| is_drawable(point));
-    let right = points().map(|p| p.0).fold(0.0, f64::max).max(1e-6) * 1.02;
+    let right = match points().map(|p| p.0).fold(0.0, f64::max) {
+        right if right > 1e-6 => 1.02 * right,
+        // Ticks closer than that would have labels of many zeros.
+        _ => 1.0,
+    };
     let bands: Vec<Vec<(f64, f64)>> = series.iter().map(Series::band).collect();
     let (bottom, top) = range(points().chain(bands.iter().flatten()).map(|p| p.1));
     let margin = (top - bottom) * 0.05;

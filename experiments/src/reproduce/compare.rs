@@ -6,16 +6,20 @@ use std::path::PathBuf;
 use anyhow::{bail, ensure};
 
 use super::lab::{
-    Options, RunFile, Sweep, Trainer, Variant, Varied, counted, distinct, escaped, file_name, workers_option,
+    Options, RunFile, Sweep, Trainer, Variant, Varied, counted, distinct, escaped, file_name, typed,
+    workers_option,
 };
+use crate::commands::UsageError;
 use crate::simulation::Conditions;
 
 /// Run files of your own side by side, each with all seeds: loss, bytes and staleness
 ///
 /// What each file describes is trained by asynchronous workers in virtual time: as many as the file says, or as --workers
-/// says, all of about the same speed unless told otherwise. All runs have the same number of gradient evaluations: --steps, or
-/// as many as the first file's run has, with --quick 1 000 at most. What the files say of seeds and of the server plays no part. Every file is compared with the first one, seed by seed. The
-/// resolved configurations of other reproductions (configurations/*.toml) are run files, too.
+/// says, all of about the same speed unless told otherwise. All runs have the same number of gradient evaluations: --steps,
+/// or as many as the first file's run has, with --quick 1 000 at most. What the files say of seeds and of the server plays no
+/// part. Every file is compared with the first one, seed by seed. A file that was changed since makes another run, and the
+/// report that of now; other runs are kept. The resolved configurations of other reproductions (configurations/*.toml) are
+/// run files, too.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -70,7 +74,7 @@ impl Arguments {
 
     /// The options that make it another experiment, as they are typed.
     fn own(&self) -> Vec<String> {
-        let mut own: Vec<String> = self.files.iter().map(|path| path.display().to_string()).collect();
+        let mut own: Vec<String> = self.files.iter().map(|path| typed(path)).collect();
         own.extend(workers_option(&self.workers));
         if self.slow_workers > 0 {
             own.push(format!("--slow-workers {} --slowness {}", self.slow_workers, self.slowness));
@@ -93,11 +97,14 @@ pub fn compare(arguments: &Arguments) -> anyhow::Result<()> {
         // Configurations are written by these names.
         let is_same = |other: &&RunFile| file_name(&other.name()) == file_name(&file.name());
         if let Some(other) = files[..place].iter().find(is_same) {
-            bail!(
-                "{} and {} have the same name for tables and files; rename one, or leave it out",
-                other.path.display(),
-                file.path.display()
-            );
+            bail!(UsageError(match other.path == file.path {
+                true => format!("the run file {} is named twice; name it once", file.path.display()),
+                false => format!(
+                    "{} and {} have the same name for tables and files; rename one, or leave it out",
+                    other.path.display(),
+                    file.path.display()
+                ),
+            }));
         }
     }
     let first = files[0].settings.clone().resolve()?.training;
@@ -131,8 +138,11 @@ fn variant(file: &RunFile, stated: Option<u32>, conditions: Conditions) -> anyho
     };
     ensure!(
         conditions.slow_workers < workers,
-        "--slow-workers {} is as many as there are, or more, of {workers} workers; take fewer",
-        conditions.slow_workers
+        UsageError(format!(
+            "--slow-workers {} is as many as there are, or more, of {}; take fewer",
+            conditions.slow_workers,
+            counted(u64::from(workers), "worker")
+        ))
     );
     Ok(Variant {
         cells: vec![workers.to_string(), file.name()],
@@ -169,7 +179,7 @@ fn verdict(rows: &[Varied<'_>]) -> String {
         let (up, down) = row.fewer_bytes(first);
         let _ = writeln!(
             text,
-            "* {} against {}: {up} up and {down} down, and a test loss {}.",
+            "* {} against {}: {up} up and {down} down; test loss: {}.",
             escaped(&row.variant.name()),
             escaped(&first.variant.cells[1]),
             row.above(first),

@@ -8,10 +8,10 @@ use crate::simulation::Conditions;
 
 /// Distributions of staleness, and what workers of uneven speed, or that come and go, do to the loss
 ///
-/// The default method, whose rate falls with the staleness of each gradient, and the same with the constant rate that even
-/// workers would have of it, in virtual time: workers of about the same speed; one that is ten times slower; and every second one leaving after
-/// some exchanges and coming back later as a new one. Of a small model and 8 000 gradient evaluations each; with --quick 1 000, and
-/// 8 workers only.
+/// The default method, whose rate falls with the staleness of each gradient, and the same with the constant rate that
+/// even workers would have of it, in virtual time: workers of about the same speed; one that is ten times slower; and
+/// every second one leaving after some exchanges and coming back later as a new one. Of a small model and 8 000
+/// gradient evaluations each; with --quick 1 000, and 8 workers only.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -26,6 +26,29 @@ impl Kind {
     pub(super) fn best() -> Self {
         if Namespaces::are_possible() { Self::Namespaces } else { Self::Relay }
     }
+
+    /// In a report.
+    pub(super) fn describe(self) -> &'static str {
+        match self {
+            Self::Namespaces => "Between two network namespaces of Linux, limited by `tc tbf`.",
+            Self::Relay => {
+                "Over a relay in one process, which shares the processor with server and workers and is itself a limit at high \
+                 rates."
+            }
+        }
+    }
+
+    fn other(self) -> Self {
+        match self {
+            Self::Namespaces => Self::Relay,
+            Self::Relay => Self::Namespaces,
+        }
+    }
+
+    /// Whether one of these reports is of measurements over the other kind of link.
+    pub(super) fn is_other_of(self, reports: &[String]) -> bool {
+        reports.iter().any(|report| report.contains(self.other().describe()))
+    }
 }
 
 /// A link of so many bits per second in each direction, for all workers together.
@@ -233,6 +256,13 @@ fn run(command: &mut Command) -> anyhow::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_report_of_the_other_link_is_known() {
+        let reports = [String::from("# Title"), format!("## Measured\n\n{} A model", Kind::Relay.describe())];
+        assert!(Kind::Namespaces.is_other_of(&reports) && !Kind::Relay.is_other_of(&reports));
+        assert!(!Kind::Namespaces.is_other_of(&reports[..1]));
+    }
 
     #[test]
     fn only_namespaces_of_dead_processes_are_stale() {

@@ -3,16 +3,18 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 
+use anyhow::ensure;
 use sanderling_common::method::Method;
 use sanderling_server::progress::bytes;
 
-use super::super::lab::{Book, Jobs, REVISION, file_name, plot_both};
+use super::super::lab::{Book, Jobs, REVISION, file_name, plot_both, reports};
 use super::link::Kind;
 use super::measure::{Measured, Outcome, measure};
 use super::seen::Updates;
 use super::setup::{Course, Setup, fit};
 use super::statistics::Estimate;
 use super::{Experiment, Half, METHODS, rate_name, verdict};
+use crate::commands::UsageError;
 use crate::report::Curve;
 use crate::work::Unit;
 
@@ -81,6 +83,14 @@ impl Experiment<'_> {
     /// Updates per second over a real link.
     pub(super) fn measured(&self) -> anyhow::Result<Half> {
         let kind = self.arguments.link.unwrap_or_else(Kind::best);
+        ensure!(
+            !kind.is_other_of(&reports(self.folder)?),
+            UsageError(format!(
+                "{} holds a report of measurements over the other kind of link, which these would replace; give another --link \
+                 or --out",
+                self.folder.display()
+            ))
+        );
         let rates: &[f64] = if self.arguments.options.quick { &[1e9, 1e8] } else { &[1e9, 1e8, 1e7] };
         let folder = self.folder.join("measured");
         let book = Book::<Measured>::open(&folder)?;
@@ -148,22 +158,16 @@ impl Experiment<'_> {
     }
 
     fn introduction(&self, kind: Kind) -> anyhow::Result<String> {
-        let link = match kind {
-            Kind::Namespaces => "Between two network namespaces of Linux, limited by `tc tbf`.",
-            Kind::Relay => {
-                "Over a relay in one process, which shares the processor with server and workers and is itself a limit at high \
-                 rates."
-            }
-        };
         let parameters = self.size.parameters()? as f64 / 1e6;
         let momentum = Method::Dgs.defaults().momentum;
         Ok(format!(
-            "\n## Updates per second, measured over QUIC\n\n{link} A model of {parameters:.2} million parameters, with gradients \
+            "\n## Updates per second, measured over QUIC\n\n{} A model of {parameters:.2} million parameters, with gradients \
              that are made up; DGS with momentum {momentum}, which its speed does not depend on. Workers begin one after the \
              other, spread over the time from one update of theirs to the next; the measurement begins with the update at \
              which every one of them had been answered, and ends with an update. Nothing here depends on a seed: rate ± its \
              standard error over four to ten blocks of that one measurement's updates, in whole rounds of all workers where \
-             there are enough.\n\n"
+             there are enough.\n\n",
+            kind.describe()
         ))
     }
 

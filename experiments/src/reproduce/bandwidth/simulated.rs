@@ -101,7 +101,7 @@ impl Experiment<'_> {
             seed: self.arguments.options.seeds()[0],
         };
         let choosing = Choosing {
-            what: "choosing rates and momenta",
+            what: if self.arguments.options.quick { "simulating" } else { "choosing rates and momenta" },
             book,
             jobs: self.arguments.options.jobs(),
             wanted: &|&of: &Contestant, tried| Ok((self.spec(of, tried, form)?, form.steps)),
@@ -195,8 +195,8 @@ impl Simulated<'_> {
     fn half(&self) -> anyhow::Result<Half> {
         let Some(target) = self.target()? else {
             return Ok(Half {
-                text: "\n## Time to a loss, simulated\n\nNo run learned anything, so that there is no loss to be \
-                       reached.\n"
+                text: "\n## Time to a loss, simulated\n\nRuns learned too little, or nothing, for a loss that all could \
+                       reach; longer ones (--steps) may.\n"
                     .to_owned(),
                 verdict: "* DGS workers reach the loss sooner than as many of ASGD: there was none to be reached.\n"
                     .to_owned(),

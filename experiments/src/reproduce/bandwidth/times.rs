@@ -37,10 +37,14 @@ pub(super) fn best(curve: &[Point]) -> Option<f64> {
 }
 
 /// A loss that all of these curves reach: the worst of their best, a little above it. Curves that do not go down count for
-/// nothing; `None` if none does.
+/// nothing; `None` if none does, or if a curve begins no higher than that.
 pub(super) fn target<'a>(curves: impl Iterator<Item = &'a [Point]>) -> Option<f64> {
-    let worst = curves.filter_map(best).fold(f64::NEG_INFINITY, f64::max);
-    worst.is_finite().then_some((worst * 100.0).ceil() / 100.0)
+    let bests = curves.filter_map(|curve| Some((curve.first()?.score.loss, best(curve)?)));
+    let (begins, worst) = bests.fold((f64::INFINITY, f64::NEG_INFINITY), |(begins, worst), (first, best)| {
+        (begins.min(first), worst.max(best))
+    });
+    let target = (worst * 100.0).ceil() / 100.0;
+    (worst.is_finite() && target < begins).then_some(target)
 }
 
 /// Times of several seeds.
@@ -144,6 +148,8 @@ mod tests {
         assert_eq!(target(parts()), Some(2.13));
         assert_eq!(target(parts().skip(2)), None);
         assert_eq!(target(std::iter::once(&curve(&[4.0, f64::NAN])[..])), None);
+        assert_eq!(target(std::iter::once(&curve(&[4.001, 3.999])[..])), Some(4.0));
+        assert_eq!(target(std::iter::once(&curve(&[3.998, 3.992])[..])), None, "it begins there");
     }
 
     #[test]

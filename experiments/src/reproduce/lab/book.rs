@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::Write;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -14,11 +14,13 @@ use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use tracing::warn;
 
+use super::text::counted;
+
 /// The file of finished runs.
 pub(super) const FILE: &str = "results.jsonl";
 
 /// The folder of the locks that stand for runs being made.
-const CLAIMS: &str = "claims";
+pub(super) const CLAIMS: &str = "claims";
 
 /// The arithmetic of runs, for their keys: one more whenever the same key comes to something else, so that results of before are
 /// not taken for those of after.
@@ -42,7 +44,7 @@ pub(in crate::reproduce) struct Book<R> {
 
 struct Pages<R> {
     /// How far the file was read, in bytes.
-    read: usize,
+    read: u64,
     results: BTreeMap<String, R>,
 }
 
@@ -88,13 +90,12 @@ impl<R: Finished> Book<R> {
     /// Reads what was added since the last time.
     pub(in crate::reproduce) fn refresh(&self) -> anyhow::Result<()> {
         let path = self.path();
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
+        let mut pages = self.done.lock().expect("no reader panics");
+        let new = match read_from(&path, pages.read) {
+            Ok(new) => new,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         };
-        let mut pages = self.done.lock().expect("no reader panics");
-        let new = bytes.get(pages.read..).unwrap_or_default();
         let whole = new.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
         let mut unreadable = 0;
         for line in new[..whole].split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
@@ -103,11 +104,12 @@ impl<R: Finished> Book<R> {
                 Err(_) => unreadable += 1,
             }
         }
-        pages.read += whole;
+        pages.read += whole as u64;
         if unreadable > 0 {
             warn!(
-                "{unreadable} lines of {} are left out, cut off or of another version; their runs are made again",
-                path.display()
+                "left out of {}: {}, cut off or of another version; what it stood for is made again",
+                path.display(),
+                counted(unreadable, "line")
             );
         }
         Ok(())
@@ -145,7 +147,7 @@ impl<R: Finished> Book<R> {
         file.lock().with_context(unusable)?;
         let mut line = text(result);
         line.push('\n');
-        if !ends_with_newline(&path).with_context(unusable)? {
+        if !ends_with_newline(&mut file).with_context(unusable)? {
             line.insert(0, '\n');
         }
         file.write_all(line.as_bytes()).and_then(|()| file.sync_data()).with_context(unusable)?;
@@ -155,8 +157,22 @@ impl<R: Finished> Book<R> {
 }
 
 /// Whether the file is empty or its last line whole.
-fn ends_with_newline(path: &Path) -> std::io::Result<bool> {
-    Ok(fs::read(path)?.last().is_none_or(|&byte| byte == b'\n'))
+fn ends_with_newline(file: &mut File) -> std::io::Result<bool> {
+    let length = file.seek(SeekFrom::End(0))?;
+    let Some(last) = length.checked_sub(1) else { return Ok(true) };
+    file.seek(SeekFrom::Start(last))?;
+    let mut byte = [0];
+    file.read_exact(&mut byte)?;
+    Ok(byte == *b"\n")
+}
+
+/// What a file holds from that place on.
+fn read_from(path: &Path, place: u64) -> std::io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(place))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]

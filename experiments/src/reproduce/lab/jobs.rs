@@ -17,6 +17,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 pub(super) const STOPPED: &str =
     "stopped; the runs that are finished are kept, and the same command goes on with the others";
 
+/// And what it says first, as runs look up only between gradients and evaluations.
+const STOPPING: &str = "stopping when the runs under way next look up; Ctrl-C again ends at once";
+
 /// What a run tells of its progress, and asks whether to go on.
 pub(in crate::reproduce) struct Progress<'a> {
     /// Of all runs together.
@@ -106,9 +109,13 @@ impl Jobs {
             for _ in 0..self.0.min(missing.len()) {
                 scope.spawn(thread);
             }
+            let mut is_told = false;
             while running.load(Ordering::Acquire) > 0 {
                 // The runs themselves look at the stop.
-                let _ = work.at(done.load(Ordering::Relaxed));
+                if work.at(done.load(Ordering::Relaxed)).is_break() && !std::mem::replace(&mut is_told, true)
+                {
+                    work.say(STOPPING);
+                }
                 std::thread::sleep(LOOK_EVERY);
             }
         });

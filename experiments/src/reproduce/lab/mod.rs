@@ -21,12 +21,12 @@ pub(super) use reference::{Stretch, Warmup, train};
 pub(super) use run_file::RunFile;
 pub(super) use search::{Grid, Tried};
 pub(super) use spec::{
-    Outcome, Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, by_adamw, by_workers, exchanges, make,
+    Outcome, Run, SMALL_MODEL_RATE, Spec, Subject, Trainer, by_adamw, by_workers, exchanges, make, plain,
     scale_rates,
 };
 pub(super) use sweep::{Sweep, Variant, Varied};
 pub(super) use text::{
     Options, counted, curve_of, distinct, escaped, file_name, look_every, mean_and_spread, mean_curve,
-    plot_both, plus_minus, seeds_text, show, show_loss, workers_option, write_configuration, write_part,
-    write_report, write_resolved,
+    plot_both, plus_minus, reports, seeds_text, show, show_loss, typed, workers_option, write_configuration,
+    write_part, write_report, write_resolved,
 };

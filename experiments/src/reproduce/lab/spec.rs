@@ -17,7 +17,9 @@ use serde_json::{Value, json};
 use super::book::{Finished, REVISION};
 use super::jobs::Progress;
 use super::reference::{Stretch, train};
+use super::text::counted;
 use crate::adamw::AdamWSettings;
+use crate::commands::UsageError;
 use crate::simulation::{Conditions, Evaluations, Point, SimulationError, SimulationReport, simulate};
 use crate::task::{DigitsTask, LanguageTask, Score, Task};
 
@@ -101,7 +103,10 @@ pub(in crate::reproduce) fn exchanges(evaluations: u64, local_steps: u32) -> any
     let local_steps = u64::from(local_steps.max(1));
     ensure!(
         evaluations.is_multiple_of(local_steps),
-        "{evaluations} gradient evaluations are no whole exchanges of {local_steps} local steps; give other --steps"
+        UsageError(format!(
+            "{} are no whole exchanges of {local_steps} local steps; give other --steps",
+            counted(evaluations, "gradient evaluation")
+        ))
     );
     Ok(evaluations / local_steps)
 }
@@ -145,7 +150,8 @@ pub(in crate::reproduce) struct Spec {
     pub(in crate::reproduce) upcycle: UpcycleSettings,
     /// Of files that a run file names: what is in them, as far as the settings do not say it.
     pub(in crate::reproduce) contents: Contents,
-    /// `steps` counts updates, of as many gradient evaluations as there are local steps; `eval_every` is how often the onlooker looks.
+    /// `steps` counts updates, of as many gradient evaluations as there are local steps; `eval_every` is how often the
+    /// onlooker looks.
     pub(in crate::reproduce) training: TrainingSettings,
     pub(in crate::reproduce) exchange: ExchangeSettings,
 }
@@ -188,6 +194,19 @@ impl Spec {
         }
     }
 
+    /// How the learning rate goes, after "the rate".
+    pub(in crate::reproduce) fn describe_rate(&self) -> String {
+        let training = &self.training;
+        match training.warmup_steps {
+            warmup_steps if training.steps < warmup_steps => {
+                format!(
+                    "stays below its peak, since the warm-up of {warmup_steps} updates is longer than the run"
+                )
+            }
+            _ => training.decay.describe(training.final_rate_fraction),
+        }
+    }
+
     /// Whether it has the model, the start and the batches of another run of the same seed.
     pub(in crate::reproduce) fn shares_all_but_method(&self, other: &Self) -> bool {
         (&self.data, &self.model, &self.upcycle, &self.contents)
@@ -196,29 +215,20 @@ impl Spec {
 
     /// Everything that the run depends on, and nothing else.
     pub(in crate::reproduce) fn resolved(&self) -> Value {
-        let mut resolved = json!({
-            "revision": self.revision,
-            "subject": self.subject,
-            "seed": self.seed,
-            "workers": self.workers,
-            "data": self.data,
-            "model": self.model,
-            "upcycle": self.upcycle,
-            "contents": self.contents,
-            "training": self.training,
-            "exchange": self.exchange,
-        });
+        let mut resolved = plain(self);
+        resolved.as_object_mut().expect("a run is an object").remove("trainer");
         match self.trainer {
-            Trainer::Workers(conditions) => resolved["conditions"] = json!(conditions),
+            Trainer::Workers(conditions) => resolved["conditions"] = plain(&conditions),
             Trainer::AdamW => {
                 // The method and the exchange of a run have no part in it.
-                resolved["adamw"] = json!(reference(&self.run()));
+                resolved["adamw"] = plain(&reference(&self.run()));
                 resolved["training"] = json!(null);
                 resolved["exchange"] = json!(null);
             }
         }
         if self.subject == Subject::Digits {
-            resolved["model"] = json!({ "classifier": DigitsTask::SHAPE, "aux_loss": self.model.aux_loss });
+            let aux_loss = resolved["model"]["aux_loss"].take();
+            resolved["model"] = json!({ "classifier": DigitsTask::SHAPE, "aux_loss": aux_loss });
             resolved["data"] = json!({ "batch_size": self.data.batch_size });
         }
         resolved
@@ -234,6 +244,13 @@ impl Spec {
             run
         })
     }
+}
+
+/// As JSON with numbers as they are written down: a `Value` made directly would show the float32 0.01 as
+/// 0.009999999776482582.
+pub(in crate::reproduce) fn plain(of: &impl serde::Serialize) -> Value {
+    let text = serde_json::to_string(of).expect("settings have a JSON form");
+    serde_json::from_str(&text).expect("it was written as JSON")
 }
 
 /// What came of a run.
@@ -310,6 +327,18 @@ const NOTHING: Score = Score { loss: f64::NAN, accuracy: None };
 pub(in crate::reproduce) struct Run {
     pub(in crate::reproduce) spec: Spec,
     pub(in crate::reproduce) outcome: Outcome,
+}
+
+impl Run {
+    /// Updates by workers that did not change the model, since a gradient in them was not finite.
+    pub(in crate::reproduce) fn skipped(&self) -> u64 {
+        match self.spec.trainer {
+            Trainer::Workers(_) if self.outcome.diverged.is_none() => {
+                self.spec.training.steps.saturating_sub(self.outcome.updates)
+            }
+            _ => 0,
+        }
+    }
 }
 
 impl Finished for Run {

@@ -12,7 +12,7 @@ use super::jobs::{EVALUATIONS, Jobs};
 use super::run_file::RunFile;
 use super::spec::{Run, Spec, Trainer, exchanges, make};
 use super::text::{
-    Options, curve_of, escaped, file_name, look_every, mean_and_spread, plot_both, seeds_text, show,
+    Options, counted, curve_of, escaped, file_name, look_every, mean_and_spread, plot_both, seeds_text, show,
     write_configuration, write_report,
 };
 use crate::report::Curve;
@@ -77,7 +77,7 @@ pub(in crate::reproduce) struct Varied<'a> {
 const LOOKS: u64 = 16;
 
 impl Varied<'_> {
-    /// Of the runs that came to an end; 0 if none did.
+    /// Of the runs that did not diverge; 0 if all did.
     fn mean(&self, value: impl Fn(&Run) -> f64) -> f64 {
         let ended = self.runs.iter().filter(|run| run.outcome.diverged.is_none());
         let values: Vec<f64> = ended.map(value).collect();
@@ -94,9 +94,11 @@ impl Varied<'_> {
         Difference::of(&losses(self), &losses(other))
     }
 
-    /// How many times fewer bytes it sends up than another, and down, as words; nothing is said of runs that diverged.
+    /// How many times fewer bytes it sends up than another, and down, as words; nothing is said of runs that diverged or
+    /// skipped updates, whose frames are empty.
     pub(in crate::reproduce) fn fewer_bytes(&self, other: &Self) -> (String, String) {
-        let times = |ours: f64, theirs: f64| match ours > 0.0 && theirs > 0.0 {
+        let is_whole = [self, other].iter().all(|of| of.runs.iter().all(|run| run.skipped() == 0));
+        let times = |ours: f64, theirs: f64| match is_whole && ours > 0.0 && theirs > 0.0 {
             true => match (theirs / ours, ours / theirs) {
                 (fewer, _) if fewer >= 1.05 => format!("{fewer:.1} times fewer bytes"),
                 (_, more) if more >= 1.05 => format!("{more:.1} times more bytes"),
@@ -123,6 +125,22 @@ impl Varied<'_> {
     /// Bytes of a dense float32 exchange of every gradient, in one direction.
     fn dense_bytes(&self) -> f64 {
         self.local_steps() * self.mean(|run| 4.0 * run.outcome.parameters as f64 * run.outcome.updates as f64)
+    }
+
+    /// Of each seed with which updates did not change the model, a sentence.
+    fn skipped_text(&self) -> String {
+        let mut text = String::new();
+        for run in self.runs.iter().filter(|run| run.skipped() > 0) {
+            let _ = write!(
+                text,
+                "\n{}: with seed {} {} of {} did not change the model, since a gradient was not finite.\n",
+                escaped(&self.variant.name()),
+                run.spec.seed,
+                run.skipped(),
+                counted(run.spec.training.steps, "update")
+            );
+        }
+        text
     }
 
     fn line(&self) -> String {
@@ -219,15 +237,15 @@ impl Sweep {
 
     fn table(&self, seeds: &[u64], rows: &[Varied<'_>]) -> String {
         let mut text = format!(
-            "# {}\n\n{} {} gradient evaluations each, {}; {}; in virtual time, whose \
+            "# {}\n\n{} {} each, {}; {}; in virtual time, whose \
              unit is a gradient of a worker of middling speed. Bytes are those of the frames, with how many times fewer they are \
              than a dense float32 exchange of every gradient. {}{}\n\n",
             self.title,
             self.introduction,
-            self.evaluations,
+            counted(self.evaluations, "gradient evaluation"),
             seeds_text(seeds),
             subject_text(rows),
-            decay_text(rows),
+            rate_text(rows),
             shared_text(rows),
         );
         let _ = writeln!(
@@ -238,6 +256,7 @@ impl Sweep {
         text.push_str(&"| --- ".repeat(self.columns.len() + 6));
         text.push_str("|\n");
         rows.iter().for_each(|row| text.push_str(&row.line()));
+        rows.iter().for_each(|row| text.push_str(&row.skipped_text()));
         text
     }
 }
@@ -254,16 +273,25 @@ fn subject_text(rows: &[Varied<'_>]) -> String {
     format!("{texts}, {parameters} parameters")
 }
 
-/// How the rate falls, if that is the same for all; else it is what they are compared for, and the configurations say it.
-fn decay_text(rows: &[Varied<'_>]) -> String {
-    let describe = |row: &Varied<'_>| {
-        let training = &row.runs[0].spec.training;
-        training.decay.describe(training.final_rate_fraction)
-    };
-    let first = describe(&rows[0]);
-    match rows.iter().all(|row| describe(row) == first) {
-        true => format!("The learning rate {first}. "),
-        false => String::new(),
+/// How the learning rate goes: once if that is the same for all, or else whose goes how.
+fn rate_text(rows: &[Varied<'_>]) -> String {
+    let mut ways: Vec<(String, Vec<String>)> = Vec::new();
+    for row in rows {
+        let (way, name) = (row.runs[0].spec.describe_rate(), escaped(&row.variant.name()));
+        match ways.iter_mut().find(|(other, _)| *other == way) {
+            Some((_, names)) => names.push(name),
+            None => ways.push((way, vec![name])),
+        }
+    }
+    match &ways[..] {
+        [(way, _)] => format!("The learning rate {way}. "),
+        ways => {
+            let of = |(way, names): &(String, Vec<String>)| {
+                let names: Vec<String> = names.iter().map(|name| format!("({name})")).collect();
+                format!("The learning rate of {} {way}. ", names.join(", "))
+            };
+            ways.iter().map(of).collect()
+        }
     }
 }
 

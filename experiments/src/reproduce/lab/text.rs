@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 
-use super::book::{FILE as RESULTS_FILE, key_name};
+use super::book::{CLAIMS, FILE as RESULTS_FILE, key_name};
 use super::difference::diverged_of;
 use super::jobs::Jobs;
 use super::spec::{Outcome, Run, Spec};
-use crate::commands::say;
+use crate::commands::{UsageError, say};
 use crate::report::{Curve, plot_curves};
 use crate::simulation::Point;
 use crate::task::Score;
@@ -64,6 +64,9 @@ impl Options {
             Some(folder) => folder.clone(),
             None => PathBuf::from(format!("runs/reproduce-{}", folder_name(&form))),
         };
+        if folder.exists() && !folder.is_dir() {
+            bail!(UsageError(format!("{} is no folder; give another --out", folder.display())));
+        }
         fs::create_dir_all(&folder)
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
         // Looked at first: what another process makes in between, it makes after it has said whose the folder is.
@@ -76,29 +79,32 @@ impl Options {
         };
         match (whose.trim(), foreign) {
             (whose, _) if whose == form => {
-                let report = fs::read_to_string(folder.join(REPORT)).unwrap_or_default();
-                let (there, seeds) = (seeds_told(&report), self.seeds().len());
+                let there = reports(&folder)?.iter().map(|report| seeds_told(report)).max().unwrap_or(0);
+                let seeds = self.seeds().len();
                 ensure!(
                     seeds >= there,
-                    "{} holds a report of {there} seeds, which one of {seeds} would replace; give --seeds {there}, or another \
-                     --out",
-                    folder.display()
+                    UsageError(format!(
+                        "{} holds a report of {there} seeds, which one of {seeds} would replace; give --seeds {there}, or \
+                         another --out",
+                        folder.display()
+                    ))
                 );
             }
             ("", Some(foreign)) => {
-                bail!(
-                    "{} holds {foreign}, which is none of our results; give another --out",
+                bail!(UsageError(format!(
+                    "{} holds {foreign}, and no {WHOSE} that says whose results these are; give another --out, to which \
+                     {RESULTS_FILE} alone can be copied to go on from",
                     folder.display()
-                )
+                )))
             }
             // Nobody's yet, or another process is about to write.
             ("", None) => fs::write(&path, format!("{form}\n"))
                 .with_context(|| format!("cannot write {}", path.display()))?,
             (whose, _) => {
-                bail!(
+                bail!(UsageError(format!(
                     "{} holds the results of `reproduce {whose}`, and not of `reproduce {form}`; give another --out",
                     folder.display()
-                )
+                )))
             }
         }
         Ok(folder)
@@ -136,14 +142,30 @@ fn seeds_told(report: &str) -> usize {
     after.map_or(0, |after| after.split(", ").take_while(is_number).count())
 }
 
-/// Something in a folder of nobody's that results would be mixed with: anything but results that were put there.
+/// The text of all reports in a folder.
+pub(in crate::reproduce) fn reports(folder: &Path) -> anyhow::Result<Vec<String>> {
+    let cannot = || format!("cannot look into {}", folder.display());
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).with_context(cannot)? {
+        let path = entry.with_context(cannot)?.path();
+        if path.extension().is_some_and(|extension| extension == "md") {
+            // One that is no text says nothing.
+            found.push(fs::read_to_string(&path).unwrap_or_default());
+        }
+    }
+    Ok(found)
+}
+
+/// Something in a folder of nobody's that results would be mixed with: anything but results that were put there, and what a
+/// process that was ended before it said whose they are may have left.
 fn foreign(folder: &Path) -> anyhow::Result<Option<String>> {
     let cannot = || format!("cannot look into {}", folder.display());
     let mut found = None;
     for entry in fs::read_dir(folder).with_context(cannot)? {
         let name = entry.with_context(cannot)?.file_name().to_string_lossy().into_owned();
         // The first by name, so that the sentence is the same each time.
-        if ![WHOSE, RESULTS_FILE].contains(&name.as_str()) && found.as_ref().is_none_or(|there| name < *there)
+        if ![WHOSE, RESULTS_FILE, CLAIMS].contains(&name.as_str())
+            && found.as_ref().is_none_or(|there| name < *there)
         {
             found = Some(name);
         }
@@ -169,9 +191,10 @@ pub(in crate::reproduce) fn mean_and_spread(values: &[f64]) -> (f64, Option<f64>
 
 /// As `1.5634 ± 0.0012`, or without a spread.
 pub(in crate::reproduce) fn plus_minus(mean: f64, spread: Option<f64>, decimals: usize) -> String {
+    let mean = format!("{mean:.decimals$}").replace('-', "−");
     match spread {
-        Some(spread) => format!("{mean:.decimals$} ± {spread:.decimals$}"),
-        None => format!("{mean:.decimals$}"),
+        Some(spread) => format!("{mean} ± {spread:.decimals$}"),
+        None => mean,
     }
 }
 
@@ -181,6 +204,11 @@ pub(in crate::reproduce) fn distinct(workers: &[u32]) -> Vec<u32> {
     workers.sort_unstable();
     workers.dedup();
     workers
+}
+
+/// A path as it is typed, but for a leading `./`, which makes it no other.
+pub(in crate::reproduce) fn typed(path: &Path) -> String {
+    path.strip_prefix(".").unwrap_or(path).display().to_string()
 }
 
 /// An option with [`distinct`] numbers of workers, as it is typed; none if none were stated.

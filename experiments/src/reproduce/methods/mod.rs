@@ -17,11 +17,12 @@ use crate::simulation::Conditions;
 
 /// The methods of the paper on DGS, for 1 to 32 workers (its Table 3)
 ///
-/// MSGD on one worker, and ASGD, GD-async, DGC-async and DGS on 1, 4, 8, 16 and 32, on characters of the bundled text and on
-/// handwritten digits, both with small mixtures of experts, in virtual time. Every method and number of workers has the same
-/// number of gradient evaluations, 8 000 (with --quick 1 200), and the same search for its learning rate (four values or, from 16 workers on, seven, and further
-/// ones while the best lies at an edge) and, where it has one, its momentum: by validation, with the first seed, at a quarter of the
-/// length. Then all seeds are run with what was found, and tested. Finished runs are kept in the folder and not made again.
+/// MSGD on one worker, and ASGD, GD-async, DGC-async and DGS on 1, 4, 8, 16 and 32, on characters of the bundled text
+/// and on handwritten digits, both with small mixtures of experts, in virtual time. Every method and number of workers
+/// has the same number of gradient evaluations, 8 000 (with --quick 1 200), and the same search for its learning rate
+/// (four values or, from 16 workers on, seven, and further ones while the best lies at an edge) and, where it has one,
+/// its momentum: by validation, with the first seed, at a quarter of the length. Then all seeds are run with what was
+/// found, and tested. Finished runs are kept in the folder and not made again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -11,20 +11,22 @@ use sanderling_common::config::RunPartial;
 use self::report::Report;
 use super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Grid, Jobs, Options, Run, RunFile, Spec, Trainer, Tried, Warmup,
-    distinct, exchanges, file_name, look_every, make, validation, workers_option, write_configuration,
-    write_report,
+    counted, distinct, exchanges, file_name, look_every, make, typed, validation, workers_option,
+    write_configuration, write_report,
 };
+use crate::commands::UsageError;
 use crate::simulation::Conditions;
 
 /// The default method, for 4 to 32 workers, against AdamW on one worker and data-parallel AdamW
 ///
-/// The default model and method, one setting for every number of workers, 1 % sent up and 5 % down with 8 bits, in virtual time;
-/// and AdamW at the same number of gradient evaluations, 8 000 and 16 000: on one worker, and data-parallel, where N workers make one
-/// step of N batches together. AdamW has the best of at least four learning rates for each number of workers, and of the rates around
-/// it for longer runs, and the better of two warm-ups, by validation with the first seed; weight decay is the same for everyone. With
-/// --quick 600 evaluations of a small model, with the rates that suit it, and three rates of AdamW. A run file puts other settings in
-/// the place of the defaults and of the small model: its model, text, start, length and schedule are also those of AdamW, its method and
-/// rates are the workers'; what it says of the server, of seeds and of the number of workers plays no part. Finished runs are kept in the folder and not made again.
+/// The default model and method, one setting for every number of workers, 1 % sent up and 5 % down with 8 bits, in virtual
+/// time; and AdamW at the same number of gradient evaluations, 8 000 and 16 000: on one worker, and data-parallel, where N
+/// workers make one step of N batches together. AdamW has the best of at least four learning rates for each number of
+/// workers, and of the rates around it for longer runs, and the better of two warm-ups, by validation with the first seed;
+/// weight decay is the same for everyone. With --quick 600 evaluations of a small model, with the rates that suit it, and
+/// three rates of AdamW. A run file puts other settings in the place of the defaults and of the small model: its model,
+/// text, start, length and schedule are also those of AdamW, its method and rates are the workers'; what it says of the
+/// server, of seeds and of the number of workers plays no part. Finished runs are kept in the folder and not made again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -46,7 +48,19 @@ pub struct Arguments {
 /// Points of a curve.
 const LOOKS: u64 = 16;
 
+/// Whose method and model it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    /// What `train` does by itself, for which the goals are.
+    Default,
+    /// The small model of --quick, with the rates that suit it.
+    Small,
+    /// A run file's.
+    File,
+}
+
 struct Settings {
+    whose: Whose,
     /// Everything but numbers of workers, lengths, seeds, and AdamW's rates.
     base: RunFile,
     /// Of the default method, ascending.
@@ -65,10 +79,10 @@ const QUICK_LENGTH: u64 = 600;
 impl Settings {
     fn new(arguments: &Arguments) -> anyhow::Result<Self> {
         let options = &arguments.options;
-        let base = match &arguments.config {
-            Some(path) => RunFile::read(path)?,
-            None if options.quick => RunFile::small(),
-            None => RunFile::default(),
+        let (whose, base) = match &arguments.config {
+            Some(path) => (Whose::File, RunFile::read(path)?),
+            None if options.quick => (Whose::Small, RunFile::small()),
+            None => (Whose::Default, RunFile::default()),
         };
         let stated = &base.settings.training;
         let of_file =
@@ -87,7 +101,7 @@ impl Settings {
             true => vec![2e-3, 4e-3, 8e-3],
             false => vec![5e-4, 1e-3, 2e-3, 4e-3],
         };
-        Ok(Self { base, workers, lengths, rates, seeds: options.seeds() })
+        Ok(Self { whose, base, workers, lengths, rates, seeds: options.seeds() })
     }
 
     /// Finds out what cannot be run before anything is.
@@ -97,8 +111,10 @@ impl Settings {
                 let workers = reference.workers;
                 ensure!(
                     evaluations.is_multiple_of(u64::from(workers)),
-                    "{evaluations} gradient evaluations are no whole steps of {workers} workers together; give other --steps or \
-                     --workers"
+                    UsageError(format!(
+                        "{} are no whole steps of {workers} workers together; give other --steps or --workers",
+                        counted(evaluations, "gradient evaluation")
+                    ))
                 );
                 self.reference(reference, self.rates[0], evaluations, self.seeds[0])?;
                 if workers > 1 {
@@ -107,11 +123,6 @@ impl Settings {
             }
         }
         Ok(())
-    }
-
-    /// Whether the goals are for it.
-    fn is_default(&self) -> bool {
-        self.base.path.as_os_str().is_empty()
     }
 
     /// Everyone's AdamW with the short warm-up, which one worker has in any case.
@@ -191,7 +202,7 @@ struct Experiment {
 pub fn recipe(arguments: &Arguments) -> anyhow::Result<()> {
     let options = &arguments.options;
     let mut own = Vec::new();
-    own.extend(arguments.config.iter().map(|path| format!("--config {}", path.display())));
+    own.extend(arguments.config.iter().map(|path| format!("--config {}", typed(path))));
     own.extend(workers_option(&arguments.workers));
     let settings = Settings::new(arguments)?;
     settings.check()?;

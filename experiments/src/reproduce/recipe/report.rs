@@ -5,7 +5,7 @@ use std::path::Path;
 
 use sanderling_common::sparse::ValueFormat;
 
-use super::{Length, Line, Settings};
+use super::{Length, Line, Settings, Whose};
 use crate::report::Curve;
 use crate::reproduce::lab::{
     Difference, Warmup, curve_of, held, mean_and_spread, per_cent_above, plot_both, plus_minus, seeds_text,
@@ -64,8 +64,7 @@ impl Report<'_> {
         text.push_str(&self.table());
         let _ = write!(text, "\n## Verdict\n\n{}", self.verdict());
         for (length, steps) in self.settings.lengths.iter().enumerate() {
-            let curve = |line: &Line| Curve::of_means(line.name(), curve_of(&line.lengths[length].runs));
-            let curves: Vec<Curve> = self.lines.iter().map(curve).collect();
+            let curves: Vec<Curve> = self.lines.iter().map(|line| self.curve(line, length)).collect();
             let title = format!("AdamW and asynchronous workers, {steps} gradient evaluations");
             let axes = ("gradient evaluations", "validation loss, nats");
             let picture = plot_both(self.folder, &format!("curves-{steps}"), &title, axes, &curves)?;
@@ -73,6 +72,13 @@ impl Report<'_> {
         }
         let _ = writeln!(text, "\nMade in {seconds:.0} s, runs that were there already not counted.");
         Ok(text)
+    }
+
+    /// Of one trainer; those of as many workers have one colour, and the reference of several is dashed.
+    fn curve(&self, line: &Line, length: usize) -> Curve {
+        let place = self.settings.workers.iter().position(|&workers| workers == line.workers);
+        Curve::of_means(line.name(), curve_of(&line.lengths[length].runs))
+            .drawn_as(place.map_or(0, |place| 1 + place), line.is_reference && line.workers > 1)
     }
 
     fn introduction(&self) -> String {
@@ -83,11 +89,27 @@ impl Report<'_> {
         } else {
             ""
         };
-        let (title, whose) = match settings.is_default() {
-            true => ("The default recipe".to_owned(), "the default settings"),
-            false => (settings.base.name(), "the settings of the run file"),
+        let (title, whose) = match settings.whose {
+            Whose::Default => ("The default recipe".to_owned(), "the default settings"),
+            Whose::Small => (
+                "The default recipe on a small model".to_owned(),
+                "the default settings but for the rates, which suit the model,",
+            ),
+            Whose::File => (settings.base.name(), "the settings of the run file"),
         };
         let local_steps = u64::from(first.spec.training.local_steps);
+        let short = format!(
+            "a warm-up over {} evaluations (but 10 steps at least)",
+            local_steps * first.spec.training.warmup_steps
+        );
+        let warmups = match first.spec.training.warmup_exchanges {
+            0 => format!(" and with {short}"),
+            exchanges => format!(
+                ", and the better of {short} and a long one over {} steps (but a quarter of the run at most, as for asynchronous \
+                 workers)",
+                local_steps * exchanges
+            ),
+        };
         let start = match &first.spec.upcycle.dense {
             dense if !dense.is_empty() => format!(", upcycled from {dense}"),
             _ if !first.spec.model.init.is_empty() => format!(", from {}", first.spec.model.init),
@@ -98,22 +120,18 @@ impl Report<'_> {
         format!(
             "# {title} against AdamW\n\nOf {}, {} parameters{start}; {}, loss in nats per token. \
              The same number of gradient evaluations for everyone: N workers with data-parallel AdamW make a step of N \
-             batches together, with the best of the rates {:?} and on while the best lies at the edge{around}, and the better of a \
-             warm-up over {} evaluations (but 10 steps at least) and a long one over {} steps (but a quarter of the run at most, as for \
-             asynchronous workers), by validation with the first seed; asynchronous workers each go at their own pace, with {whose} \
-             for any N and length: {} % kept up as {}, {} % down as {}, in virtual time. Everyone's rate {}, and weight decay is {weight_decay}. \
-             Runs of one seed share parameters and batches, and are compared with each other.\n\n",
+             batches together, with the best of the rates {:?} and on while the best lies at the edge{around}{warmups}, by \
+             validation with the first seed; asynchronous workers each go at their own pace, with {whose} for any N and length: \
+             {} % kept up as {}, {} % down as {}, in virtual time. Everyone's rate {}, and weight decay is {weight_decay}. Runs of one seed share parameters and batches, and are compared with each other.\n\n",
             first.spec.text_name(),
             first.outcome.parameters,
             seeds_text(&settings.seeds),
             settings.rates,
-            local_steps * first.spec.training.warmup_steps,
-            local_steps * first.spec.training.warmup_exchanges,
             100.0 * first.spec.exchange.keep,
             values(first.spec.exchange.values_up),
             100.0 * first.spec.exchange.secondary,
             values(first.spec.exchange.values_down),
-            first.spec.training.decay.describe(first.spec.training.final_rate_fraction),
+            first.spec.describe_rate(),
         )
     }
 
@@ -156,7 +174,7 @@ impl Report<'_> {
         for (length, &steps) in self.settings.lengths.iter().enumerate() {
             for ours in self.lines.iter().filter(|line| !line.is_reference) {
                 let above = per_cent_above(&ours.lengths[length].losses(), &one.lengths[length].losses());
-                let mut goals = GOALS.iter().filter(|_| self.settings.is_default());
+                let mut goals = GOALS.iter().filter(|_| self.settings.whose == Whose::Default);
                 let goal = goals.find(|(workers, _)| (*workers, GOAL_STEPS) == (ours.workers, steps));
                 let _ = writeln!(
                     text,
@@ -193,7 +211,7 @@ mod tests {
         let says = against_goal(&above, Some(2.6));
         assert_eq!(says, "a test loss 2.50 ± 0.71 % above one-worker AdamW's, at most 2.6 %: **held**");
         assert!(against_goal(&above, Some(2.4)).ends_with("at most 2.4 %: **did not hold**"));
-        assert_eq!(against_goal(&[-1.0], None), "a test loss -1.00 % above one-worker AdamW's");
+        assert_eq!(against_goal(&[-1.0], None), "a test loss −1.00 % above one-worker AdamW's");
         assert!(against_goal(&[f64::NAN, 1.0], Some(2.0)).contains("diverged"));
     }
 }

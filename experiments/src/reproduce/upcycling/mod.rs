@@ -25,8 +25,8 @@ use self::arms::{ARMS, Arm, Budget, WARM_START_ARMS};
 use self::report::report;
 use super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Finished, Grid, Jobs, Options, Outcome, Progress, REVISION, Stretch,
-    Tried, Warmup, by_adamw, by_workers, file_name, key_name, look_every, scale_rates, train, write_report,
-    write_resolved,
+    Tried, Warmup, by_adamw, by_workers, file_name, key_name, look_every, plain, scale_rates, train,
+    write_report, write_resolved,
 };
 use crate::adamw::AdamWSettings;
 use crate::simulation::Conditions;
@@ -34,12 +34,13 @@ use crate::task::{LanguageTask, Score, Task};
 
 /// Dense against upcycled, at equal compute and at equal tokens
 ///
-/// Trains a small dense model on the bundled text, upcycles it in several ways, and trains each on with a fresh optimiser
-/// and learning rate: for the floating-point operations of the dense continuation (so the mixtures, which cost more per
-/// token, see fewer tokens) and for its tokens: of 1 000 steps or, with --quick, 400. By AdamW in one process or, with --workers, by asynchronous workers in
-/// virtual time, and for comparison some also by AdamW from the same start. The learning rate is chosen for every arm
-/// from the same values, by validation with the first seed, and from further ones as long as the best lies at the edge.
-/// Finished runs are kept in the folder and not run again, so an interrupted experiment goes on where it was.
+/// Trains a small dense model on the bundled text, upcycles it in several ways, and trains each on with a fresh
+/// optimiser and learning rate: for the floating-point operations of the dense continuation (so the mixtures, which
+/// cost more per token, see fewer tokens) and for its tokens: of 1 000 steps or, with --quick, 400. By AdamW in one
+/// process or, with --workers, by asynchronous workers in virtual time, and for comparison some also by AdamW from the
+/// same start. The learning rate is chosen for every arm from the same values, by validation with the first seed, and
+/// from further ones as long as the best lies at the edge. Finished runs are kept in the folder and not run again, so
+/// an interrupted experiment goes on where it was.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -203,9 +204,9 @@ impl Settings {
     /// Everything that a run depends on.
     fn resolved(&self, key: &RunKey, contestant: Contestant) -> Value {
         json!({
-            "dense": self.dense,
-            "upcycling": contestant.arm.recipe(key.pretraining.seed),
-            "run": key,
+            "dense": plain(&self.dense),
+            "upcycling": plain(&contestant.arm.recipe(key.pretraining.seed)),
+            "run": plain(key),
         })
     }
 
