@@ -83,7 +83,8 @@ fn updates_are_measured_over_a_relay_and_kept() {
 #[test]
 fn every_seed_is_simulated() {
     let folder = tempfile::tempdir().unwrap();
-    let arguments = ["--part", "simulated", "--steps", "8", "--seeds", "2"];
+    // Fewer would not bring every run to a loss that it does not begin with.
+    let arguments = ["--part", "simulated", "--steps", "16", "--seeds", "2"];
     let output = bandwidth(folder.path(), &arguments).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let report = fs::read_to_string(folder.path().join("simulated.md")).unwrap();
@@ -93,6 +94,10 @@ fn every_seed_is_simulated() {
     // What each of two methods with 1 and 8 workers begins with, and then four links and two seeds.
     assert_eq!(lines.lines().count(), 4 + 2 * 2 * 4 * 2);
     assert_eq!(fs::read_dir(folder.path().join("configurations")).unwrap().count(), 16);
+    // A part's report is not replaced by one of fewer seeds, either.
+    let output = bandwidth(folder.path(), &[&arguments[..4], &["--seeds", "1"]].concat()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && said.contains("holds a report of 2 seeds"), "{said}");
 }
 
 /// A process that is killed when this is dropped.

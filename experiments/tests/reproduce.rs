@@ -292,11 +292,6 @@ fn the_time_to_a_loss_is_simulated_for_every_rate() {
     }
     assert_eq!(pictures(folder.path(), &report).len(), 4);
     assert!(!report.contains("measured over QUIC"));
-    // A part's report is not replaced by one of fewer seeds, either.
-    reproduce_part(folder.path(), &[&arguments[..], &["--seeds", "2"]].concat(), "simulated.md");
-    let output = command(folder.path(), &arguments).output().unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(output.status.code() == Some(2) && said.contains("holds a report of 2 seeds"), "{said}");
 }
 
 #[test]
