@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use sanderling_common::config::TrainingSettings;
 use sanderling_common::sparse::ValueFormat;
 
 use super::{Length, Line, Settings, Whose};
@@ -97,19 +98,6 @@ impl Report<'_> {
             ),
             Whose::File => (settings.base.name(), "the settings of the run file"),
         };
-        let local_steps = u64::from(first.spec.training.local_steps);
-        let short = format!(
-            "a warm-up over {} evaluations (but 10 steps at least)",
-            local_steps * first.spec.training.warmup_steps
-        );
-        let warmups = match first.spec.training.warmup_exchanges {
-            0 => format!(" and with {short}"),
-            exchanges => format!(
-                ", and the better of {short} and a long one over {} steps (but a quarter of the run at most, as for asynchronous \
-                 workers)",
-                local_steps * exchanges
-            ),
-        };
         let start = match &first.spec.upcycle.dense {
             dense if !dense.is_empty() => format!(", upcycled from {dense}"),
             _ if !first.spec.model.init.is_empty() => format!(", from {}", first.spec.model.init),
@@ -120,13 +108,15 @@ impl Report<'_> {
         format!(
             "# {title} against AdamW\n\nOf {}, {} parameters{start}; {}, loss in nats per token. \
              The same number of gradient evaluations for everyone: N workers with data-parallel AdamW make a step of N \
-             batches together, with the best of the rates {:?} and on while the best lies at the edge{around}{warmups}, by \
+             batches together, with the best of the rates {:?} and on while the best lies at the edge{around}{}, by \
              validation with the first seed; asynchronous workers each go at their own pace, with {whose} for any N and length: \
-             {} % kept up as {}, {} % down as {}, in virtual time. Everyone's rate {}, and weight decay is {weight_decay}. Runs of one seed share parameters and batches, and are compared with each other.\n\n",
+             {} % kept up as {}, {} % down as {}, in virtual time. Everyone's rate {}, and weight decay is {weight_decay}. Runs of \
+             one seed share parameters and batches, and are compared with each other.\n\n",
             first.spec.text_name(),
             first.outcome.parameters,
             seeds_text(&settings.seeds),
             settings.rates,
+            warmups(&first.spec.training),
             100.0 * first.spec.exchange.keep,
             values(first.spec.exchange.values_up),
             100.0 * first.spec.exchange.secondary,
@@ -185,6 +175,21 @@ impl Report<'_> {
             }
         }
         text
+    }
+}
+
+/// The warm-ups that AdamW was tried with, after its rates.
+fn warmups(training: &TrainingSettings) -> String {
+    let local_steps = u64::from(training.local_steps);
+    let short =
+        format!("a warm-up over {} evaluations (but 10 steps at least)", local_steps * training.warmup_steps);
+    match training.warmup_exchanges {
+        0 => format!(" and with {short}"),
+        exchanges => format!(
+            ", and the better of {short} and a long one over {} steps (but a quarter of the run at most, as for asynchronous \
+             workers)",
+            local_steps * exchanges
+        ),
     }
 }
 
