@@ -78,6 +78,13 @@ fn updates_are_measured_over_a_relay_and_kept() {
         report.lines().filter(|line| !line.starts_with("Made in")).map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(without_time(&again), without_time(&report));
+    // One of another link is not replaced.
+    let of_namespaces = "Between two network namespaces of Linux, limited by `tc tbf`.";
+    fs::write(folder.path().join("measured.md"), of_namespaces).unwrap();
+    let output = bandwidth(folder.path(), &MEASURED).arg("5").output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && said.contains("over the other kind of link"), "{said}");
+    assert_eq!(fs::read_to_string(folder.path().join("measured.md")).unwrap(), of_namespaces);
 }
 
 #[test]

@@ -111,10 +111,13 @@ impl Curve {
         Self { name: name.into(), points, spread, look: None }
     }
 
-    /// The same in one of the colours, by number, dashed or not; for lines that belong together.
+    /// The same in black (0) or one of the other colours, by number and over again, dashed or not; for lines that belong
+    /// together.
     #[must_use]
     pub fn drawn_as(self, colour: usize, is_dashed: bool) -> Self {
-        Self { look: Some(Look { colour: COLOURS[colour % COLOURS.len()], is_dashed }), ..self }
+        let others = &COLOURS[1..];
+        let colour = colour.checked_sub(1).map_or(COLOURS[0], |place| others[place % others.len()]);
+        Self { look: Some(Look { colour, is_dashed }), ..self }
     }
 }
 
@@ -282,7 +285,7 @@ where
     let points = || series.iter().flat_map(|series| series.points).filter(|point| is_drawable(point));
     let right = match points().map(|p| p.0).fold(0.0, f64::max) {
         right if right > 1e-6 => 1.02 * right,
-        // Ticks closer than that would have labels of many zeros.
+        // All lies at 0, and ticks closer to it than 1 would have labels of many zeros.
         _ => 1.0,
     };
     let bands: Vec<Vec<(f64, f64)>> = series.iter().map(Series::band).collect();
@@ -373,6 +376,14 @@ mod tests {
         });
         assert!(pictures[0].starts_with(b"\x89PNG") && pictures[0].len() > 3000, "{}", pictures[0].len());
         assert_ne!(pictures[0], pictures[1], "the labels are drawn");
+    }
+
+    #[test]
+    fn black_is_of_one_line_only() {
+        let colour = |number| Curve::of("", Vec::new()).drawn_as(number, false).look.unwrap().colour;
+        assert_eq!(colour(0), COLOURS[0]);
+        assert!((1..20).all(|number| colour(number) != COLOURS[0]));
+        assert_eq!((colour(1), colour(6), colour(7)), (COLOURS[1], COLOURS[6], COLOURS[1]));
     }
 
     #[test]

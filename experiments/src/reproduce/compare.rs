@@ -97,7 +97,7 @@ pub fn compare(arguments: &Arguments) -> anyhow::Result<()> {
         // Configurations are written by these names.
         let is_same = |other: &&RunFile| file_name(&other.name()) == file_name(&file.name());
         if let Some(other) = files[..place].iter().find(is_same) {
-            bail!(UsageError(match other.path == file.path {
+            bail!(UsageError(match typed(&other.path) == typed(&file.path) {
                 true => format!("the run file {} is named twice; name it once", file.path.display()),
                 false => format!(
                     "{} and {} have the same name for tables and files; rename one, or leave it out",

@@ -1,19 +1,20 @@
 //! The measured half of the report: updates per second.
 
 use std::fmt::Write as _;
+use std::fs;
 use std::io::Write as _;
 
 use anyhow::ensure;
 use sanderling_common::method::Method;
 use sanderling_server::progress::bytes;
 
-use super::super::lab::{Book, Jobs, REVISION, file_name, plot_both, reports};
+use super::super::lab::{Book, Jobs, REVISION, file_name, plot_both};
 use super::link::Kind;
 use super::measure::{Measured, Outcome, measure};
 use super::seen::Updates;
 use super::setup::{Course, Setup, fit};
 use super::statistics::Estimate;
-use super::{Experiment, Half, METHODS, rate_name, verdict};
+use super::{Experiment, Half, METHODS, Part, rate_name, verdict};
 use crate::commands::UsageError;
 use crate::report::Curve;
 use crate::work::Unit;
@@ -83,12 +84,12 @@ impl Experiment<'_> {
     /// Updates per second over a real link.
     pub(super) fn measured(&self) -> anyhow::Result<Half> {
         let kind = self.arguments.link.unwrap_or_else(Kind::best);
+        let report = self.folder.join(Part::report(self.arguments.part));
         ensure!(
-            !kind.is_other_of(&reports(self.folder)?),
+            !kind.is_other_of(&fs::read_to_string(&report).unwrap_or_default()),
             UsageError(format!(
-                "{} holds a report of measurements over the other kind of link, which these would replace; give another --link \
-                 or --out",
-                self.folder.display()
+                "{} is of measurements over the other kind of link, and would be replaced; give another --link or --out",
+                report.display()
             ))
         );
         let rates: &[f64] = if self.arguments.options.quick { &[1e9, 1e8] } else { &[1e9, 1e8, 1e7] };

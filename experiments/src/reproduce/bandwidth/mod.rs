@@ -25,7 +25,7 @@ pub use children::{ServerArguments, WorkersArguments, join, serve};
 
 use self::link::Kind;
 use self::setup::{Limits, Size};
-use super::lab::{Options, file_name, write_part, write_report};
+use super::lab::{Options, REPORT, file_name, write_part};
 
 /// Updates per second and time to a loss over thin links, for ASGD and DGS (Figures 5 and 6)
 ///
@@ -76,6 +76,17 @@ enum Part {
     Simulated,
 }
 
+impl Part {
+    /// The file of the report on one part, or on both.
+    fn report(part: Option<Self>) -> &'static str {
+        match part {
+            None => REPORT,
+            Some(Self::Measured) => "measured.md",
+            Some(Self::Simulated) => "simulated.md",
+        }
+    }
+}
+
 const METHODS: [Method; 2] = [Method::Asgd, Method::Dgs];
 
 /// What a step takes unless the user says otherwise.
@@ -96,7 +107,8 @@ pub fn bandwidth(arguments: &Arguments) -> anyhow::Result<()> {
     let options = &arguments.options;
     let of_step =
         (arguments.compute_ms != COMPUTE_MS).then(|| format!("--compute-ms {}", arguments.compute_ms));
-    let folder = options.folder("bandwidth", of_step.as_slice())?;
+    let report = Part::report(arguments.part);
+    let folder = options.folder_of("bandwidth", of_step.as_slice(), report)?;
     let started = Instant::now();
     let experiment = Experiment::new(arguments, &folder);
     let mut text = format!(
@@ -121,11 +133,7 @@ pub fn bandwidth(arguments: &Arguments) -> anyhow::Result<()> {
         "\nMade in {:.0} s, what was there already not counted.",
         started.elapsed().as_secs_f64()
     );
-    match arguments.part {
-        None => write_report(&folder, &text),
-        Some(Part::Measured) => write_part(&folder, "measured.md", &text),
-        Some(Part::Simulated) => write_part(&folder, "simulated.md", &text),
-    }
+    write_part(&folder, report, &text)
 }
 
 /// A part of the report, and what it says of the claims.

@@ -107,7 +107,7 @@ impl<R: Finished> Book<R> {
         pages.read += whole as u64;
         if unreadable > 0 {
             warn!(
-                "left out of {}: {}, cut off or of another version; what it stood for is made again",
+                "left out of {}: {}, cut off or of another version; what is missing then is made again",
                 path.display(),
                 counted(unreadable, "line")
             );

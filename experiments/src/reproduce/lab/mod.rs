@@ -26,7 +26,7 @@ pub(super) use spec::{
 };
 pub(super) use sweep::{Sweep, Variant, Varied};
 pub(super) use text::{
-    Options, counted, curve_of, distinct, escaped, file_name, look_every, mean_and_spread, mean_curve,
-    plot_both, plus_minus, reports, seeds_text, show, show_loss, typed, workers_option, write_configuration,
-    write_part, write_report, write_resolved,
+    Options, REPORT, counted, curve_of, distinct, escaped, file_name, look_every, mean_and_spread,
+    mean_curve, plot_both, plus_minus, seeds_text, show, show_loss, typed, workers_option,
+    write_configuration, write_part, write_report, write_resolved,
 };

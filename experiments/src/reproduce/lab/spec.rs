@@ -194,17 +194,20 @@ impl Spec {
         }
     }
 
-    /// How the learning rate goes, after "the rate".
+    /// How the learning rate of a run by workers goes, after "the rate".
     pub(in crate::reproduce) fn describe_rate(&self) -> String {
-        let training = &self.training;
-        match training.warmup_steps {
-            warmup_steps if training.steps < warmup_steps => {
-                format!(
-                    "stays below its peak, since the warm-up of {warmup_steps} updates is longer than the run"
-                )
-            }
-            _ => training.decay.describe(training.final_rate_fraction),
-        }
+        let decay = || self.training.decay.describe(self.training.final_rate_fraction);
+        self.too_short_for_its_warmup().unwrap_or_else(decay)
+    }
+
+    /// That the rate of a run by workers never comes to its peak, if so, after "the rate".
+    pub(in crate::reproduce) fn too_short_for_its_warmup(&self) -> Option<String> {
+        let warmup_steps = self.training.warmup_steps;
+        (self.training.steps < warmup_steps).then(|| {
+            format!(
+                "stays below its peak, since the warm-up of {warmup_steps} updates is longer than the run"
+            )
+        })
     }
 
     /// Whether it has the model, the start and the batches of another run of the same seed.
@@ -330,7 +333,7 @@ pub(in crate::reproduce) struct Run {
 }
 
 impl Run {
-    /// Updates by workers that did not change the model, since a gradient in them was not finite.
+    /// Updates by workers that did not change the model, since the loss or the gradient was not finite, or too large.
     pub(in crate::reproduce) fn skipped(&self) -> u64 {
         match self.spec.trainer {
             Trainer::Workers(_) if self.outcome.diverged.is_none() => {

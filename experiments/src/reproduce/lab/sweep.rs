@@ -133,7 +133,7 @@ impl Varied<'_> {
         for run in self.runs.iter().filter(|run| run.skipped() > 0) {
             let _ = write!(
                 text,
-                "\n{}: with seed {} {} of {} did not change the model, since a gradient was not finite.\n",
+                "\n{}, seed {}: {} of {} did not change the model, since loss or gradient was not finite, or too large.\n",
                 escaped(&self.variant.name()),
                 run.spec.seed,
                 run.skipped(),

@@ -28,7 +28,7 @@ const FOLDER_NAME_MAX: usize = 100;
 const WHOSE: &str = "reproduction.txt";
 
 /// The file with the report.
-const REPORT: &str = "README.md";
+pub(in crate::reproduce) const REPORT: &str = "README.md";
 
 /// What every reproduction can be told.
 #[derive(Debug, clap::Args)]
@@ -59,6 +59,16 @@ impl Options {
     /// A sentence, also if the results of another reproduction, or of another form of it, are there: its report would be
     /// replaced.
     pub(in crate::reproduce) fn folder(&self, name: &str, own: &[String]) -> anyhow::Result<PathBuf> {
+        self.folder_of(name, own, REPORT)
+    }
+
+    /// The same, where the report has another name than usual.
+    pub(in crate::reproduce) fn folder_of(
+        &self,
+        name: &str,
+        own: &[String],
+        report: &str,
+    ) -> anyhow::Result<PathBuf> {
         let form = self.form(name, own);
         let folder = match &self.out {
             Some(folder) => folder.clone(),
@@ -79,8 +89,8 @@ impl Options {
         };
         match (whose.trim(), foreign) {
             (whose, _) if whose == form => {
-                let there = reports(&folder)?.iter().map(|report| seeds_told(report)).max().unwrap_or(0);
-                let seeds = self.seeds().len();
+                let report = fs::read_to_string(folder.join(report)).unwrap_or_default();
+                let (there, seeds) = (seeds_told(&report), self.seeds().len());
                 ensure!(
                     seeds >= there,
                     UsageError(format!(
@@ -140,20 +150,6 @@ fn seeds_told(report: &str) -> usize {
     let is_number = |word: &&str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit());
     let after = report.find(&format!("seeds {FIRST_SEED}, ")).map(|at| &report[at + "seeds ".len()..]);
     after.map_or(0, |after| after.split(", ").take_while(is_number).count())
-}
-
-/// The text of all reports in a folder.
-pub(in crate::reproduce) fn reports(folder: &Path) -> anyhow::Result<Vec<String>> {
-    let cannot = || format!("cannot look into {}", folder.display());
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).with_context(cannot)? {
-        let path = entry.with_context(cannot)?.path();
-        if path.extension().is_some_and(|extension| extension == "md") {
-            // One that is no text says nothing.
-            found.push(fs::read_to_string(&path).unwrap_or_default());
-        }
-    }
-    Ok(found)
 }
 
 /// Something in a folder of nobody's that results would be mixed with: anything but results that were put there, and what a

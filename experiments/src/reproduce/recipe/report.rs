@@ -110,8 +110,8 @@ impl Report<'_> {
              The same number of gradient evaluations for everyone: N workers with data-parallel AdamW make a step of N \
              batches together, with the best of the rates {:?} and on while the best lies at the edge{around}{}, by \
              validation with the first seed; asynchronous workers each go at their own pace, with {whose} for any N and length: \
-             {} % kept up as {}, {} % down as {}, in virtual time. Everyone's rate {}, and weight decay is {weight_decay}. Runs of \
-             one seed share parameters and batches, and are compared with each other.\n\n",
+             {} % kept up as {}, {} % down as {}, in virtual time. Everyone's rate {}{}, and weight decay is \
+             {weight_decay}. Runs of one seed share parameters and batches, and are compared with each other.\n\n",
             first.spec.text_name(),
             first.outcome.parameters,
             seeds_text(&settings.seeds),
@@ -121,7 +121,11 @@ impl Report<'_> {
             values(first.spec.exchange.values_up),
             100.0 * first.spec.exchange.secondary,
             values(first.spec.exchange.values_down),
-            first.spec.describe_rate(),
+            first.spec.training.decay.describe(first.spec.training.final_rate_fraction),
+            match first.spec.too_short_for_its_warmup() {
+                Some(too_short) => format!(" (that of asynchronous workers {too_short})"),
+                None => String::new(),
+            },
         )
     }
 
@@ -181,13 +185,12 @@ impl Report<'_> {
 /// The warm-ups that AdamW was tried with, after its rates.
 fn warmups(training: &TrainingSettings) -> String {
     let local_steps = u64::from(training.local_steps);
-    let short =
-        format!("a warm-up over {} evaluations (but 10 steps at least)", local_steps * training.warmup_steps);
+    let short = format!("over {} evaluations (but 10 steps at least", local_steps * training.warmup_steps);
     match training.warmup_exchanges {
-        0 => format!(" and with {short}"),
+        0 => format!(" and with a warm-up {short}, and a quarter of the run at most)"),
         exchanges => format!(
-            ", and the better of {short} and a long one over {} steps (but a quarter of the run at most, as for asynchronous \
-             workers)",
+            ", and the better of a warm-up {short}) and a long one over {} steps, either of a quarter of the run at most, as for \
+             asynchronous workers",
             local_steps * exchanges
         ),
     }
