@@ -3,5 +3,5 @@
 mod plot;
 mod table;
 
-pub use plot::{Curve, PlotError, plot_curves, plot_losses};
+pub use plot::{Curve, PlotError, plot_curves, plot_losses, without_beginnings};
 pub use table::{closing_table, table};

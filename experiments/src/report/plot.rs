@@ -34,6 +34,8 @@ struct Series<'a> {
     points: &'a [(f64, f64)],
     /// See [`Curve::spread`].
     spread: &'a [f64],
+    /// See [`Curve::is_cut`].
+    is_cut: bool,
 }
 
 impl Series<'_> {
@@ -65,6 +67,12 @@ impl Look {
     fn of(place: usize) -> Self {
         Self { colour: COLOURS[place % COLOURS.len()], is_dashed: place >= COLOURS.len() }
     }
+
+    /// A piece of the line for the legend, to the right of a place; of a dashed one a single dash.
+    fn sample(self, (x, y): (i32, i32)) -> PathElement<(i32, i32)> {
+        let length = if self.is_dashed { DASH.0 as i32 } else { LEGEND_DASH };
+        PathElement::new([(x, y), (x + length, y)], self.colour.stroke_width(2))
+    }
 }
 
 /// Lengths of a dash and of the gap after it, in pixels.
@@ -91,12 +99,14 @@ pub struct Curve {
     pub spread: Vec<f64>,
     /// If it is not to be told from the others by its place among them.
     look: Option<Look>,
+    /// Whether the first point is where the line comes into the picture, and no point of its own.
+    is_cut: bool,
 }
 
 impl Curve {
     /// A line without a band.
     pub fn of(name: impl Into<String>, points: Vec<(f64, f64)>) -> Self {
-        Self { name: name.into(), points, spread: Vec::new(), look: None }
+        Self { name: name.into(), points, spread: Vec::new(), look: None, is_cut: false }
     }
 
     /// The means of several seeds: x, y, and the standard deviation of y, where there is one.
@@ -108,7 +118,7 @@ impl Curve {
             means.into_iter().map(|(x, y, spread)| ((x, y), spread)).unzip();
         // Of a single seed there is none.
         let spread = spread.into_iter().collect::<Option<Vec<f64>>>().unwrap_or_default();
-        Self { name: name.into(), points, spread, look: None }
+        Self { name: name.into(), points, spread, look: None, is_cut: false }
     }
 
     /// The same in black (0) or one of the other colours, by number and over again, dashed or not; for lines that belong
@@ -119,6 +129,39 @@ impl Curve {
         let colour = colour.checked_sub(1).map_or(COLOURS[0], |place| others[place % others.len()]);
         Self { look: Some(Look { colour, is_dashed }), ..self }
     }
+
+    /// Without what is higher at first, from where the line comes down through `top` for good.
+    fn below(mut self, top: f64) -> Self {
+        let Some(last) = self.points.iter().rposition(|&(_, y)| y > top) else { return self };
+        let Some(&after) = self.points.get(last + 1) else { return self };
+        let before = self.points[last];
+        let part = (before.1 - top) / (before.1 - after.1);
+        // A point of its own may lie just there, and where there is no number there is no line.
+        self.is_cut = part < 1.0;
+        let first = if self.is_cut { last } else { last + 1 };
+        if self.is_cut {
+            self.points[last] = (before.0 + part * (after.0 - before.0), top);
+            if let Some(&to) = self.spread.get(last + 1) {
+                self.spread[last] += part * (to - self.spread[last]);
+            }
+        }
+        self.points.drain(..first);
+        self.spread.drain(..first.min(self.spread.len()));
+        self
+    }
+}
+
+/// The share of a picture of losses, from its beginning, that does not decide how high it is.
+const BEGINNING: f64 = 1.0 / 3.0;
+
+/// Curves that fall, cut off at the height that none of them exceeds after the beginning: what is fallen first would press
+/// together what they differ by in the end.
+pub fn without_beginnings(curves: Vec<Curve>) -> Vec<Curve> {
+    let points = || curves.iter().flat_map(|curve| &curve.points).filter(|point| is_drawable(point));
+    let right = points().map(|point| point.0).fold(0.0, f64::max);
+    let later = points().filter(|point| point.0 >= BEGINNING * right).map(|point| point.1);
+    let top = later.fold(f64::NEG_INFINITY, f64::max);
+    curves.into_iter().map(|curve| curve.below(top)).collect()
 }
 
 /// Colours that can be told apart, also by people who confuse red and green (Okabe and Ito).
@@ -143,16 +186,24 @@ pub fn plot_curves(
     curves: &[Curve],
 ) -> Result<(), PlotError> {
     let series: Vec<Series<'_>> = (curves.iter().enumerate())
-        .map(|(place, Curve { name, points, spread, look })| {
+        .map(|(place, Curve { name, points, spread, look, is_cut })| {
             let look = look.unwrap_or_else(|| Look::of(place));
-            Series { name, look, points, spread }
+            Series { name, look, points, spread, is_cut: *is_cut }
         })
         .collect();
-    let axes = Axes { x, y };
+    write(path, title, Axes { x, y }, &series)
+}
+
+fn write(path: &Path, title: &str, axes: Axes<'_>, series: &[Series<'_>]) -> Result<(), PlotError> {
+    let frame = Frame::around(series);
+    let legend = legend_corner(series, &frame);
+    // A legend that would cover something stands beside the picture.
+    let size = (SIZE.0 + if legend.is_none() { legend_width(series) as u32 } else { 0 }, SIZE.1);
+    let picture = Picture { title, axes, series, frame, legend };
     let drawn = if path.extension().is_some_and(|extension| extension == "png") {
-        draw(&BitMapBackend::new(path, SIZE).into_drawing_area(), title, axes, &series)
+        picture.draw(&BitMapBackend::new(path, size).into_drawing_area())
     } else {
-        draw(&SVGBackend::new(path, SIZE).into_drawing_area(), title, axes, &series)
+        picture.draw(&SVGBackend::new(path, size).into_drawing_area())
     };
     drawn.map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
 }
@@ -182,15 +233,17 @@ pub fn plot_losses(
     let middles =
         std::iter::once(0).chain(ends.clone()).zip(ends).map(|(start, end)| million(start + end) / 2.0);
     let training: Vec<_> = middles.zip(evaluations).filter_map(|(x, e)| Some((x, e.train_loss?))).collect();
-    let line = |name, colour, points| Series { name, look: Look::solid(colour), points, spread: &[] };
+    let line = |name, colour, points| {
+        let look = Look::solid(colour);
+        Series { name, look, points, spread: &[], is_cut: false }
+    };
     let series = [
         line("training, mean between evaluations", RGBColor(150, 160, 170), &training),
         line("validation", RGBColor(0, 110, 160), &validation),
     ];
     let y = format!("cross-entropy, nats per {unit}");
     let axes = Axes { x: "training tokens, millions", y: &y };
-    draw(&SVGBackend::new(path, SIZE).into_drawing_area(), title, axes, &series)
-        .map_err(|error| PlotError { path: path.display().to_string(), reason: error.to_string() })
+    write(path, title, axes, &series)
 }
 
 /// The largest magnitude of a point that is drawn: up to here differences are far from overflowing, and labels from
@@ -237,10 +290,15 @@ const LEGEND_LETTER: f64 = 7.5;
 const LEGEND_LINE: f64 = 21.0;
 const LEGEND_MARGIN: f64 = 45.0;
 
-/// The corner where the legend covers least of the lines; `across` and `up` are the ranges of the axes.
-fn legend_corner(series: &[Series<'_>], across: Range<f64>, up: Range<f64>) -> SeriesLabelPosition {
+/// Pixels.
+fn legend_width(series: &[Series<'_>]) -> f64 {
     let letters = series.iter().map(|series| series.name.chars().count()).max().unwrap_or(0);
-    let width = (LEGEND_MARGIN + LEGEND_LETTER * letters as f64) / PLOT.0;
+    LEGEND_MARGIN + LEGEND_LETTER * letters as f64
+}
+
+/// The corner where the legend covers nothing, if there is one.
+fn legend_corner(series: &[Series<'_>], frame: &Frame) -> Option<SeriesLabelPosition> {
+    let width = legend_width(series) / PLOT.0;
     let height = LEGEND_LINE * (series.len() + 1) as f64 / PLOT.1;
     let share = |value: f64, of: &Range<f64>| (value - of.start) / (of.end - of.start);
     // Lines between points count, too: each segment is looked at in so many places.
@@ -252,7 +310,7 @@ fn legend_corner(series: &[Series<'_>], across: Range<f64>, up: Range<f64>) -> S
                 let along = f64::from(place) / f64::from(PLACES);
                 let between = |from: f64, to: f64| from + along * (to - from);
                 let (x, y) = (between(ends[0].0, ends[1].0), between(ends[0].1, ends[1].1));
-                (share(x, &across), share(y, &up))
+                (share(x, &frame.across), share(y, &frame.up))
             })
         })
         .collect();
@@ -260,7 +318,7 @@ fn legend_corner(series: &[Series<'_>], across: Range<f64>, up: Range<f64>) -> S
         let is_covered = |&&(x, y): &&(f64, f64)| {
             (if is_right { 1.0 - x } else { x }) < width && (if is_upper { 1.0 - y } else { y }) < height
         };
-        places.iter().filter(is_covered).count()
+        places.iter().any(|place| is_covered(&place))
     };
     // Losses fall, so that the first is the usual one.
     let corners = [
@@ -269,74 +327,118 @@ fn legend_corner(series: &[Series<'_>], across: Range<f64>, up: Range<f64>) -> S
         (SeriesLabelPosition::UpperLeft, covered(false, true)),
         (SeriesLabelPosition::LowerRight, covered(true, false)),
     ];
-    corners.into_iter().min_by_key(|(_, covered)| *covered).expect("there are four").0
+    corners.into_iter().find(|(_, is_covered)| !is_covered).map(|(corner, _)| corner)
 }
 
-fn draw<B: DrawingBackend>(
-    root: &DrawingArea<B, Shift>,
-    title: &str,
-    axes: Axes<'_>,
-    series: &[Series<'_>],
-) -> Result<(), Box<dyn Error>>
-where
-    B::ErrorType: 'static,
-{
-    register_the_font();
-    let points = || series.iter().flat_map(|series| series.points).filter(|point| is_drawable(point));
-    let right = match points().map(|p| p.0).fold(0.0, f64::max) {
-        right if right > 1e-6 => 1.02 * right,
-        // All lies at 0, and ticks closer to it than 1 would have labels of many zeros.
-        _ => 1.0,
-    };
-    let bands: Vec<Vec<(f64, f64)>> = series.iter().map(Series::band).collect();
-    let (bottom, top) = range(points().chain(bands.iter().flatten()).map(|p| p.1));
-    let margin = (top - bottom) * 0.05;
+/// What of the plane is shown.
+#[derive(Clone, Debug, PartialEq)]
+struct Frame {
+    across: Range<f64>,
+    up: Range<f64>,
+}
 
-    root.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(root)
-        .caption(title, ("sans-serif", 22))
-        .margin(14)
-        .x_label_area_size(52)
-        .y_label_area_size(68)
-        .build_cartesian_2d(0.0..right, bottom - margin..top + margin)?;
-    chart
-        .configure_mesh()
-        .x_desc(axes.x)
-        .y_desc(axes.y)
-        .x_label_formatter(&|&x| tick(x, right))
-        .y_label_formatter(&|&y| tick(y, top - bottom + 2.0 * margin))
-        .label_style(("sans-serif", 16))
-        .axis_desc_style(("sans-serif", 17))
-        .light_line_style(TRANSPARENT)
-        .draw()?;
-    for (band, Series { look, .. }) in bands.iter().zip(series) {
-        let style = look.colour.mix(BAND_OPACITY).filled();
-        chart.draw_series((!band.is_empty()).then(|| Polygon::new(band.clone(), style)))?;
-    }
-    for Series { name, look, points, .. } in series {
-        let style = look.colour.stroke_width(2);
-        let points = || points.iter().copied().filter(is_drawable);
-        let line = match look.is_dashed {
-            false => chart.draw_series(LineSeries::new(points(), style))?,
-            true => chart.draw_series(DashedLineSeries::new(points(), DASH.0, DASH.1, style))?,
+impl Frame {
+    /// From 0 to beyond the last point, and with a margin about lines and bands.
+    fn around(series: &[Series<'_>]) -> Self {
+        let points = || series.iter().flat_map(|series| series.points).filter(|point| is_drawable(point));
+        let right = match points().map(|point| point.0).fold(0.0, f64::max) {
+            right if right > 1e-6 => 1.02 * right,
+            // All lies at 0, and ticks closer to it than 1 would have labels of many zeros.
+            _ => 1.0,
         };
-        // A single dash in the legend.
-        let length = if look.is_dashed { 10 } else { 18 };
-        line.label(*name).legend(move |(x, y)| PathElement::new([(x, y), (x + length, y)], style));
-        chart.draw_series(points().map(|point| Circle::new(point, 3, look.colour.filled())))?;
+        let of_bands = series.iter().flat_map(|series| series.band()).map(|point| point.1);
+        let (bottom, top) = range(points().map(|point| point.1).chain(of_bands));
+        let margin = (top - bottom) * 0.05;
+        Self { across: 0.0..right, up: bottom - margin..top + margin }
     }
-    if points().next().is_none() {
-        root.draw(&Text::new(NOTHING, (330, 210), ("sans-serif", 22)))?;
+}
+
+/// All that is drawn.
+struct Picture<'a> {
+    title: &'a str,
+    axes: Axes<'a>,
+    series: &'a [Series<'a>],
+    frame: Frame,
+    /// Beside the picture, if in none of its corners.
+    legend: Option<SeriesLabelPosition>,
+}
+
+/// Where the legend beside a picture begins, in pixels from its top, and what the lines in it take.
+const LEGEND_TOP: i32 = 48;
+const LEGEND_DASH: i32 = 18;
+
+impl Picture<'_> {
+    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> Result<(), Box<dyn Error>>
+    where
+        B::ErrorType: 'static,
+    {
+        register_the_font();
+        root.fill(&WHITE)?;
+        let (picture, beside) = root.split_horizontally(SIZE.0);
+        self.draw_lines(&picture)?;
+        if self.legend.is_none() {
+            for (place, series) in self.series.iter().enumerate() {
+                let y = LEGEND_TOP + (LEGEND_LINE * place as f64) as i32;
+                beside.draw(&series.look.sample((0, y + 8)))?;
+                beside.draw(&Text::new(series.name, (LEGEND_DASH + 8, y), ("sans-serif", 16)))?;
+            }
+        }
+        root.present()?;
+        Ok(())
     }
-    chart
-        .configure_series_labels()
-        .position(legend_corner(series, 0.0..right, bottom - margin..top + margin))
-        .label_font(("sans-serif", 16))
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.2))
-        .draw()?;
-    root.present()?;
-    Ok(())
+
+    fn draw_lines<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> Result<(), Box<dyn Error>>
+    where
+        B::ErrorType: 'static,
+    {
+        let Frame { across, up } = &self.frame;
+        let mut chart = ChartBuilder::on(root)
+            .caption(self.title, ("sans-serif", 22))
+            .margin(14)
+            .x_label_area_size(52)
+            .y_label_area_size(68)
+            .build_cartesian_2d(across.clone(), up.clone())?;
+        chart
+            .configure_mesh()
+            .x_desc(self.axes.x)
+            .y_desc(self.axes.y)
+            .x_label_formatter(&|&x| tick(x, across.end - across.start))
+            .y_label_formatter(&|&y| tick(y, up.end - up.start))
+            .label_style(("sans-serif", 16))
+            .axis_desc_style(("sans-serif", 17))
+            .light_line_style(TRANSPARENT)
+            .draw()?;
+        for series in self.series {
+            let (band, style) = (series.band(), series.look.colour.mix(BAND_OPACITY).filled());
+            chart.draw_series((!band.is_empty()).then(|| Polygon::new(band, style)))?;
+        }
+        let mut is_empty = true;
+        for &Series { name, look, points, is_cut, .. } in self.series {
+            let style = look.colour.stroke_width(2);
+            let drawable = || points.iter().copied().filter(is_drawable);
+            is_empty &= drawable().next().is_none();
+            let line = match look.is_dashed {
+                false => chart.draw_series(LineSeries::new(drawable(), style))?,
+                true => chart.draw_series(DashedLineSeries::new(drawable(), DASH.0, DASH.1, style))?,
+            };
+            line.label(name).legend(move |from| look.sample(from));
+            let own = points.iter().skip(usize::from(is_cut)).copied().filter(is_drawable);
+            chart.draw_series(own.map(|point| Circle::new(point, 3, look.colour.filled())))?;
+        }
+        if is_empty {
+            root.draw(&Text::new(NOTHING, (330, 210), ("sans-serif", 22)))?;
+        }
+        if let Some(corner) = &self.legend {
+            chart
+                .configure_series_labels()
+                .position(corner.clone())
+                .label_font(("sans-serif", 16))
+                .background_style(WHITE.mix(0.8))
+                .border_style(BLACK.mix(0.2))
+                .draw()?;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -399,16 +501,58 @@ mod tests {
     fn the_legend_keeps_out_of_the_lines_way() {
         let corner = |points: &[&[(f64, f64)]]| {
             let series: Vec<_> = (points.iter())
-                .map(|points| Series { name: "a name", look: Look::of(0), points, spread: &[] })
+                .map(|points| Series {
+                    name: "a name",
+                    look: Look::of(0),
+                    points,
+                    spread: &[],
+                    is_cut: false,
+                })
                 .collect();
-            legend_corner(&series, 0.0..10.0, 0.0..1.0)
+            legend_corner(&series, &Frame { across: 0.0..10.0, up: 0.0..1.0 })
         };
         let falling: &[_] = &[(0.0, 1.0), (2.0, 0.4), (10.0, 0.3)];
         let rising: &[_] = &[(0.0, 0.0), (10.0, 1.0)];
-        assert_eq!(corner(&[falling]), SeriesLabelPosition::UpperRight);
-        assert_eq!(corner(&[rising]), SeriesLabelPosition::UpperLeft);
-        assert_eq!(corner(&[falling, rising]), SeriesLabelPosition::LowerRight);
-        assert_eq!(corner(&[]), SeriesLabelPosition::UpperRight);
+        let level: &[_] = &[(0.0, 0.9), (10.0, 0.9)];
+        assert_eq!(corner(&[falling]), Some(SeriesLabelPosition::UpperRight));
+        assert_eq!(corner(&[rising]), Some(SeriesLabelPosition::UpperLeft));
+        assert_eq!(corner(&[falling, rising]), Some(SeriesLabelPosition::LowerRight));
+        assert_eq!(corner(&[]), Some(SeriesLabelPosition::UpperRight));
+        assert_eq!(corner(&[falling, rising, level, &[(0.0, 0.1), (10.0, 0.1)]]), None);
+    }
+
+    #[test]
+    fn a_legend_that_finds_no_corner_stands_beside_the_picture() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("beside.svg");
+        let width = |heights: &[f64]| {
+            let level = |&y: &f64| Curve::of("a name", vec![(0.0, y), (1.0, y)]);
+            let curves: Vec<Curve> = heights.iter().map(level).collect();
+            plot_curves(&path, "levels", ("x", "y"), &curves).unwrap();
+            let svg = std::fs::read_to_string(&path).unwrap();
+            assert!(svg.matches("a name").count() == heights.len(), "{svg}");
+            svg[..60].to_owned()
+        };
+        assert!(width(&[1.0, 2.0]).contains("width=\"890\""), "{}", width(&[1.0, 2.0]));
+        assert!(width(&[1.0]).contains("width=\"800\""), "{}", width(&[1.0]));
+    }
+
+    #[test]
+    fn what_falls_first_is_cut_off() {
+        let of = |ys: &[f64]| {
+            let points = ys.iter().enumerate().map(|(x, &y)| (x as f64, y, Some(y / 10.0)));
+            Curve::of_means("", points)
+        };
+        let cut = without_beginnings(vec![of(&[8.0, 4.0, 2.0, 1.0]), of(&[3.0, 3.0, 2.5, 2.0])]);
+        // From the second point on nothing is above 4.
+        assert_eq!((&cut[0].points[..], cut[0].is_cut), (&[(1.0, 4.0), (2.0, 2.0), (3.0, 1.0)][..], false));
+        assert_eq!(cut[0].spread, [0.4, 0.2, 0.1]);
+        assert_eq!((cut[1].points.len(), cut[1].is_cut), (4, false));
+        let between = without_beginnings(vec![of(&[8.0, 4.0]), of(&[6.0, 6.0])]);
+        assert_eq!((between[0].points[0], between[0].is_cut), ((0.5, 6.0), true));
+        assert!((between[0].spread[0] - 0.6).abs() < 1e-9, "{:?}", between[0].spread);
+        let nothing = vec![of(&[f64::NAN]), Curve::of("", Vec::new())];
+        assert_eq!(without_beginnings(nothing.clone())[1], nothing[1]);
     }
 
     #[test]

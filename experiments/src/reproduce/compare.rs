@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{bail, ensure};
 
 use super::lab::{
-    Options, RunFile, Sweep, Trainer, Variant, Varied, counted, distinct, escaped, file_name, typed,
+    Options, RunFile, Sweep, Trainer, Variant, Varied, cost, counted, distinct, escaped, file_name, typed,
     workers_option,
 };
 use crate::commands::UsageError;
@@ -50,6 +50,8 @@ pub struct Arguments {
     options: Options,
 }
 
+const COLUMNS: [&str; 2] = ["workers", "run file"];
+
 /// Gradient evaluations with --quick, at most.
 const QUICK_EVALUATIONS: u64 = 1000;
 
@@ -91,8 +93,10 @@ impl Arguments {
 /// # Errors
 /// Whatever keeps it from its end, in a sentence.
 pub fn compare(arguments: &Arguments) -> anyhow::Result<()> {
+    // Each of the numbers is checked with each of the files below.
+    let stated = arguments.workers.iter().min().copied();
     let files: Vec<RunFile> =
-        arguments.files.iter().map(|path| RunFile::read(path)).collect::<Result<_, _>>()?;
+        arguments.files.iter().map(|path| RunFile::read(path, stated)).collect::<Result<_, _>>()?;
     for (place, file) in files.iter().enumerate() {
         // Configurations are written by these names.
         let is_same = |other: &&RunFile| file_name(&other.name()) == file_name(&file.name());
@@ -123,7 +127,7 @@ pub fn compare(arguments: &Arguments) -> anyhow::Result<()> {
         own: arguments.own(),
         title: "Run files side by side",
         introduction: introduction(arguments),
-        columns: &["workers", "run file"],
+        columns: &COLUMNS,
         evaluations,
         variants,
     };
@@ -177,16 +181,17 @@ fn verdict(rows: &[Varied<'_>]) -> String {
     let mut text = String::new();
     for row in &rows[1..] {
         let (up, down) = row.fewer_bytes(first);
+        let above = row.above(first);
         let _ = writeln!(
             text,
-            "* {} against {}: {up} up and {down} down; test loss: {}.",
-            escaped(&row.variant.name()),
+            "* {} against {}: {up} up and {down} down; test loss: {above}: {}.",
+            row.variant.in_words(&COLUMNS),
             escaped(&first.variant.cells[1]),
-            row.above(first),
+            cost(&above),
         );
     }
     if text.is_empty() {
-        let _ = writeln!(text, "* {}: nothing to compare it with.", escaped(&first.variant.name()));
+        let _ = writeln!(text, "* {}: nothing to compare it with.", first.variant.in_words(&COLUMNS));
     }
     text
 }

@@ -202,7 +202,7 @@ impl Simulated<'_> {
                     .to_owned(),
             });
         };
-        let mut text = self.introduction(target);
+        let mut text = self.introduction(target)?;
         text.push_str(&self.choices_table());
         let mut verdict = String::new();
         for rate in LINKS {
@@ -218,19 +218,22 @@ impl Simulated<'_> {
         Ok(Half { text, verdict })
     }
 
-    fn introduction(&self, target: f64) -> String {
+    fn introduction(&self, target: f64) -> anyhow::Result<String> {
         let experiment = self.experiment;
+        let training = &self.all_specs()?[0].training;
         let (steps, seeds) = (experiment.steps(), experiment.arguments.options.seeds());
         let looks = look_every(steps, LOOKS);
-        format!(
+        Ok(format!(
             "\n## Time to a validation loss of {target}, simulated\n\nSeconds of virtual time, {steps} gradient evaluations at \
              most, {}; a link that carries the small model's dense exchange as fast \
              as the stated one carries ResNet-18's. The loss is looked at every {looks} evaluations, and the time interpolated \
              between two looks. The loss to be reached is the worst of all runs' best, but for those that diverged or learned \
-             nothing. Updates per second, and the loss at the end, are those of whole runs. {}\n\n",
+             nothing. Updates per second, and the loss at the end, are those of whole runs. The learning rate {} for everyone. \
+             {}\n\n",
             seeds_text(&seeds),
+            training.decay.describe(training.final_rate_fraction),
             self.how_chosen(),
-        )
+        ))
     }
 
     /// How rates and momenta were come by.

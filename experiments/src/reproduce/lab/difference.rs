@@ -14,7 +14,12 @@ pub(in crate::reproduce) struct Difference {
     both_ended: Vec<f64>,
     /// With how many seeds ours diverged, and theirs.
     diverged: [usize; 2],
+    /// That it is shown with.
+    decimals: usize,
 }
+
+/// Decimals of a difference of losses.
+const LOSS_DECIMALS: usize = 4;
 
 /// What all seeds agree on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +50,12 @@ impl Difference {
         let ended = ours.iter().zip(theirs).filter(|(ours, theirs)| ours.is_finite() && theirs.is_finite());
         let both_ended = ended.map(|(ours, theirs)| ours - theirs).collect();
         let diverged = [ours, theirs].map(|of| of.iter().filter(|value| !value.is_finite()).count());
-        Self { values, both_ended, diverged }
+        Self { values, both_ended, diverged, decimals: LOSS_DECIMALS }
+    }
+
+    /// The same, shown with so many decimals instead of those of a loss.
+    pub(in crate::reproduce) fn shown_with(self, decimals: usize) -> Self {
+        Self { decimals, ..self }
     }
 
     pub(in crate::reproduce) fn agreement(&self) -> Agreement {
@@ -85,7 +95,11 @@ impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seeds = self.values.len();
         let (mean, spread) = mean_and_spread(&self.both_ended);
-        let value = format!("{}{}", if mean < 0.0 { "−" } else { "+" }, plus_minus(mean.abs(), spread, 4));
+        let value = format!(
+            "{}{}",
+            if mean < 0.0 { "−" } else { "+" },
+            plus_minus(mean.abs(), spread, self.decimals)
+        );
         if self.diverged != [0, 0] {
             let of = |(who, &count): (&str, &usize)| match count {
                 0 => None,
@@ -116,11 +130,11 @@ pub(in crate::reproduce) fn held_or_not(is_so: bool) -> &'static str {
     if is_so { "**held**" } else { "**did not hold**" }
 }
 
-/// The same of so many seeds.
+/// The same of so many seeds; of one there is no verdict to be had.
 pub(in crate::reproduce) fn held(is_so: bool, seeds: usize) -> &'static str {
     match (is_so, seeds) {
-        (true, 1) => "**held** with one seed, which does not tell",
-        (false, 1) => "**did not hold** with one seed, which does not tell",
+        (true, 1) => "so with one seed, which does not tell",
+        (false, 1) => "not so with one seed, which does not tell",
         _ => held_or_not(is_so),
     }
 }
@@ -166,7 +180,8 @@ mod tests {
         assert!(mixed.held().starts_with("**a tie**"));
         assert_eq!(mixed.to_string(), "−0.0333 ± 0.1155, lower with 2 and higher with 1 of 3 seeds");
         assert_eq!(of(&[1.0], &[0.5]).to_string(), "+0.5000 with the only seed");
-        assert_eq!(of(&[1.0], &[0.5]).held(), "**did not hold** with one seed, which does not tell");
+        assert_eq!(of(&[1.0], &[0.5]).shown_with(2).to_string(), "+0.50 with the only seed");
+        assert_eq!(of(&[1.0], &[0.5]).held(), "not so with one seed, which does not tell");
         assert_eq!(of(&[1.0, 1.0], &[1.0, 1.0]).held(), "**a tie**");
         assert_eq!(of(&[1.0, 1.0], &[1.0, 0.5]).held(), "**a tie**, as good with some seeds");
     }

@@ -16,6 +16,9 @@ use crate::task::Task;
 /// Warm-up takes at least so many steps, however large they are.
 const WARMUP_STEPS_MIN: u64 = 10;
 
+/// How far above AdamW's the loss of so many asynchronous workers may lie that go on from an upcycled model, in per cent.
+pub(in crate::reproduce) const WARM_START_GOAL: (u32, f64) = (8, 0.5);
+
 /// Over how much the rate of AdamW rises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::reproduce) enum Warmup {

@@ -26,18 +26,20 @@ pub(in crate::reproduce) struct RunFile {
 }
 
 impl RunFile {
-    /// Reads a run file, and of the checkpoint and the text that it names as much as makes their hashes.
+    /// Reads a run file, and of the checkpoint and the text that it names as much as makes their hashes. `workers` are in the
+    /// place of those that it says, if there are any.
     ///
     /// # Errors
     /// A sentence that names the file, which is the user's to mend.
-    pub(in crate::reproduce) fn read(path: &Path) -> Result<Self, UsageError> {
-        Self::read_and_check(path).map_err(|error| UsageError(one_sentence(error.as_ref())))
+    pub(in crate::reproduce) fn read(path: &Path, workers: Option<u32>) -> Result<Self, UsageError> {
+        Self::read_and_check(path, workers).map_err(|error| UsageError(one_sentence(error.as_ref())))
     }
 
-    fn read_and_check(path: &Path) -> anyhow::Result<Self> {
+    fn read_and_check(path: &Path, workers: Option<u32>) -> anyhow::Result<Self> {
         let in_file = || format!("the run file {}", path.display());
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", in_file()))?;
         let mut settings = parse(&text).with_context(in_file)?.adopt().with_context(in_file)?;
+        settings.run.workers = workers.or(settings.run.workers);
         let run = settings.clone().resolve().with_context(in_file)?;
         ensure!(
             !run.training.overlap,

@@ -83,6 +83,14 @@ impl Search {
         rates.len() > 1 && (rates.first() == Some(&tried.rate) || rates.last() == Some(&tried.rate))
     }
 
+    /// Whether a momentum is the lowest or highest that was tried, as [`Self::is_at_edge`] is of rates. Momenta are not added to.
+    pub(in crate::reproduce) fn is_momentum_at_edge(&self, tried: Tried) -> bool {
+        let momenta = || self.rates.keys().map(|&bits| f32::from_bits(bits));
+        let is_beyond =
+            |is_it: fn(&f32, &f32) -> bool| momenta().all(|other| !is_it(&other, &tried.momentum));
+        self.rates.len() > 1 && (is_beyond(f32::lt) || is_beyond(f32::gt))
+    }
+
     /// The best of those with one momentum.
     ///
     /// # Errors
@@ -155,7 +163,10 @@ mod tests {
         assert!(search.is_at_edge(tried(1.0, 0.5)) && search.is_at_edge(tried(4.0, 0.0)));
         assert!(!search.is_at_edge(tried(2.0, 0.0)));
         let single = Search::new(&Grid { rates: vec![1.0], momenta: vec![0.0] });
-        assert!(!single.is_at_edge(tried(1.0, 0.0)));
+        assert!(!single.is_at_edge(tried(1.0, 0.0)) && !single.is_momentum_at_edge(tried(1.0, 0.0)));
+        let momenta = Search::new(&Grid { rates: vec![1.0], momenta: vec![0.3, 0.5, 0.9] });
+        let at_edge = [0.3, 0.5, 0.9].map(|momentum| momenta.is_momentum_at_edge(tried(1.0, momentum)));
+        assert_eq!(at_edge, [true, false, true]);
         let score = |tried: Tried| {
             let loss = (tried.rate - 2.0).abs() + f64::from(tried.momentum);
             Ok(Score { loss, accuracy: None })

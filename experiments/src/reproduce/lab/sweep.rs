@@ -12,8 +12,8 @@ use super::jobs::{EVALUATIONS, Jobs};
 use super::run_file::RunFile;
 use super::spec::{Run, Spec, Trainer, exchanges, make};
 use super::text::{
-    Options, counted, curve_of, escaped, file_name, look_every, mean_and_spread, plot_both, seeds_text, show,
-    write_configuration, write_report,
+    Options, counted, curve_of, escaped, file_name, look_every, mean_and_spread, plot_training, seeds_text,
+    show, write_configuration, write_report,
 };
 use crate::report::Curve;
 use crate::task::Score;
@@ -50,6 +50,15 @@ impl Variant {
     /// In file names and legends.
     pub(in crate::reproduce) fn name(&self) -> String {
         self.cells.join(", ")
+    }
+
+    /// In sentences, where a number of workers is no number alone; with the columns that it has cells of.
+    pub(in crate::reproduce) fn in_words(&self, columns: &[&str]) -> String {
+        let cell = |(cell, &column): (&String, &&str)| match column {
+            "workers" => counted(u64::from(self.workers), "worker"),
+            _ => escaped(cell),
+        };
+        self.cells.iter().zip(columns).map(cell).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -143,6 +152,23 @@ impl Varied<'_> {
         text
     }
 
+    /// That workers who would come and go hardly do in so short a run, if so.
+    fn stays_text(&self) -> String {
+        let (Trainer::Workers(conditions), workers) = (self.variant.trainer, self.variant.workers) else {
+            return String::new();
+        };
+        let exchanges = self.runs[0].spec.training.steps / u64::from(workers);
+        if conditions.stay == 0 || exchanges >= u64::from(conditions.stay) {
+            return String::new();
+        }
+        format!(
+            "\n{}: a worker makes about {} in all and would leave after {}, so that hardly any does, or none.\n",
+            escaped(&self.variant.name()),
+            counted(exchanges, "exchange"),
+            conditions.stay
+        )
+    }
+
     fn line(&self) -> String {
         let traffic = |sent: f64| match sent > 0.0 {
             true => format!("{} ({:.0}×)", bytes(sent as u64), self.dense_bytes() / sent),
@@ -206,8 +232,8 @@ impl Sweep {
             let curves: Vec<Curve> = (rows.iter().filter(|row| row.variant.picture == picture))
                 .map(|row| Curve::of_means(row.variant.name(), curve_of(&row.runs)))
                 .collect();
-            let axes = ("gradient evaluations", "validation loss, nats");
-            let _ = write!(text, "\n{}", plot_both(&folder, &file_name(picture), picture, axes, &curves)?);
+            let drawn = plot_training(&folder, &file_name(picture), picture, curves)?;
+            let _ = write!(text, "\n{drawn}");
         }
         let _ = writeln!(
             text,
@@ -245,7 +271,7 @@ impl Sweep {
             counted(self.evaluations, "gradient evaluation"),
             seeds_text(seeds),
             subject_text(rows),
-            rate_text(rows),
+            rate_text(rows, self.columns),
             shared_text(rows),
         );
         let _ = writeln!(
@@ -257,16 +283,17 @@ impl Sweep {
         text.push_str("|\n");
         rows.iter().for_each(|row| text.push_str(&row.line()));
         rows.iter().for_each(|row| text.push_str(&row.skipped_text()));
+        rows.iter().for_each(|row| text.push_str(&row.stays_text()));
         text
     }
 }
 
 /// What was learned by how large a model.
 fn subject_text(rows: &[Varied<'_>]) -> String {
-    let list = |mut all: Vec<String>| {
-        all.sort();
-        all.dedup();
-        all.join(" and ")
+    // In the order of the table.
+    let list = |all: Vec<String>| {
+        let is_first = |&(place, one): &(usize, &String)| !all[..place].contains(one);
+        all.iter().enumerate().filter(is_first).map(|(_, one)| one.as_str()).collect::<Vec<_>>().join(" and ")
     };
     let texts = list(rows.iter().map(|row| row.runs[0].spec.text_name()).collect());
     let parameters = list(rows.iter().map(|row| row.runs[0].outcome.parameters.to_string()).collect());
@@ -274,10 +301,10 @@ fn subject_text(rows: &[Varied<'_>]) -> String {
 }
 
 /// How the learning rate goes: once if that is the same for all, or else whose goes how.
-fn rate_text(rows: &[Varied<'_>]) -> String {
+fn rate_text(rows: &[Varied<'_>], columns: &[&str]) -> String {
     let mut ways: Vec<(String, Vec<String>)> = Vec::new();
     for row in rows {
-        let (way, name) = (row.runs[0].spec.describe_rate(), escaped(&row.variant.name()));
+        let (way, name) = (row.runs[0].spec.describe_rate(), row.variant.in_words(columns));
         match ways.iter_mut().find(|(other, _)| *other == way) {
             Some((_, names)) => names.push(name),
             None => ways.push((way, vec![name])),

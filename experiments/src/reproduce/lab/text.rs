@@ -11,7 +11,7 @@ use super::difference::diverged_of;
 use super::jobs::Jobs;
 use super::spec::{Outcome, Run, Spec};
 use crate::commands::{UsageError, say};
-use crate::report::{Curve, plot_curves};
+use crate::report::{Curve, plot_curves, without_beginnings};
 use crate::simulation::Point;
 use crate::task::Score;
 
@@ -307,6 +307,17 @@ pub(in crate::reproduce) fn plot_both(
         plot_curves(&folder.join(format!("{name}.{kind}")), title, axes, curves)?;
     }
     Ok(format!("![{title}]({name}.svg)\n"))
+}
+
+/// The same of validation losses over gradient evaluations, without the fall of the beginning.
+pub(in crate::reproduce) fn plot_training(
+    folder: &Path,
+    name: &str,
+    title: &str,
+    curves: Vec<Curve>,
+) -> anyhow::Result<String> {
+    let axes = ("gradient evaluations", "validation loss, nats");
+    plot_both(folder, name, title, axes, &without_beginnings(curves))
 }
 
 /// Writes the report of a reproduction and shows it.

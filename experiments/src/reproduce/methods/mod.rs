@@ -156,6 +156,7 @@ impl Experiment {
                 contestant: *contestant,
                 best,
                 is_at_edge: search.is_at_edge(best),
+                is_momentum_at_edge: search.is_momentum_at_edge(best),
                 of_momenta,
                 runs: Vec::new(),
             };

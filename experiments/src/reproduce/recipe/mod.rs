@@ -2,11 +2,12 @@
 
 mod report;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::ensure;
 use sanderling_common::config::RunPartial;
+use sanderling_common::method::Method;
 
 use self::report::Report;
 use super::lab::{
@@ -76,11 +77,25 @@ struct Settings {
 const LENGTHS: [u64; 2] = [8_000, 16_000];
 const QUICK_LENGTH: u64 = 600;
 
+/// Reads a run file whose method several workers can take.
+fn read(path: &Path) -> anyhow::Result<RunFile> {
+    // How many there are is checked later, as AdamW's one is also made of it.
+    let file = RunFile::read(path, Some(1))?;
+    ensure!(
+        file.settings.training.method != Some(Method::Msgd),
+        UsageError(format!(
+            "the run file {}: method msgd is for one worker, and this is about several; give asgd, or another method",
+            path.display()
+        ))
+    );
+    Ok(file)
+}
+
 impl Settings {
     fn new(arguments: &Arguments) -> anyhow::Result<Self> {
         let options = &arguments.options;
         let (whose, base) = match &arguments.config {
-            Some(path) => (Whose::File, RunFile::read(path)?),
+            Some(path) => (Whose::File, read(path)?),
             None if options.quick => (Whose::Small, RunFile::small()),
             None => (Whose::Default, RunFile::default()),
         };

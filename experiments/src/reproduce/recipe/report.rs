@@ -9,8 +9,8 @@ use sanderling_common::sparse::ValueFormat;
 use super::{Length, Line, Settings, Whose};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Difference, Warmup, curve_of, held, mean_and_spread, per_cent_above, plot_both, plus_minus, seeds_text,
-    show,
+    Difference, WARM_START_GOAL, Warmup, curve_of, held, mean_and_spread, per_cent_above, plot_training,
+    plus_minus, seeds_text, show,
 };
 use crate::task::Score;
 
@@ -67,8 +67,7 @@ impl Report<'_> {
         for (length, steps) in self.settings.lengths.iter().enumerate() {
             let curves: Vec<Curve> = self.lines.iter().map(|line| self.curve(line, length)).collect();
             let title = format!("AdamW and asynchronous workers, {steps} gradient evaluations");
-            let axes = ("gradient evaluations", "validation loss, nats");
-            let picture = plot_both(self.folder, &format!("curves-{steps}"), &title, axes, &curves)?;
+            let picture = plot_training(self.folder, &format!("curves-{steps}"), &title, curves)?;
             let _ = write!(text, "\n{picture}");
         }
         let _ = writeln!(text, "\nMade in {seconds:.0} s, runs that were there already not counted.");
@@ -148,6 +147,16 @@ impl Report<'_> {
         self.lines.iter().find(|line| line.is_reference == is_reference && line.workers == workers)
     }
 
+    /// How far above one-worker AdamW's these workers' loss may lie, in per cent, if anything is hoped for.
+    fn goal(&self, ours: &Line, steps: u64) -> Option<f64> {
+        let is_upcycled = !ours.lengths[0].runs[0].spec.upcycle.dense.is_empty();
+        match self.settings.whose {
+            Whose::Default => goal_from_scratch(ours.workers, steps),
+            Whose::File if is_upcycled && ours.workers == WARM_START_GOAL.0 => Some(WARM_START_GOAL.1),
+            Whose::Small | Whose::File => None,
+        }
+    }
+
     fn verdict(&self) -> String {
         let mut text = String::new();
         for (length, steps) in self.settings.lengths.iter().enumerate() {
@@ -168,13 +177,11 @@ impl Report<'_> {
         for (length, &steps) in self.settings.lengths.iter().enumerate() {
             for ours in self.lines.iter().filter(|line| !line.is_reference) {
                 let above = per_cent_above(&ours.lengths[length].losses(), &one.lengths[length].losses());
-                let mut goals = GOALS.iter().filter(|_| self.settings.whose == Whose::Default);
-                let goal = goals.find(|(workers, _)| (*workers, GOAL_STEPS) == (ours.workers, steps));
                 let _ = writeln!(
                     text,
                     "* {} workers, {steps} evaluations: {}.",
                     ours.workers,
-                    against_goal(&above, goal.map(|(_, goal)| *goal))
+                    against_goal(&above, self.goal(ours, steps))
                 );
             }
         }
@@ -196,6 +203,11 @@ fn warmups(training: &TrainingSettings) -> String {
     }
 }
 
+fn goal_from_scratch(workers: u32, steps: u64) -> Option<f64> {
+    let is_it = |(of, _): &&(u32, f64)| (*of, GOAL_STEPS) == (workers, steps);
+    GOALS.iter().find(is_it).map(|(_, goal)| *goal)
+}
+
 fn against_goal(above: &[f64], goal: Option<f64>) -> String {
     let (mean, spread) = mean_and_spread(above);
     if !mean.is_finite() {
@@ -211,6 +223,15 @@ fn against_goal(above: &[f64], goal: Option<f64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn goals_are_for_one_length() {
+        assert_eq!(
+            [4, 8, 16].map(|workers| goal_from_scratch(workers, 16_000)),
+            [Some(2.0), None, Some(4.0)]
+        );
+        assert_eq!(goal_from_scratch(4, 8_000), None);
+    }
 
     #[test]
     fn goals_are_for_the_mean() {

@@ -6,13 +6,10 @@ use super::arms::{ARMS, Budget};
 use super::{Contestant, Experiment, Row, best_validation};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Difference, Warmup, held, mean_and_spread, mean_curve, per_cent_above, plot_both, plus_minus, seeds_text,
-    show_loss,
+    Difference, WARM_START_GOAL, Warmup, held, mean_and_spread, mean_curve, per_cent_above, plot_both,
+    plus_minus, seeds_text, show_loss,
 };
 use crate::task::Score;
-
-/// How far above AdamW's the loss of 8 asynchronous workers may lie that go on from an upcycled model, in per cent.
-const WARM_START_GOAL: (u32, f64) = (8, 0.5);
 
 /// The text of the report; draws the plots.
 pub(super) fn report(experiment: &Experiment, rows: &[Row], seconds: f64) -> anyhow::Result<String> {
@@ -61,8 +58,8 @@ fn introduction(experiment: &Experiment) -> anyhow::Result<String> {
     Ok(format!(
         "# Upcycling against the dense model trained on\n\nBundled text, characters; dense model of {} parameters, {} \
          steps of pre-training and {} more (batch {} × {}); {}; trained on by {trainer}, fresh optimiser and rate, the best of {:?} \
-         (AdamW) for every row by validation with the first seed{widened}. Weight decay is 0 for everyone. The text is small \
-         enough to overfit, so the \
+         (AdamW) for every row by validation with the first seed{widened}. Everyone's rate {}, and weight decay is 0. The text \
+         is small enough to overfit, so the \
          best validation loss of each run counts. Losses are nats per character; `steps` and `TFLOP` are those of the second phase. \
          Runs of one seed share start and batches, and are compared with each other.\n\n",
         settings.dense.layout()?.len(),
@@ -72,6 +69,7 @@ fn introduction(experiment: &Experiment) -> anyhow::Result<String> {
         settings.run.model.context,
         seeds_text(&settings.seeds),
         settings.rates,
+        settings.run.training.decay.describe(settings.run.training.final_rate_fraction),
     ))
 }
 
