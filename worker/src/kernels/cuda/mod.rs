@@ -39,7 +39,9 @@ pub use self::buffer::{Buffer, Tokens};
 #[cfg(feature = "emulator")]
 pub use self::driver::Emulated;
 use self::driver::{Argument, Driver, Kernel, Launch, Module, Operation, Scalar};
-pub use self::driver::{CompileError, Library, Properties, compile_to_ptx, missing_library};
+pub use self::driver::{
+    CompileError, Library, Properties, architecture, compile_to_cubin, compile_to_ptx, missing_library,
+};
 pub use self::error::CudaError;
 pub use self::graphs::GraphCounts;
 use self::graphs::Graphs;
@@ -49,9 +51,6 @@ pub use self::routing::Routing;
 use self::scratch::Scratch;
 pub use self::source::{Source, Target, Unit};
 use self::timing::Timing;
-
-/// Shared memory of a block below which attention takes smaller tiles, in bytes.
-const SHARED_BYTES_LARGE: u32 = 120 * 1024;
 
 /// Names, separated by commas, what is not to be used: the kernels for Hopper of `experts` and of `attention`, and `graphs`. For
 /// comparisons, and for the day when one of them is wrong.
@@ -157,12 +156,10 @@ impl Cuda {
     }
 
     fn with_driver(driver: Arc<dyn Driver>, precision: Precision, left_out: LeftOut) -> Self {
-        let is_hopper = driver.properties().architecture == 90;
-        let target = Target {
-            small_shared: driver.properties().shared_bytes < SHARED_BYTES_LARGE,
-            hopper_experts: is_hopper && !left_out.experts,
-            hopper_attention: is_hopper && !left_out.attention,
-        };
+        let Properties { architecture, shared_bytes, .. } = *driver.properties();
+        let mut target = Target::of(architecture, shared_bytes);
+        target.hopper_experts &= !left_out.experts;
+        target.hopper_attention &= !left_out.attention;
         Self {
             driver,
             precision,

@@ -4,6 +4,9 @@ use super::Precision;
 
 const PRELUDE: &str = include_str!("prelude.cuh");
 
+/// Shared memory of a block below which attention takes smaller tiles, in bytes.
+const SHARED_BYTES_LARGE: u32 = 120 * 1024;
+
 /// Kernels that are compiled together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Unit {
@@ -98,12 +101,16 @@ impl Unit {
     /// What is compiled.
     pub fn source(self, precision: Precision, target: Target) -> Source {
         let bf16 = precision == Precision::Bf16;
-        let number = match precision {
-            Precision::F32 => 0,
-            Precision::Tf32 => 1,
-            Precision::Bf16 => 2,
-        };
-        let mut defines = vec![("ACT_BF16", usize::from(bf16)), ("PRECISION", number)];
+        let mut defines = vec![("ACT_BF16", usize::from(bf16))];
+        // The others are the same for float32 and TF32, and compiled once for both.
+        if self == Self::Experts {
+            let number = match precision {
+                Precision::F32 => 0,
+                Precision::Tf32 => 1,
+                Precision::Bf16 => 2,
+            };
+            defines.push(("PRECISION", number));
+        }
         if let Self::Attention { head_dim } = self {
             let hopper = bf16 && target.attention_for_hopper(head_dim);
             defines.extend([
@@ -134,6 +141,14 @@ pub struct Target {
 }
 
 impl Target {
+    /// What a device is compiled for that has that compute capability, times ten, and as much shared memory for a block, in
+    /// bytes.
+    pub fn of(capability: u32, shared_bytes: u32) -> Self {
+        let is_hopper = capability == 90;
+        let small_shared = shared_bytes < SHARED_BYTES_LARGE;
+        Self { small_shared, hopper_experts: is_hopper, hopper_attention: is_hopper }
+    }
+
     /// Whether `attention_hopper.cu` takes heads of that width.
     pub(super) fn attention_for_hopper(self, head_dim: usize) -> bool {
         self.hopper_attention && matches!(head_dim, 64 | 128)

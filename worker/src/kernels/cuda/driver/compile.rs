@@ -41,8 +41,23 @@ pub fn compile_to_ptx(source: &Source, architecture: &str) -> Result<Vec<u8>, Co
     compile(source, architecture, Form::Ptx)
 }
 
-/// Machine code for `architecture` (such as `sm_90a`).
-pub(super) fn compile_to_cubin(source: &Source, architecture: &str) -> Result<Vec<u8>, CompileError> {
+/// The architecture that machine code is made for on a device of that compute capability, times ten: on Hopper with the
+/// instructions that only Hopper has.
+pub fn architecture(capability: u32) -> String {
+    match capability {
+        90 => "sm_90a".to_owned(),
+        capability => format!("sm_{capability}"),
+    }
+}
+
+/// Machine code for `architecture` (such as `sm_90a`). Only here the instructions that kernels write themselves are read.
+///
+/// # Errors
+/// What the compiler says.
+///
+/// # Panics
+/// If NVRTC cannot be loaded: ask [`missing_library`](super::missing_library) before.
+pub fn compile_to_cubin(source: &Source, architecture: &str) -> Result<Vec<u8>, CompileError> {
     compile(source, architecture, Form::Cubin)
 }
 

@@ -111,13 +111,6 @@ impl Device {
         unsafe { result::ctx::set_current(self.context) }.map_err(failed("choosing the GPU"))
     }
 
-    fn architecture(&self) -> String {
-        match self.properties.architecture {
-            90 => "sm_90a".to_owned(),
-            architecture => format!("sm_{architecture}"),
-        }
-    }
-
     /// Queues a kernel, or writes it into the graph that the queue is recorded in.
     fn launch_in(
         &self,
@@ -358,7 +351,7 @@ impl Driver for Device {
 
     fn load(&self, source: &Source) -> Result<Module, CudaError> {
         self.bind()?;
-        let architecture = self.architecture();
+        let architecture = compile::architecture(self.properties.architecture);
         let options = compile::options(source, &architecture);
         let entry = Entry::new(&source.text, &options, compile::version());
         // Workers that begin together want the same units in the same order: one of them compiles, the others wait for it.
