@@ -313,8 +313,13 @@ impl Driver for Device {
             return Ok(());
         }
         self.bind()?;
-        // SAFETY: the caller's buffer is as long as it says, and pageable memory is copied before the call returns.
-        unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(failed("copying to the GPU"))
+        // SAFETY: the caller's buffer is as long as it says, and it is read no more after the wait below. Whether the call itself
+        // waits until pageable memory is read is left to CUDA.
+        unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(failed("copying to the GPU"))?;
+        // Rejected: pinned memory to copy into first, which needs marks for when it may be used again, for uploads that are few
+        // and small: a step's tokens, and what was exchanged. Graphs are recorded in queues of their own, and hold no uploads,
+        // so that the wait is in none.
+        self.wait()
     }
 
     fn download(&self, from: Address, bytes: &mut [u8]) -> Result<(), CudaError> {
