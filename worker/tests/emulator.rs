@@ -33,6 +33,7 @@ fn the_emulator_computes_like_plain_loops_and_notices_mistakes() {
         ("some_lanes", "a mask of less than a warp"),
         ("used_too_early", "sums of products that were not waited for"),
         ("never_waited_for", "products that nobody waited for"),
+        ("never_copied", "copies that nobody waited for"),
     ] {
         let run = Command::new(&program).arg(kernel).output().unwrap();
         assert!(!run.status.success(), "{kernel} is not noticed");

@@ -338,14 +338,18 @@ __device__ __forceinline__ void cp_async_8(void* shared, const void* global, boo
 }
 // Ends a group of this thread's copies.
 __device__ __forceinline__ void cp_async_commit() {
-#ifndef SANDERLING_EMULATE
+#ifdef SANDERLING_EMULATE
+    emulate_cp_async_commit();
+#else
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 // Waits until at most N of this thread's groups are under way. Others see the copies after a __syncthreads.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
-#ifndef SANDERLING_EMULATE
+#ifdef SANDERLING_EMULATE
+    emulate_cp_async_wait(N);
+#else
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 #endif
 }

@@ -197,8 +197,8 @@ asm(".text\n"
 #endif
 
 struct EmulateFiber {
-    // Products that it has begun and not waited for.
-    int products;
+    // Products and copies that it has begun and not waited for.
+    int products, copies;
 #if defined(__x86_64__)
     void* stack_pointer;
 #else
@@ -229,6 +229,8 @@ struct EmulateBlock {
     char* shared;
     unsigned shared_bytes;
     int current, threads;
+    // What the copy engine was asked for and has not brought.
+    int boxes;
     bool progress;
     void (*call)(void* kernel, const long long* words, const float* floats);
     void* kernel;
@@ -409,6 +411,7 @@ inline void emulate_enter() {
     block.call(block.kernel, block.words, block.floats);
     const int current = block.current;
     if (block.fibers[current].products != 0) emulate_fail("products that nobody waited for");
+    if (block.fibers[current].copies != 0) emulate_fail("copies that nobody waited for");
     block.fibers[current].done = true;
     block.progress = true;
     emulate_leave(block.all);
@@ -419,7 +422,7 @@ inline void emulate_enter() {
 inline void emulate_prepare(EmulateFiber& fiber) {
     if (fiber.stack == nullptr) fiber.stack = (char*)malloc(EMULATE_STACK_BYTES);
     fiber.done = false;
-    fiber.products = 0;
+    fiber.products = fiber.copies = 0;
 #if defined(__x86_64__)
     // Six registers and the address to return to, with the stack as a call leaves it: 8 bytes off a multiple of 16.
     void** top = (void**)(((unsigned long long)fiber.stack + EMULATE_STACK_BYTES) / 16 * 16) - 1;
@@ -494,6 +497,7 @@ extern "C" __attribute__((visibility("default"))) void emulate_launch(
             idle_rounds = block.progress ? 0 : idle_rounds + 1;
             if (left > 0 && idle_rounds > EMULATE_IDLE_ROUNDS_MAX) emulate_fail("threads wait for others that never come");
         }
+        if (block.boxes != 0) emulate_fail("boxes that nobody waited for");
         for (int i = 0; i < EMULATE_GUARD_BYTES; i++)
             if (block.shared[shared_bytes + i] != 0x5a) emulate_fail("a write past the end of shared memory");
     }

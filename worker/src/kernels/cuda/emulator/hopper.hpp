@@ -1,9 +1,14 @@
 // The instructions of hopper.cuh on the CPU: barriers in shared memory that count arrivals and bytes, the tensor copy engine
 // with its swizzle, and wgmma, which reads by descriptors as PTX defines their layouts.
 //
-// What the device may do at any time is done at the worst one: boxes arrive at once, and wgmma reads shared memory and writes
-// its sums only when it is waited for, so that a tile that is given back too early is seen, and so are sums that are used
-// before.
+// What the device may do at any time is done at the worst one. What a box overwrites is gone at once, and it arrives when somebody
+// waits for its barrier, so that a tile that is asked for too early is seen, and one that is read without its wait; wgmma reads
+// shared memory and writes its sums only when it is waited for, so that a tile that is given back too early is seen, and so
+// are sums that are used before. Copies by cp.async are like boxes (mma.hpp).
+//
+// Fences do nothing here: that one is missing (shared_fence between a thread's own writes and wgmma or the copy engine,
+// barrier_fence, wgmma_fence, __threadfence) is not seen. Nor is what the order in which threads see each other's plain writes
+// may do, as a thread goes on alone until it waits, or what registers that a warpgroup gave up would be missed for.
 
 #ifndef SANDERLING_HOPPER_HPP
 #define SANDERLING_HOPPER_HPP
@@ -42,8 +47,13 @@ inline void barrier_expect(unsigned barrier, int bytes) {
     emulate_arrivals(barrier).bytes += bytes;
     barrier_arrive(barrier);
 }
+inline void emulate_deliver(unsigned barrier);
 inline void barrier_wait(unsigned barrier, int parity) {
-    while (((volatile EmulateArrivals&)emulate_arrivals(barrier)).phase == (unsigned)parity) emulate_yield();
+    const volatile EmulateArrivals& arrivals = emulate_arrivals(barrier);
+    while (arrivals.phase == (unsigned)parity) {
+        emulate_deliver(barrier);
+        if (arrivals.phase == (unsigned)parity) emulate_yield();
+    }
 }
 inline void barrier_fence() {}
 inline void shared_fence() {}
@@ -73,21 +83,46 @@ struct EmulateTensor {
 // The 16 bytes of a row of 128 change places by the row's number.
 inline unsigned emulate_swizzle(unsigned address) { return address ^ (address >> 7 & 7) << 4; }
 
+// A box that is on its way.
+struct EmulateBox {
+    unsigned to, barrier;
+    EmulateTensor tensor;
+    int x, y, z;
+};
+static std::vector<EmulateBox> emulate_boxes;
+
 inline void load_box(unsigned to, const TensorMap& map, unsigned barrier, int x, int y, int z = 0) {
     if (to % 1024 != 0) emulate_fail("a swizzled box that does not start at a multiple of 1024 bytes");
-    const EmulateTensor& tensor = *(const EmulateTensor*)&map;
+    emulate_boxes.push_back({to, barrier, *(const EmulateTensor*)&map, x, y, z});
+    emulate_block.boxes++;
+    memset(emulate_shared(to), 0xff, 64 * 128);
+}
+inline void emulate_arrive(const EmulateBox& box) {
     for (int row = 0; row < 64; row++)
         for (int column = 0; column < 64; column++) {
-            const long long at[3] = {x + column, y + row, z};
+            const EmulateTensor& tensor = box.tensor;
+            const long long at[3] = {box.x + column, box.y + row, box.z};
             bool inside = true;
             for (int axis = 0; axis < 3; axis++) inside = inside && at[axis] >= 0 && at[axis] < tensor.sizes[axis];
             const bf16 value =
                 inside ? tensor.data[at[2] * tensor.strides[1] + at[1] * tensor.strides[0] + at[0]] : bf16{0};
-            memcpy(emulate_shared(emulate_swizzle(to + row * 128 + column * 2)), &value, 2);
+            memcpy(emulate_shared(emulate_swizzle(box.to + row * 128 + column * 2)), &value, 2);
         }
-    EmulateArrivals& arrivals = emulate_arrivals(barrier);
+    EmulateArrivals& arrivals = emulate_arrivals(box.barrier);
     arrivals.bytes -= 64 * 128;
     emulate_flip(arrivals);
+}
+// What is on its way to a barrier arrives.
+inline void emulate_deliver(unsigned barrier) {
+    for (size_t i = 0; i < emulate_boxes.size();) {
+        if (emulate_boxes[i].barrier != barrier) {
+            i++;
+            continue;
+        }
+        emulate_arrive(emulate_boxes[i]);
+        emulate_boxes.erase(emulate_boxes.begin() + i);
+        emulate_block.boxes--;
+    }
 }
 
 // ---- wgmma ----

@@ -67,14 +67,44 @@ inline void emulate_load_matrices(unsigned* r, const void* shared, bool transpos
 inline void emulate_ldmatrix_x4(unsigned* r, const void* shared) { emulate_load_matrices(r, shared, false); }
 inline void emulate_ldmatrix_x4_trans(unsigned* r, const void* shared) { emulate_load_matrices(r, shared, true); }
 
+// A copy that was begun. The device may do it at any time until it is waited for, so that the worst is done: what it
+// overwrites is gone at once, and what it brings is there only after the wait.
+struct EmulateCopy {
+    void* shared;
+    const void* global;
+    unsigned bytes;
+    bool valid;
+    int group;
+};
+struct EmulateCopies {
+    std::vector<EmulateCopy> begun;
+    int groups;
+};
+static EmulateCopies emulate_copies[EMULATE_THREADS_MAX];
+
 inline void emulate_cp_async(void* shared, const void* global, unsigned bytes, bool valid) {
     if ((unsigned long long)shared % bytes != 0 || (valid && (unsigned long long)global % bytes != 0))
         emulate_fail("cp.async with an address that is no multiple of its bytes");
-    if (valid) {
-        memcpy(shared, global, bytes);
-    } else {
-        memset(shared, 0, bytes);
+    EmulateCopies& own = emulate_copies[emulate_block.current];
+    own.begun.push_back({shared, global, bytes, valid, own.groups});
+    emulate_block.fibers[emulate_block.current].copies++;
+    memset(shared, 0xff, bytes);
+}
+inline void emulate_cp_async_commit() { emulate_copies[emulate_block.current].groups++; }
+// Copies that belong to no group yet are not waited for.
+inline void emulate_cp_async_wait(int left) {
+    EmulateCopies& own = emulate_copies[emulate_block.current];
+    size_t done = 0;
+    for (; done < own.begun.size() && own.begun[done].group < own.groups - left; done++) {
+        const EmulateCopy& copy = own.begun[done];
+        if (copy.valid) {
+            memcpy(copy.shared, copy.global, copy.bytes);
+        } else {
+            memset(copy.shared, 0, copy.bytes);
+        }
     }
+    own.begun.erase(own.begun.begin(), own.begun.begin() + done);
+    emulate_block.fibers[emulate_block.current].copies -= (int)done;
 }
 
 #endif

@@ -138,6 +138,29 @@ extern "C" __global__ void never_waited_for(int*) {
     float c[1][8][4];
     begin_product(c, tile);
 }
+// Two groups of copies, of which the first is waited for, and both with `all`: what each lane sees of them then, and of the
+// first before.
+// launch: grid 1, block 32, shared 1024 bytes
+extern "C" __global__ void copies(const int* from, int* out, int all) {
+    DYNAMIC_SHARED(int, to);
+    const int lane = threadIdx.x;
+    to[4 * lane] = 7;
+    cp_async_16(to + 4 * lane, from + 4 * lane, true);
+    cp_async_commit();
+    cp_async_16(to + 128 + 4 * lane, from + 4 * lane, lane % 2 == 0);
+    cp_async_commit();
+    out[lane] = to[4 * lane];
+    cp_async_wait<1>();
+    if (all) cp_async_wait<0>();
+    out[32 + lane] = to[4 * lane], out[64 + lane] = to[128 + 4 * lane];
+    cp_async_wait<0>();
+}
+extern "C" __global__ void never_copied(int* from) {
+    DYNAMIC_SHARED(int, to);
+    cp_async_16(to + 4 * threadIdx.x, from, false);
+    cp_async_commit();
+    cp_async_wait<1>();
+}
 // With the tile used again before the product is waited for, or after it.
 extern "C" __global__ void tile_used_again(int* out, int too_early) {
     DYNAMIC_SHARED(bf16, tile);
@@ -279,6 +302,22 @@ static void test_tiles_used_again() {
     }
 }
 
+static void test_copies() {
+    for (const int all : {0, 1}) {
+        struct alignas(16) {
+            int values[128];
+        } from;
+        std::vector<int> out(96);
+        for (int i = 0; i < 128; i++) from.values[i] = i;
+        launch(copies, 1, 1, 1, 32, 1, 1024, {(long long)from.values, at(out), all}, {});
+        for (int lane = 0; lane < 32; lane++) {
+            expect(out[lane] == -1, "a place is read while it is copied to");
+            expect(out[32 + lane] == 4 * lane, "a copy that was waited for");
+            expect(out[64 + lane] == (!all ? -1 : lane % 2 ? 0 : 4 * lane), "a copy that was not waited for is seen");
+        }
+    }
+}
+
 int main(int count, char** arguments) {
     std::vector<int> out(64);
     if (count > 1) {
@@ -288,6 +327,7 @@ int main(int count, char** arguments) {
         if (name == "some_lanes") launch(some_lanes, 1, 1, 1, 32, 1, 0, {at(out)}, {});
         if (name == "used_too_early") launch(used_too_early, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
         if (name == "never_waited_for") launch(never_waited_for, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
+        if (name == "never_copied") launch(never_copied, 1, 1, 1, 32, 1, 512, {at(out)}, {});
         return 2;
     }
     test_reductions();
@@ -296,5 +336,6 @@ int main(int count, char** arguments) {
     test_arguments();
     test_race();
     test_tiles_used_again();
+    test_copies();
     return failures > 0;
 }
