@@ -113,6 +113,34 @@ fn models_without_kernels_are_refused() {
     assert!(too_wide.contains("at most 256 elements a head, and the model has 258"), "{too_wide}");
 }
 
+/// Of some things a launch has a block each, in a direction in which CUDA takes 65 535.
+#[test]
+fn models_are_refused_for_which_no_launch_has_blocks() {
+    let Some(cuda) = emulated(Precision::Bf16, usize::MAX) else { return };
+    let of_run = config(&run(), &corpus());
+    let refused = |change: &dyn Fn(&mut ModelConfig)| {
+        let mut config = of_run.clone();
+        change(&mut config);
+        match cuda.supports(&config) {
+            Err(CudaError::Unsupported { what, asked, most }) => Some((what, asked, most)),
+            other => other.map(|()| None).unwrap(),
+        }
+    };
+    let heads = |heads| refused(&|config| (config.heads, config.kv_heads) = (heads, 1));
+    assert_eq!(heads(65_535), None);
+    assert_eq!(heads(65_536), Some(("heads", 65_536, 65_535)));
+    let width = |width| refused(&|config| config.hidden_size = width);
+    assert_eq!(width(8_388_480), None);
+    assert_eq!(width(8_388_481), Some(("elements a token", 8_388_481, 8_388_480)));
+    let biases = |qkv_bias| {
+        refused(&|config| {
+            (config.heads, config.kv_heads, config.head_dim, config.qkv_bias) = (65_000, 1000, 256, qkv_bias);
+        })
+    };
+    assert_eq!(biases(false), None);
+    assert_eq!(biases(true), Some(("biases of queries, keys and values", 17_152_000, 16_776_960)));
+}
+
 /// Wherever in a step memory runs out, also after its loss is known: nobody takes what is in the gradient for one.
 #[test]
 fn a_step_without_enough_memory_says_so() {

@@ -208,9 +208,14 @@ impl Cuda {
             FeedForward::Dense => 0,
             FeedForward::Moe { experts, .. } => experts,
         };
+        let attended = config.heads.saturating_add(config.kv_heads.saturating_mul(2));
+        let biases = if config.qkv_bias { attended.saturating_mul(config.head_dim) } else { 0 };
         let limits = [
             ("elements a head", config.head_dim, self.head_dim_max()),
             ("experts", experts, router::EXPERTS_MAX),
+            ("heads", config.heads, BLOCKS_ACROSS_MAX),
+            ("elements a token", config.hidden_size, pointwise::EMBEDDING_WIDTH_MAX),
+            ("biases of queries, keys and values", biases, pointwise::BIASES_MAX),
         ];
         for (what, asked, most) in limits {
             if asked > most {

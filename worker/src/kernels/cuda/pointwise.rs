@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::attention::{floats_at, floats_at_mut};
 use super::driver::{Address, Scalar};
 use super::scratch::Slot;
-use super::{Buffer, Cuda, CudaError, Tokens, Unit, arguments, flat, grid, int, long};
+use super::{BLOCKS_ACROSS_MAX, Buffer, Cuda, CudaError, Tokens, Unit, arguments, flat, grid, int, long};
 use crate::kernels::{AttentionShape, RmsNorm, Rotation, Weights};
 
 /// Elements of a block of the kernels that go straight through.
@@ -14,8 +14,16 @@ const STRAIGHT: usize = 4096;
 /// Shared memory for a row of logits, in bytes: two blocks have room on a multiprocessor.
 const LOGITS_BYTES: usize = 96 * 1024;
 
-/// Tokens whose gradients one block of the embedding adds up.
+/// Tokens whose gradients one block of the embedding adds up, and of how many of their elements at least.
 const EMBED_RUN: usize = 32;
+const EMBED_COLUMNS: usize = 128;
+
+/// Biases of a block.
+const BIAS_COLUMNS: usize = 256;
+
+/// The most elements of a token, and the most biases, that launches have blocks for.
+pub(super) const EMBEDDING_WIDTH_MAX: usize = EMBED_COLUMNS * BLOCKS_ACROSS_MAX;
+pub(super) const BIASES_MAX: usize = BIAS_COLUMNS * BLOCKS_ACROSS_MAX;
 
 /// Parts of a sum over all elements, at most.
 pub(super) const TOTAL_PARTS_MAX: usize = 1024;
@@ -88,7 +96,7 @@ impl Cuda {
     pub(super) fn bias(&mut self, params: &Buffer, bias: Range<usize>, rows: usize, y: &mut Buffer) {
         let width = bias.len();
         let y = self.activations_at_mut(y, rows * width);
-        let launch = grid([rows.div_ceil(64), width.div_ceil(256), 1], [32, 8, 1], 0);
+        let launch = grid([rows.div_ceil(64), width.div_ceil(BIAS_COLUMNS), 1], [32, 8, 1], 0);
         let arguments = arguments![floats_at(params, bias), y, int(rows), int(width)];
         self.launch(Unit::Pointwise, "add_bias", launch, arguments);
     }
@@ -97,7 +105,7 @@ impl Cuda {
         let (width, parts) = (bias.len(), bias_parts(rows));
         let partials = self.scratch(Slot::Partials, parts * width * size_of::<f32>());
         let dy = self.activations_at(dy, rows * width);
-        let launch = grid([width.div_ceil(256), parts, 1], [32, 8, 1], 0);
+        let launch = grid([width.div_ceil(BIAS_COLUMNS), parts, 1], [32, 8, 1], 0);
         let arguments = arguments![dy, partials, int(rows), int(width)];
         self.launch(Unit::Pointwise, "bias_gradient_parts", launch, arguments);
         self.sum_columns(partials, parts, width, grad.at_mut(bias));
@@ -260,11 +268,11 @@ impl Cuda {
         self.launch(Unit::Embedding, "embed_sort", flat(1, 1024), arguments);
         let dout = floats_at(dout, 0..rows * width);
         let grad = grad.at_mut(table.range());
-        let columns = if width.is_multiple_of(4) { width.div_ceil(512) } else { width.div_ceil(128) };
-        let launch = grid([runs, columns, 1], [128, 1, 1], 0);
+        let columns = if width.is_multiple_of(4) { 4 * EMBED_COLUMNS } else { EMBED_COLUMNS };
+        let launch = grid([runs, width.div_ceil(columns), 1], [128, 1, 1], 0);
         let arguments = arguments![dout, buffers, grad, partials, rows_int, width_int];
         self.launch(Unit::Embedding, "embed_backward_runs", launch, arguments);
-        let launch = grid([runs, width.div_ceil(128), 1], [128, 1, 1], 0);
+        let launch = grid([runs, width.div_ceil(EMBED_COLUMNS), 1], [128, 1, 1], 0);
         let arguments = arguments![buffers, partials, grad, rows_int, width_int];
         self.launch(Unit::Embedding, "embed_backward_ends", launch, arguments);
     }
