@@ -42,9 +42,13 @@ pub enum CudaError {
         needed: i32,
     },
     /// A library is older than what is called of it.
-    #[error("{library} is of CUDA {major}, and CUDA {needed} is needed: install a newer one, or use the CPU")]
+    #[error(
+        "the first {library} that the loader finds is of CUDA {major}, and CUDA {needed} is needed: name the folder of CUDA \
+         {needed}'s first in LD_LIBRARY_PATH, with a link {library}.so to {library}.so.{needed} in it (the name without a \
+         version is looked for before the one with it, in all folders), or use the CPU"
+    )]
     OldLibrary {
-        /// Which.
+        /// Which, by the beginning of its file's name.
         library: &'static str,
         /// Its major version.
         major: i32,
