@@ -46,6 +46,12 @@ pub trait Compute: Send {
         job: EvaluationJob,
         keep_going: &dyn Fn() -> bool,
     ) -> Result<Option<EvaluationReport>, ModelError>;
+
+    /// A failure of the place where it computes, of its own or of what it shares the place with, as people are to be told: what
+    /// computes may know more of it.
+    fn explained(&self, error: ModelError) -> ModelError {
+        error
+    }
 }
 
 impl<C: Compute + ?Sized> Compute for Box<C> {
@@ -74,6 +80,10 @@ impl<C: Compute + ?Sized> Compute for Box<C> {
         keep_going: &dyn Fn() -> bool,
     ) -> Result<Option<EvaluationReport>, ModelError> {
         (**self).evaluate_while(parameters, job, keep_going)
+    }
+
+    fn explained(&self, error: ModelError) -> ModelError {
+        (**self).explained(error)
     }
 }
 

@@ -288,7 +288,8 @@ impl<S: Site> Member<S> {
         let (site, layout, method) = (&self.site, self.layout.clone(), &self.settings.method);
         let make = |theta| site.replica(layout, method, theta);
         let core = WorkerCore::restore_with(self.layout.clone(), &self.settings, past, make);
-        let core = apart::<S::Replica, _, ImageError>(core).map_err(WorkerError::Compute)?;
+        let core = apart::<S::Replica, _, ImageError>(core)
+            .map_err(|error| WorkerError::Compute(self.desk().engine.explained(error)))?;
         let core =
             core.map_err(|error| Lost::Session(format!("what was kept on disk is of no use: {error}")))?;
         self.desk().core = Some(core);
@@ -459,8 +460,10 @@ impl<S: Site> Member<S> {
             // A panic there is a defect of ours and ends the worker as if it had happened here.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         };
+        // The replica's failures too: it has its memory beside the engine's.
+        let result = result.map_err(|error| WorkerError::Compute(desk.engine.explained(error)).into());
         self.desk = Some(desk);
-        result.map_err(|error| WorkerError::Compute(error).into())
+        result
     }
 
     /// Hands the computed gradient to the method; the push stays pending until it is answered.

@@ -165,12 +165,6 @@ pub struct GpuEngine {
     promise: Promise,
 }
 
-impl GpuEngine {
-    fn explained<T>(&self, outcome: Result<T, ModelError>) -> Result<T, ModelError> {
-        outcome.map_err(|error| self.gpu.explained(error, &self.run, &self.config, &self.promise))
-    }
-}
-
 impl Compute for GpuEngine {
     type Vector = Buffer;
 
@@ -184,7 +178,7 @@ impl Compute for GpuEngine {
 
     fn take_gradient(&mut self, parameters: &Buffer, batch: &Batch) -> Result<StepLoss, ModelError> {
         let loss = self.engine.take_gradient(parameters, batch);
-        self.explained(loss)
+        loss.map_err(|error| self.explained(error))
     }
 
     fn gradient(&self) -> &Buffer {
@@ -198,7 +192,12 @@ impl Compute for GpuEngine {
         keep_going: &dyn Fn() -> bool,
     ) -> Result<Option<EvaluationReport>, ModelError> {
         let report = self.engine.evaluate_while(parameters, job, keep_going);
-        self.explained(report)
+        report.map_err(|error| self.explained(error))
+    }
+
+    /// Memory that was set aside is the replica's too.
+    fn explained(&self, error: ModelError) -> ModelError {
+        self.gpu.explained(error, &self.run, &self.config, &self.promise)
     }
 }
 

@@ -6,10 +6,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use ndarray::Array2;
 use sanderling_common::config::RunConfig;
 use sanderling_common::corpus::Corpus;
-use sanderling_common::ids::BatchId;
+use sanderling_common::ids::{BatchId, SessionId, Step};
 use sanderling_common::init::initial_parameters;
 use sanderling_common::model_config::{FeedForward, ModelConfig};
+use sanderling_common::wire::{BatchRange, Work};
+use sanderling_worker::core::{WorkerCore, WorkerSettings};
 use sanderling_worker::data::Batch;
+use sanderling_worker::device::DeviceFailure;
 use sanderling_worker::engine::Compute;
 use sanderling_worker::kernels::Kernels;
 use sanderling_worker::kernels::cuda::{Cuda, CudaError, Emulated, Precision, RESERVE_BYTES};
@@ -204,4 +207,43 @@ fn memory_that_others_take_is_told_and_missed_no_longer_than_it_is() {
     let ModelError::Device(source) = &error else { panic!("{error:?}") };
     assert!(source.to_string().ends_with("a smaller batch_size needs less"), "{source}");
     drop(taken);
+}
+
+/// What another program takes after the engine has its memory is missed by the replica, which learns so bit by bit.
+#[test]
+fn memory_that_a_replica_misses_is_told_with_what_the_run_needs() {
+    static OTHERS: AtomicUsize = AtomicUsize::new(0);
+    let (corpus, run) = (corpus(), run());
+    let config = config(&run, &corpus);
+    let Some(of_one) = needed(&run, &corpus) else { return };
+    let emulated = Emulated { memory_bytes: of_one, others_bytes: &OTHERS, ..Emulated::default() };
+    let cuda = kernels(Cuda::emulated_as(Precision::F32, emulated)).unwrap();
+    let observer = cuda.beside();
+    let gpu = Gpu::new(cuda);
+    let mut engine = gpu.engine(&run, config.clone(), corpus).unwrap();
+    let take = |left: usize| {
+        OTHERS.store(0, Ordering::Relaxed);
+        OTHERS.store(observer.free_bytes().unwrap() - left, Ordering::Relaxed);
+    };
+    let (layout, settings) = (engine.layout().clone(), WorkerSettings::from(&run));
+    let theta = initial_parameters(&config, 1).unwrap();
+    let replica = || gpu.replica(layout.clone(), &settings.method, theta.clone());
+
+    take(64);
+    let told = too_large(replica().map_err(|error| engine.explained(ModelError::device(error))));
+    assert_eq!(told.batch, 1);
+    assert!(told.needed_bytes > told.free_bytes, "{told:?}");
+
+    // What selects has its memory with the first push.
+    OTHERS.store(0, Ordering::Relaxed);
+    let mut core = WorkerCore::with(replica().unwrap(), layout.clone(), &settings, SessionId(1), Step(0));
+    core.add_work(&Work { batches: Some(BatchRange { first: BatchId(0), count: 1 }), ..Work::default() })
+        .unwrap();
+    let batch = engine.batch(BatchId(0));
+    engine.take_gradient(core.view(), &batch).unwrap();
+    take(64);
+    let pushed = core.handle_gradient(BatchId(0), engine.gradient(), 1.0, 0.0, 8, 0).map(|_| ());
+    let Err(DeviceFailure::Device(error)) = pushed else { panic!("{pushed:?}") };
+    let told = too_large(Err::<(), _>(engine.explained(ModelError::device(error))));
+    assert!(told.needed_bytes > told.free_bytes, "{told:?}");
 }

@@ -75,12 +75,15 @@ pub enum CudaError {
     UnknownKernels(String),
     /// Memory ran out.
     #[error(
-        "the GPU has no {} more of memory: {} of {} are free; a smaller batch_size needs less",
-        bytes_text(*.asked), bytes_text(*.free), bytes_text(*.total)
+        "the GPU has no {} for {operation}: {} of {} are free; a smaller batch_size needs less",
+        asked.map_or("memory left".to_owned(), |asked| format!("{} more of memory", bytes_text(asked))),
+        bytes_text(*.free), bytes_text(*.total)
     )]
     OutOfMemory {
-        /// Bytes asked for at once.
-        asked: usize,
+        /// What needs it.
+        operation: &'static str,
+        /// Bytes asked for at once, where that is known: the driver and its libraries take memory of their own.
+        asked: Option<usize>,
         /// Bytes that were free.
         free: usize,
         /// Bytes in all.
@@ -110,4 +113,25 @@ pub enum CudaError {
         /// The driver's words.
         reason: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_ran_out_is_told_with_its_numbers() {
+        let told = |operation, asked| {
+            let (free, total) = (64_000_000, 80_000_000_000);
+            CudaError::OutOfMemory { operation, asked, free, total }.to_string()
+        };
+        assert_eq!(
+            told("a buffer", Some(1_500_000_000)),
+            "the GPU has no 1.5 GB more of memory for a buffer: 64.0 MB of 80.0 GB are free; a smaller batch_size needs less"
+        );
+        assert_eq!(
+            told("loading kernels", None),
+            "the GPU has no memory left for loading kernels: 64.0 MB of 80.0 GB are free; a smaller batch_size needs less"
+        );
+    }
 }

@@ -8,7 +8,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::{result as cuda, sys as cuda_sys};
 
 use super::super::error::CudaError;
-use super::device::memory;
+use super::device::{memory, out_of_memory};
 use super::{Address, Factor, Product, Scalar};
 
 /// Memory that products may use, in bytes: what cuBLAS recommends for Hopper.
@@ -91,7 +91,10 @@ owned!(/// What an algorithm is to have.
     Preference(sys::cublasLtMatmulPreference_t), result::destroy_matmul_pref);
 
 fn failed(operation: &'static str) -> impl Fn(result::CublasError) -> CudaError {
-    move |error| CudaError::Blas { operation, status: format!("{:?}", error.0) }
+    move |error| match error.0 {
+        sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED => out_of_memory(operation, None),
+        status => CudaError::Blas { operation, status: format!("{status:?}") },
+    }
 }
 
 fn alignment(address: Address) -> u32 {

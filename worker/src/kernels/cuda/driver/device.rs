@@ -49,11 +49,26 @@ unsafe impl Send for Device {}
 // SAFETY: as above; the driver and cuBLASLt are safe to call from several threads, and what is ours is behind a lock.
 unsafe impl Sync for Device {}
 
+/// Says what failed. Any call may find the memory gone, as the driver takes its own bit by bit.
 fn failed(operation: &'static str) -> impl Fn(result::DriverError) -> CudaError {
-    move |error| {
-        let words =
-            error.error_string().map_or_else(|_| String::new(), |words| words.to_string_lossy().into_owned());
-        CudaError::Driver { operation, reason: format!("{:?}: {words}", error.0) }
+    move |error| match error.0 {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => out_of_memory(operation, None),
+        _ => refused(operation, error),
+    }
+}
+
+fn refused(operation: &'static str, error: result::DriverError) -> CudaError {
+    let words =
+        error.error_string().map_or_else(|_| String::new(), |words| words.to_string_lossy().into_owned());
+    CudaError::Driver { operation, reason: format!("{:?}: {words}", error.0) }
+}
+
+/// What there is of the current context's memory, after an operation had not enough.
+pub(super) fn out_of_memory(operation: &'static str, asked: Option<usize>) -> CudaError {
+    match result::mem_get_info() {
+        Ok((free, total)) => CudaError::OutOfMemory { operation, asked, free, total },
+        // A GPU that could not be opened for it says no numbers.
+        Err(_) => CudaError::Driver { operation, reason: "the GPU has no memory for it".to_owned() },
     }
 }
 
@@ -221,13 +236,10 @@ impl Device {
 /// Memory of the current context, which holds anything.
 pub(super) fn memory(bytes: usize) -> Result<Address, CudaError> {
     // SAFETY: callers write the memory before anything reads it.
-    match unsafe { result::malloc_sync(bytes) } {
-        Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-            let (free, total) = result::mem_get_info().map_err(failed("asking for free memory"))?;
-            Err(CudaError::OutOfMemory { asked: bytes, free, total })
-        }
-        address => address.map_err(failed("asking for memory")),
-    }
+    unsafe { result::malloc_sync(bytes) }.map_err(|error| match error.0 {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => out_of_memory("a buffer", Some(bytes)),
+        _ => refused("asking for memory", error),
+    })
 }
 
 /// The major version of CUDA whose functions are called: older libraries lack some of them, and the bindings panic then.
@@ -375,9 +387,11 @@ impl Driver for Device {
         let c_name = CString::new(name).map_err(|error| no_kernel(error.to_string()))?;
         // SAFETY: modules are never unloaded before the context goes.
         let function = unsafe { result::module::get_function(module.0 as sys::CUmodule, c_name) };
-        function
-            .map(|function| Kernel(function as usize))
-            .map_err(|error| no_kernel(format!("{:?}", error.0)))
+        function.map(|function| Kernel(function as usize)).map_err(|error| match error.0 {
+            // Kernels are loaded when they are first asked for.
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => out_of_memory("loading kernels", None),
+            refused => no_kernel(format!("{refused:?}")),
+        })
     }
 
     fn launch(&self, kernel: Kernel, launch: Launch, arguments: &[Argument]) -> Result<(), CudaError> {

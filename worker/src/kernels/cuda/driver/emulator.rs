@@ -212,7 +212,7 @@ impl Driver for Emulator {
             return Ok(0);
         }
         let (free, total) = (self.free_bytes()?, self.properties.memory_bytes);
-        let none = CudaError::OutOfMemory { asked: bytes, free, total };
+        let none = CudaError::OutOfMemory { operation: "a buffer", asked: Some(bytes), free, total };
         if bytes > free {
             return Err(none);
         }
