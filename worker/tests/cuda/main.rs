@@ -1,4 +1,4 @@
-//! The CUDA kernels against the CPU's: every operation on random shapes, and the fixtures of whole models.
+//! The CUDA kernels against the CPU's: every operation on random numbers, and the fixtures of whole models.
 //!
 //! The same bodies run on kernels emulated by a C++ compiler, and on a GPU where there is one (tests named `gpu_…`).
 //! Both say so loudly when they are skipped. `SANDERLING_FIXTURES` names the folder of fixtures where this is run away
