@@ -49,7 +49,7 @@ pub struct Arguments {
     /// Steps that are measured, after two that are not
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
-    /// The device's peak in TFLOP/s, where it is not known [default: NVIDIA's figure for A100, H100 and H200]
+    /// The device's peak in TFLOP/s, where it is not known [default: NVIDIA's figure for A100, H100 and H200, but NVL]
     #[arg(long, value_name = "TFLOPS")]
     peak: Option<f64>,
     /// Where and how precisely.
@@ -247,6 +247,8 @@ fn given(tflops: f64) -> Peak {
 /// Dense FLOP/s of the tensor cores (of the plain ones for float32), by NVIDIA's data sheets.
 fn known_peak(name: &str, precision: Precision) -> Option<Peak> {
     let (bf16, f32) = match name {
+        // A part of a GPU, and cards with the chip of another that run at other clocks.
+        name if name.contains("MIG") || name.contains("NVL") => return None,
         name if name.contains("H100 PCIe") => (756.0, 51.0),
         name if name.contains("H100") || name.contains("H200") || name.contains("GH200") => (989.4, 67.0),
         name if name.contains("A100") => (312.0, 19.5),
@@ -270,6 +272,10 @@ mod tests {
         assert_eq!(peak("NVIDIA H200", Precision::Bf16), Some(989.4));
         assert_eq!(peak("NVIDIA H100 PCIe", Precision::Tf32), Some(378.0));
         assert_eq!(peak("NVIDIA A100-SXM4-80GB", Precision::F32), Some(19.5));
-        assert_eq!(peak("NVIDIA GeForce RTX 4090", Precision::Bf16), None);
+        for unknown in
+            ["NVIDIA GeForce RTX 4090", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA H200 MIG 1g.18gb"]
+        {
+            assert_eq!(peak(unknown, Precision::Bf16), None);
+        }
     }
 }

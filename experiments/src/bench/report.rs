@@ -147,6 +147,7 @@ impl Report<'_> {
             "mfu_causal": self.mfu().map(|(causal, _)| causal),
             "mfu_full": self.mfu().map(|(_, full)| full),
             "peak_tflops": self.peak.map(|peak| peak.flops / 1e12),
+            "peak_source": self.peak.map(|peak| peak.source),
             "loss": self.measured.loss,
             "estimated_bytes": self.needed_bytes,
             "kernels": kernels,
@@ -205,7 +206,10 @@ mod tests {
         let lines: Vec<&str> = text.lines().filter(|line| line.contains("/call")).collect();
         assert!(lines[0].contains("product") && lines[0].contains("75.0 %"), "{text}");
         assert!(lines[2].contains("all kernels") && lines[2].contains("1000.000 ms"), "{text}");
-        assert_eq!(report.json()["mfu_full"], 0.6);
+        assert_eq!(
+            (&report.json()["mfu_full"], &report.json()["peak_source"]),
+            (&json!(0.6), &json!("a sheet"))
+        );
         assert_eq!((&report.json()["tokens"], &report.json()["context"]), (&json!(100), &json!(25)));
         assert_eq!(report.json()["kernels"]["attention"]["ms"], 250.0);
     }
