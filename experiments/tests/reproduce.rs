@@ -121,7 +121,8 @@ fn methods_are_all_searched_alike() {
         // rates; and of each the run that counts.
         twice(&["methods", "--subject", "digits", "--steps", "8"], 4 * (2 + 3 * (2 + 2 * 2)) + 13);
     assert!(
-        report.contains("dgs ≥ dgc-async") && report.contains("A lower momentum is better for 8 workers"),
+        report.contains("dgs is no worse than dgc-async, by mistakes")
+            && report.contains("A lower momentum is better for 8 workers"),
         "{report}"
     );
 }
@@ -211,7 +212,10 @@ fn run_files_are_compared_with_the_first() {
         report.contains("8 gradient evaluations each, seeds 1337, 1338") && report.contains("own.txt"),
         "{report}"
     );
-    assert!(report.contains("* 4, local against plain:") && report.contains("| 2 | plain |"), "{report}");
+    assert!(
+        report.contains("* 4 workers, local against plain:") && report.contains("| 2 | plain |"),
+        "{report}"
+    );
     assert_eq!(pictures(folder.path(), &report).len(), 2);
     for run in results(folder.path()) {
         let training = &run["spec"]["training"];
@@ -246,8 +250,11 @@ fn updates_that_changed_nothing_are_told_and_save_nothing() {
     let folder = files.path().join("results");
     let report = reproduce(&folder, &["compare", &sound, &wrecked, "--workers", "4", "--steps", "40"]);
     // Neither do they share how the rate goes.
-    assert!(report.contains("of (4, sound) stays below its peak, since the warm-up of 100"), "{report}");
-    assert!(report.contains("of (4, wrecked) falls along half a cosine"), "{report}");
+    assert!(
+        report.contains("of (4 workers, sound) stays below its peak, since the warm-up of 100"),
+        "{report}"
+    );
+    assert!(report.contains("of (4 workers, wrecked) falls along half a cosine"), "{report}");
     assert!(report.contains("did not change the model, since loss or gradient was not finite"), "{report}");
     assert!(
         report.contains("wrecked against sound: no bytes to compare up and no bytes to compare down"),

@@ -81,6 +81,7 @@ impl Difference {
         match self.agreement() {
             Agreement::Better => held(true, self.values.len()),
             Agreement::Worse => held(false, self.values.len()),
+            Agreement::Mixed if self.values.len() == 1 => "level with one seed, which does not tell",
             Agreement::Mixed if self.values.iter().all(|&value| value == 0.0) => "**a tie**",
             Agreement::Mixed if self.better() > 0 && self.worse() > 0 => {
                 "**a tie**, better with some seeds and worse with others"
@@ -182,6 +183,7 @@ mod tests {
         assert_eq!(of(&[1.0], &[0.5]).to_string(), "+0.5000 with the only seed");
         assert_eq!(of(&[1.0], &[0.5]).shown_with(2).to_string(), "+0.50 with the only seed");
         assert_eq!(of(&[1.0], &[0.5]).held(), "not so with one seed, which does not tell");
+        assert_eq!(of(&[1.0], &[1.0]).held(), "level with one seed, which does not tell");
         assert_eq!(of(&[1.0, 1.0], &[1.0, 1.0]).held(), "**a tie**");
         assert_eq!(of(&[1.0, 1.0], &[1.0, 0.5]).held(), "**a tie**, as good with some seeds");
     }

@@ -137,13 +137,13 @@ impl Varied<'_> {
     }
 
     /// Of each seed with which updates did not change the model, a sentence.
-    fn skipped_text(&self) -> String {
+    fn skipped_text(&self, columns: &[&str]) -> String {
         let mut text = String::new();
         for run in self.runs.iter().filter(|run| run.skipped() > 0) {
             let _ = write!(
                 text,
                 "\n{}, seed {}: {} of {} did not change the model, since loss or gradient was not finite, or too large.\n",
-                escaped(&self.variant.name()),
+                self.variant.in_words(columns),
                 run.spec.seed,
                 run.skipped(),
                 counted(run.spec.training.steps, "update")
@@ -153,7 +153,7 @@ impl Varied<'_> {
     }
 
     /// That workers who would come and go hardly do in so short a run, if so.
-    fn stays_text(&self) -> String {
+    fn stays_text(&self, columns: &[&str]) -> String {
         let (Trainer::Workers(conditions), workers) = (self.variant.trainer, self.variant.workers) else {
             return String::new();
         };
@@ -163,7 +163,7 @@ impl Varied<'_> {
         }
         format!(
             "\n{}: a worker makes about {} in all and would leave after {}, so that hardly any does, or none.\n",
-            escaped(&self.variant.name()),
+            self.variant.in_words(columns),
             counted(exchanges, "exchange"),
             conditions.stay
         )
@@ -282,8 +282,8 @@ impl Sweep {
         text.push_str(&"| --- ".repeat(self.columns.len() + 6));
         text.push_str("|\n");
         rows.iter().for_each(|row| text.push_str(&row.line()));
-        rows.iter().for_each(|row| text.push_str(&row.skipped_text()));
-        rows.iter().for_each(|row| text.push_str(&row.stays_text()));
+        rows.iter().for_each(|row| text.push_str(&row.skipped_text(self.columns)));
+        rows.iter().for_each(|row| text.push_str(&row.stays_text(self.columns)));
         text
     }
 }
