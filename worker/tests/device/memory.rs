@@ -175,15 +175,24 @@ fn a_step_without_enough_memory_says_so() {
     }
 }
 
+/// Kernels of a GPU whose memory is what a run needs at least, in bytes, less what another program takes of it by now.
+fn shared_with(
+    others_bytes: &'static AtomicUsize,
+    precision: Precision,
+    (run, corpus): (&RunConfig, &Arc<Corpus>),
+) -> Option<(Cuda, usize)> {
+    let memory_bytes = needed(run, corpus)?;
+    let emulated = Emulated { memory_bytes, others_bytes, ..Emulated::default() };
+    Some((kernels(Cuda::emulated_as(precision, emulated)).unwrap(), memory_bytes))
+}
+
 /// Another program takes what was free when the run began; when it gives it back, the worker goes on.
 #[test]
 fn memory_that_others_take_is_told_and_missed_no_longer_than_it_is() {
     static OTHERS: AtomicUsize = AtomicUsize::new(0);
     let (corpus, run) = (corpus(), run());
     let config = config(&run, &corpus);
-    let Some(of_one) = needed(&run, &corpus) else { return };
-    let emulated = Emulated { memory_bytes: of_one, others_bytes: &OTHERS, ..Emulated::default() };
-    let cuda = kernels(Cuda::emulated_as(Precision::Bf16, emulated)).unwrap();
+    let Some((cuda, of_one)) = shared_with(&OTHERS, Precision::Bf16, (&run, &corpus)) else { return };
     let mut other = cuda.beside();
     let mut engine = Gpu::new(cuda).engine(&run, config.clone(), corpus).unwrap();
     let theta = initial_parameters(&config, 1).unwrap();
@@ -215,9 +224,7 @@ fn memory_that_a_replica_misses_is_told_with_what_the_run_needs() {
     static OTHERS: AtomicUsize = AtomicUsize::new(0);
     let (corpus, run) = (corpus(), run());
     let config = config(&run, &corpus);
-    let Some(of_one) = needed(&run, &corpus) else { return };
-    let emulated = Emulated { memory_bytes: of_one, others_bytes: &OTHERS, ..Emulated::default() };
-    let cuda = kernels(Cuda::emulated_as(Precision::F32, emulated)).unwrap();
+    let Some((cuda, _)) = shared_with(&OTHERS, Precision::F32, (&run, &corpus)) else { return };
     let observer = cuda.beside();
     let gpu = Gpu::new(cuda);
     let mut engine = gpu.engine(&run, config.clone(), corpus).unwrap();

@@ -85,10 +85,10 @@ impl Search {
 
     /// Whether a momentum is the lowest or highest that was tried, as [`Self::is_at_edge`] is of rates. Momenta are not added to.
     pub(in crate::reproduce) fn is_momentum_at_edge(&self, tried: Tried) -> bool {
-        let momenta = || self.rates.keys().map(|&bits| f32::from_bits(bits));
-        let is_beyond =
-            |is_it: fn(&f32, &f32) -> bool| momenta().all(|other| !is_it(&other, &tried.momentum));
-        self.rates.len() > 1 && (is_beyond(f32::lt) || is_beyond(f32::gt))
+        let momentum = tried.momentum.to_bits();
+        // The bits of numbers that are not negative have their order.
+        let ends = [self.rates.first_key_value(), self.rates.last_key_value()];
+        self.rates.len() > 1 && ends.into_iter().flatten().any(|(&end, _)| end == momentum)
     }
 
     /// The best of those with one momentum.
