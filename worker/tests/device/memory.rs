@@ -179,7 +179,7 @@ fn a_step_without_enough_memory_says_so() {
 fn shared_with(
     others_bytes: &'static AtomicUsize,
     precision: Precision,
-    (run, corpus): (&RunConfig, &Arc<Corpus>),
+    (run, corpus): (&RunConfig, &Corpus),
 ) -> Option<(Cuda, usize)> {
     let memory_bytes = needed(run, corpus)?;
     let emulated = Emulated { memory_bytes, others_bytes, ..Emulated::default() };
