@@ -29,12 +29,15 @@ impl Beside {
         let temporary = PathBuf::from(temporary);
         // Emptied only when it is ours: another process may be writing it.
         let file = File::options().create(true).truncate(false).write(true).open(&temporary)?;
+        let busy = || {
+            let why = format!("another process is writing {}", temporary.display());
+            io::Error::new(io::ErrorKind::WouldBlock, why)
+        };
         match file.try_lock() {
+            // One that was put in its place before it was locked is nobody's to be emptied.
+            Ok(()) if !is_at(&file, &temporary)? => return Err(busy()),
             Ok(()) => file.set_len(0)?,
-            Err(TryLockError::WouldBlock) => {
-                let why = format!("another process is writing {}", temporary.display());
-                return Err(io::Error::new(io::ErrorKind::WouldBlock, why));
-            }
+            Err(TryLockError::WouldBlock) => return Err(busy()),
             // Some file systems know no locks; there two writers are not told from each other.
             Err(TryLockError::Error(_)) => file.set_len(0)?,
         }
@@ -56,6 +59,31 @@ impl Beside {
         self.placed = true;
         Ok(())
     }
+}
+
+/// Whether an open file is still what a path names. A lock on it stands for the path only if it is: between opening and locking
+/// another process may have renamed it, or removed it.
+///
+/// # Errors
+/// What the system says of the file or of the path, but for a path that names nothing.
+#[cfg(unix)]
+pub fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let ours = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(there) => Ok((ours.dev(), ours.ino()) == (there.dev(), there.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The same where open files are neither renamed nor removed.
+///
+/// # Errors
+/// None.
+#[cfg(not(unix))]
+pub fn is_at(_file: &File, _path: &Path) -> io::Result<bool> {
+    Ok(true)
 }
 
 impl Drop for Beside {
@@ -109,6 +137,14 @@ mod tests {
             file.write_all(text.as_bytes()).unwrap();
             file.place().unwrap();
             assert_eq!((names(), fs::read_to_string(&path).unwrap()), (vec!["file".into()], text.to_owned()));
+        }
+        #[cfg(unix)]
+        {
+            let (here, there) = (File::open(&path).unwrap(), folder.path().join("there"));
+            assert!(is_at(&here, &path).unwrap() && !is_at(&here, &there).unwrap());
+            fs::rename(&path, &there).unwrap();
+            assert!(!is_at(&here, &path).unwrap() && is_at(&here, &there).unwrap());
+            fs::rename(&there, &path).unwrap();
         }
         assert!(Beside::create(folder.path()).is_err());
         assert!(Beside::create(&folder.path().join("absent/file")).is_err());

@@ -29,9 +29,14 @@ fn json(folder: &Path, arguments: &[&str]) -> Value {
 
 /// Expects exit code 1 and one sentence with all of these words.
 fn fails(folder: &Path, arguments: &[&str], words: &[&str]) {
+    fails_with(1, folder, arguments, words);
+}
+
+/// The same with another exit code.
+fn fails_with(code: i32, folder: &Path, arguments: &[&str], words: &[&str]) {
     let output = sanderling(folder, arguments);
     let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
     assert!(said.starts_with("error: ") && said.lines().count() == 1, "{arguments:?}: {said}");
     assert!(words.iter().all(|word| said.contains(word)), "{arguments:?}: {said}, expected {words:?}");
 }
@@ -219,7 +224,7 @@ fn generation_is_seeded_and_streams_what_it_returns() {
     assert_eq!(generate(&["--temperature", "0", "--seed", "9"]), greedy);
     assert_eq!(generate(&["--top-p", "0.0001"]), greedy);
     fails(folder, &["generate", "--model", "dense", "--prompt", ""], &["--prompt"]);
-    fails(folder, &["generate", "--model", "dense", "--prompt", "a", "--top-p", "0"], &["--top-p"]);
+    fails_with(2, folder, &["generate", "--model", "dense", "--prompt", "a", "--top-p", "0"], &["--top-p"]);
 }
 
 #[test]

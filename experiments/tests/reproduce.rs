@@ -103,14 +103,19 @@ fn secondary_tells_what_each_fraction_saves() {
 #[test]
 fn quantisation_has_every_format_each_way() {
     let report = twice(&["quantisation", "--steps", "8"], 10);
+    let cells = |line: &str| line.split(" | ").take(2).map(str::to_owned).collect::<Vec<_>>();
+    let rows: Vec<Vec<String>> = report.lines().filter(|line| line.starts_with("| ")).map(cells).collect();
     for format in ["bf16", "int8", "sign"] {
-        assert!(report.contains(format), "{report}");
+        for [up, down] in [[format, "f32"], ["f32", format], [format, format]] {
+            assert!(rows.contains(&vec![format!("| {up}"), down.to_owned()]), "{up}, {down}: {report}");
+        }
     }
 }
 
 #[test]
 fn staleness_shows_its_distributions() {
     let report = twice(&["staleness", "--steps", "8"], 6);
+    assert!(report.contains("](staleness-of-updates-8-workers.svg)"), "{report}");
     assert!(report.contains("one ten times slower") && report.contains("half come and go"), "{report}");
 }
 
@@ -267,7 +272,9 @@ fn updates_that_changed_nothing_are_told_and_save_nothing() {
 fn what_cannot_be_run_has_no_folder() {
     let files = tempfile::tempdir().unwrap();
     let threes = run_file(files.path(), "threes.toml", "[training]\nlocal_steps = 3\n");
-    let cases: [(&[&str], &str); 4] = [
+    // Fit for one worker, as it says, and not for eight.
+    let single = run_file(files.path(), "single.toml", "[training]\nmethod = \"msgd\"\n[run]\nworkers = 1\n");
+    let cases: [(&[&str], &str); 5] = [
         (
             &["recipe", "--config", &threes, "--workers", "2", "--steps", "16"],
             "whole exchanges of 3 local steps",
@@ -278,6 +285,7 @@ fn what_cannot_be_run_has_no_folder() {
         ),
         (&["recipe", "--workers", "3", "--steps", "16"], "no whole steps of 3 workers together"),
         (&["recipe", "--config", "absent.toml"], "cannot read the run file absent.toml"),
+        (&["compare", &single, "--workers", "1,8"], "single.toml: "),
     ];
     for (arguments, sentence) in cases {
         let folder = files.path().join("results");

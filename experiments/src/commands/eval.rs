@@ -12,7 +12,7 @@ use sanderling_common::tokenizer::Tokenizer;
 use sanderling_common::tokens::{TokenFile, Tokens};
 use serde_json::json;
 
-use super::say;
+use super::{UsageError, say};
 use crate::evaluation::{
     FileScore, LanguageScore, Question, Scoring, Windows, accuracy, answer_all, language_loss, read_questions,
 };
@@ -159,13 +159,15 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
     let config = checkpoint.config();
     let length = arguments.window.unwrap_or(config.context.min(WINDOW_DEFAULT));
     let stride = arguments.stride.unwrap_or(length);
-    ensure!(length >= 1, "--window must be at least 1");
+    ensure!(length >= 1, UsageError("--window must be at least 1".to_owned()));
     ensure!(
         length <= config.context,
-        "--window {length} is longer than the model's context of {}",
-        config.context
+        UsageError(format!("--window {length} is longer than the model's context of {}", config.context))
     );
-    ensure!(stride >= 1 && stride <= length, "--stride {stride} must lie between 1 and the window, {length}");
+    ensure!(
+        stride >= 1 && stride <= length,
+        UsageError(format!("--stride {stride} must lie between 1 and the window, {length}"))
+    );
     let (tokens, text_bytes) = tokens(arguments, checkpoint)?;
     ensure!(
         tokens.len() >= 2,

@@ -11,7 +11,7 @@ use sanderling_common::tokenizer::Tokenizer;
 use serde_json::json;
 use tracing::warn;
 
-use super::say;
+use super::{UsageError, say};
 use crate::generate::{Generator, Sampling};
 use crate::work::Stop;
 
@@ -61,9 +61,9 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
     let Arguments { temperature, top_p, .. } = *arguments;
     ensure!(
         temperature >= 0.0 && temperature.is_finite(),
-        "--temperature {temperature} must be zero or a positive number"
+        UsageError(format!("--temperature {temperature} must be zero or a positive number"))
     );
-    ensure!(top_p > 0.0 && top_p <= 1.0, "--top-p {top_p} must lie in (0, 1]");
+    ensure!(top_p > 0.0 && top_p <= 1.0, UsageError(format!("--top-p {top_p} must lie in (0, 1]")));
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let config = checkpoint.config();
     let path = arguments.tokenizer.clone().unwrap_or_else(|| checkpoint.directory().join(TOKENIZER_FILE));

@@ -22,6 +22,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::warn;
 
+use super::UsageError;
 use crate::generate::{Generator, Sampling};
 use crate::report::{closing_table, plot_losses};
 
@@ -74,7 +75,10 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
     let run = arguments.run.resolve()?;
     for (key, value) in [("client_ca", &run.server.client_ca), ("tokens_file", &run.server.tokens_file)] {
         // It would keep its own workers out.
-        anyhow::ensure!(value.is_empty(), "{key} is for sanderling-server; train starts its own workers");
+        anyhow::ensure!(
+            value.is_empty(),
+            UsageError(format!("{key} is for sanderling-server; train starts its own workers"))
+        );
     }
     let (place, said) = arguments.device.open()?;
     // It lives until the report is made: it is what listens for signals.

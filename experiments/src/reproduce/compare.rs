@@ -19,7 +19,7 @@ use crate::simulation::Conditions;
 /// or as many as the first file's run has, with --quick 1 000 at most. What the files say of seeds and of the server plays no
 /// part. Every file is compared with the first one, seed by seed. A file that was changed since makes another run, and the
 /// report that of now; other runs are kept. The resolved configurations of other reproductions (configurations/*.toml) are
-/// run files, too.
+/// run files, too, but for those of measured links, whose runs have no end of their own.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

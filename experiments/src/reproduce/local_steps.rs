@@ -71,8 +71,8 @@ fn verdict(rows: &[Varied<'_>]) -> String {
         let local_steps = u64::from(row.runs[0].spec.training.local_steps);
         let _ = writeln!(
             text,
-            "* {workers} workers, {}, {keep}: {up} up and {down} down than an exchange per gradient with 1 %, and \
-             a test loss {}: {}.",
+            "* {workers} workers, {}, {keep}: {up} up and {down} down, compared with an exchange per gradient with 1 %, \
+             and a test loss {}: {}.",
             counted(local_steps, "local step"),
             row.above(every),
             cost(&row.above(every)),

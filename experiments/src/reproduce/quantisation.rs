@@ -72,7 +72,7 @@ pub fn quantisation(arguments: &Arguments) -> anyhow::Result<()> {
             let (up, down) = row.fewer_bytes(exact);
             let _ = writeln!(
                 text,
-                "* {} up, {} down: {up} up and {down} down than float32, and a test loss {}: {}.",
+                "* {} up, {} down: {up} up and {down} down, compared with float32, and a test loss {}: {}.",
                 row.variant.cells[0],
                 row.variant.cells[1],
                 row.above(exact),

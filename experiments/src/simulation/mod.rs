@@ -81,9 +81,10 @@ pub enum Evaluations {
 /// A look at the model.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Point {
-    /// Updates applied.
+    /// Updates applied; of training by one process, gradients taken.
     pub steps: u64,
-    /// When, in units of a gradient of a worker of middling speed.
+    /// When, in units of a gradient of a worker of middling speed; of training by one process, in steps, whose gradients are taken
+    /// side by side.
     pub time: f64,
     /// On the validation split.
     #[serde(flatten)]

@@ -218,6 +218,33 @@ fn memory_that_others_take_is_told_and_missed_no_longer_than_it_is() {
     drop(taken);
 }
 
+/// What nobody reckoned with, here memory that this process takes beside a larger batch, is told with a batch to try.
+#[test]
+fn memory_that_runs_out_of_a_run_that_fits_is_told_with_a_batch_that_needs_less() {
+    let (corpus, mut run) = (corpus(), run());
+    let config = config(&run, &corpus);
+    let mut of_batch = |batch| {
+        run.data.batch_size = batch;
+        needed(&run, &corpus)
+    };
+    let (Some(of_four), Some(of_eight)) = (of_batch(4), of_batch(8)) else { return };
+    let cuda = emulated(Precision::Bf16, of_eight).unwrap();
+    let mut other = cuda.beside();
+    let mut engine = Gpu::new(cuda).engine(&run, config.clone(), corpus).unwrap();
+    let theta = initial_parameters(&config, 1).unwrap();
+    let mut params = Kernels::allocate_factors(&mut other, theta.len()).unwrap();
+    other.upload(&theta, &mut params);
+    let free = other.free_bytes().unwrap();
+    let taken = Kernels::allocate(&mut other, free / 4).unwrap();
+    let ids = Array2::zeros((16, 8));
+    let error = engine.take_gradient(&params, &Batch { inputs: ids.clone(), targets: ids }).err().unwrap();
+    let ModelError::Device(source) = &error else { panic!("{error:?}") };
+    let less = (of_eight - of_four) as f64 / 1e6;
+    let told = format!("; a smaller batch_size needs less: one of 4 about {less:.1} MB");
+    assert!(source.to_string().ends_with(&told), "{source}");
+    drop(taken);
+}
+
 /// What another program takes after the engine has its memory is missed by the replica, which learns so bit by bit.
 #[test]
 fn memory_that_a_replica_misses_is_told_with_what_the_run_needs() {

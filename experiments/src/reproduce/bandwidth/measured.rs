@@ -8,13 +8,13 @@ use anyhow::ensure;
 use sanderling_common::method::Method;
 use sanderling_server::progress::bytes;
 
-use super::super::lab::{Book, Jobs, REVISION, file_name, plot_both};
+use super::super::lab::{Book, Jobs, REVISION, file_name, plot_both, write_resolved};
 use super::link::Kind;
 use super::measure::{Measured, Outcome, measure};
 use super::seen::Updates;
 use super::setup::{Course, Setup, fit};
 use super::statistics::Estimate;
-use super::{Experiment, Half, METHODS, Part, rate_name, verdict};
+use super::{Experiment, Half, METHODS, REPORTS, rate_name, verdict};
 use crate::commands::UsageError;
 use crate::report::Curve;
 use crate::work::Unit;
@@ -84,14 +84,16 @@ impl Experiment<'_> {
     /// Updates per second over a real link.
     pub(super) fn measured(&self) -> anyhow::Result<Half> {
         let kind = self.arguments.link.unwrap_or_else(Kind::best);
-        let report = self.folder.join(Part::report(self.arguments.part));
-        ensure!(
-            !kind.is_other_of(&fs::read_to_string(&report).unwrap_or_default()),
-            UsageError(format!(
-                "{} is of measurements over the other kind of link, and would be replaced; give another --link or --out",
-                report.display()
-            ))
-        );
+        // Whichever report shows them: the pictures are the same files.
+        for report in REPORTS.map(|report| self.folder.join(report)) {
+            ensure!(
+                !kind.is_other_of(&fs::read_to_string(&report).unwrap_or_default()),
+                UsageError(format!(
+                    "{} is of measurements over the other kind of link, and would be replaced; give another --link or --out",
+                    report.display()
+                ))
+            );
+        }
         let rates: &[f64] = if self.arguments.options.quick { &[1e9, 1e8] } else { &[1e9, 1e8, 1e7] };
         let folder = self.folder.join("measured");
         let book = Book::<Measured>::open(&folder)?;
@@ -102,11 +104,8 @@ impl Experiment<'_> {
             .map(|setup| (setup.clone(), Course::of(setup, parameters).total_s(setup).ceil() as u64))
             .collect();
         for (setup, _) in &wanted {
-            self.write(
-                "configurations",
-                &format!("{}.toml", file_name(&setup.name())),
-                &setup.run()?.to_toml(),
-            )?;
+            let name = format!("{}.toml", file_name(&setup.name()));
+            write_resolved(self.folder, &name, &setup.run()?.to_toml())?;
             self.write_setup(&setup.name(), setup)?;
         }
         announce(&book, &wanted, cells.all.len());

@@ -25,7 +25,7 @@ pub use children::{ServerArguments, WorkersArguments, join, serve};
 
 use self::link::Kind;
 use self::setup::{Limits, Size};
-use super::lab::{Options, REPORT, file_name, write_part};
+use super::lab::{Options, REPORT, file_name, write_part, write_whole};
 
 /// Updates per second and time to a loss over thin links, for ASGD and DGS (Figures 5 and 6)
 ///
@@ -37,7 +37,7 @@ use super::lab::{Options, REPORT, file_name, write_part};
 /// small model in virtual time, over a link that is as thin for it as the stated one is for ResNet-18, also of 10 Gbit/s;
 /// rates and momenta are chosen from those of `methods`, over an unlimited link with the first seed, and then run with all of
 /// --seeds, in 4 000 gradient evaluations; with --quick in 800, and nothing is chosen. Each part by itself has a report of its
-/// own beside README.md, which has both. The whole form measures for 75 minutes and then simulates; a measurement that
+/// own beside README.md, which has both; none is replaced, nor are its pictures, by fewer seeds or another link. The whole form measures for 75 minutes and then simulates; a measurement that
 /// fails is a cell without a number, and made again the next time.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -76,13 +76,16 @@ enum Part {
     Simulated,
 }
 
+/// Of both parts, of the measured and of the simulated one: they share pictures and configurations.
+const REPORTS: [&str; 3] = [REPORT, "measured.md", "simulated.md"];
+
 impl Part {
     /// The file of the report on one part, or on both.
     fn report(part: Option<Self>) -> &'static str {
         match part {
-            None => REPORT,
-            Some(Self::Measured) => "measured.md",
-            Some(Self::Simulated) => "simulated.md",
+            None => REPORTS[0],
+            Some(Self::Measured) => REPORTS[1],
+            Some(Self::Simulated) => REPORTS[2],
         }
     }
 }
@@ -108,7 +111,7 @@ pub fn bandwidth(arguments: &Arguments) -> anyhow::Result<()> {
     let of_step =
         (arguments.compute_ms != COMPUTE_MS).then(|| format!("--compute-ms {}", arguments.compute_ms));
     let report = Part::report(arguments.part);
-    let folder = options.folder_of("bandwidth", of_step.as_slice(), report)?;
+    let folder = options.folder_of("bandwidth", of_step.as_slice(), &REPORTS)?;
     let started = Instant::now();
     let experiment = Experiment::new(arguments, &folder);
     let mut text = format!(
@@ -171,14 +174,10 @@ impl<'a> Experiment<'a> {
     /// Writes down what was set up, beside the run files.
     fn write_setup(&self, name: &str, setup: &impl serde::Serialize) -> anyhow::Result<()> {
         let text = serde_json::to_string_pretty(setup).context("a setup has a JSON form")?;
-        self.write("setups", &format!("{}.json", file_name(name)), &text)
-    }
-
-    fn write(&self, folder: &str, name: &str, text: &str) -> anyhow::Result<()> {
-        let folder = self.folder.join(folder);
-        let path = folder.join(name);
-        let written = fs::create_dir_all(&folder).and_then(|()| fs::write(&path, text));
-        written.with_context(|| format!("cannot write {}", path.display()))
+        let folder = self.folder.join("setups");
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        write_whole(&folder.join(format!("{}.json", file_name(name))), &text)
     }
 }
 

@@ -7,7 +7,7 @@ use sanderling_common::method::Method;
 
 use super::super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Grid, MANY, Published, RATES, RATES_OF_MANY, Run, Spec, Subject,
-    Trainer, Tried, file_name, has_momentum, look_every, make, mean_and_spread, plot_both, plus_minus,
+    Trainer, Tried, counted, file_name, has_momentum, look_every, make, mean_and_spread, plot_both, plus_minus,
     published_grid, seeds_text, show, validation, write_configuration,
 };
 use super::times::{Time, Times, ratio, reaches, sooner, target};
@@ -210,7 +210,7 @@ impl Simulated<'_> {
             let title = format!("Time to a loss of {target} at {}", rate_name(rate));
             let name = file_name(&format!("time {}", rate_name(rate)));
             let picture = plot_both(self.experiment.folder, &name, &title, ("workers", "seconds"), &curves)?;
-            let _ = write!(text, "\n{table}\n{picture}");
+            let _ = write!(text, "\n{table}{}\n{picture}", self.skipped_text(rate)?);
             let most = self.experiment.most();
             let of = |method| self.times(method, most, rate, target);
             verdict.push_str(&sooner(&rate_name(rate), most, &of(Method::Asgd)?, &of(Method::Dgs)?));
@@ -255,17 +255,27 @@ impl Simulated<'_> {
     fn choices_table(&self) -> String {
         let mut text = String::from("| workers | rate of ASGD | of DGS |\n| --- | --- | --- |\n");
         for &workers in self.experiment.workers {
-            let [(asgd, asgd_edge), (dgs, dgs_edge)] = METHODS.map(|method| {
+            let [asgd, dgs] = METHODS.map(|method| {
                 let Chosen { search, best, .. } = self.choice(method, workers);
-                (best, if search.is_at_edge(*best) { " (at the edge)" } else { "" })
+                best.cell(has_momentum(method), [search.is_at_edge(*best), search.is_momentum_at_edge(*best)])
             });
-            let _ = writeln!(
-                text,
-                "| {workers} | {}{asgd_edge} | {}, m {}{dgs_edge} |",
-                asgd.rate, dgs.rate, dgs.momentum
-            );
+            let _ = writeln!(text, "| {workers} | {asgd} | {dgs} |");
         }
         text
+    }
+
+    /// Sentences on updates of these runs that did not change the model.
+    fn skipped_text(&self, rate: f64) -> anyhow::Result<String> {
+        let mut text = String::new();
+        for method in METHODS {
+            for &workers in self.experiment.workers {
+                let name =
+                    format!("{method} of {} at {}", counted(u64::from(workers), "worker"), rate_name(rate));
+                let runs = self.specs(method, workers, rate)?;
+                text.extend(runs.iter().map(|spec| self.run(spec).skipped_text(&name)));
+            }
+        }
+        Ok(text)
     }
 
     /// Updates per second of whole runs, and the validation loss that they end at.

@@ -9,7 +9,7 @@ use crate::simulation::Point;
 /// When a run reached a loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Time {
-    /// In the unit of the curve.
+    /// After so many seconds.
     Reached(f64),
     /// It did not in the time it had.
     NotReached,
@@ -17,8 +17,8 @@ pub(super) enum Time {
     Diverged,
 }
 
-/// The time at which a curve comes down to `target`, on the straight line between two looks at the loss. `None` if it never
-/// does.
+/// The time at which a curve comes down to `target`, on the straight line between two looks at the loss, in the unit of the
+/// curve. `None` if it never does.
 pub(super) fn reaches(curve: &[Point], target: f64) -> Option<f64> {
     let place = curve.iter().position(|point| point.score.loss <= target)?;
     let after = curve[place];

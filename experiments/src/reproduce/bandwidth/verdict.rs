@@ -50,10 +50,9 @@ pub(super) fn against_asgd(
     let says = match (dgs_found, asgd_found) {
         (Err(reason), _) | (_, Err(reason)) => format!("not measured: {reason}"),
         (Ok(found), Ok(of_asgd)) => format!(
-            "{}; against an ASGD that uses all that the link lets it, {} times: {}",
+            "{}; against an ASGD that uses all that the link lets it, {}",
             at_least(found.over(*of_asgd), AGAINST_ASGD),
-            three_digits(found.value / asgd),
-            held_or_not(found.value / asgd >= AGAINST_ASGD)
+            at_least(Estimate { value: found.value / asgd, error: found.error / asgd }, AGAINST_ASGD),
         ),
     };
     format!(
@@ -97,14 +96,14 @@ mod tests {
         let half_a_second = says(15.0, 1.9, 500);
         for part in [
             "7.895 ± 0.049 times: **held**; against",
-            "lets it, 5.61 times: **did not hold**",
+            "lets it, 5.611 ± 0.019 times: **did not hold**",
             "0.374 s",
             "at most 2.67 updates/s",
             "at most 16.0: 5.99 times",
         ] {
             assert!(half_a_second.contains(part), "{part}: {half_a_second}");
         }
-        assert!(says(15.9, 2.6, 500).contains("lets it, 5.95 times: **held**"));
+        assert!(says(15.9, 2.6, 500).contains("lets it, 5.948 ± 0.019 times: **held**"));
         assert!(says(30.0, 2.6, 250).contains("at most 32.0: 12.0 times"));
         // Steps so long that they leave the link idle: 8 / (4 + 0.748) updates.
         let long = says(1.9, 1.6, 4000);

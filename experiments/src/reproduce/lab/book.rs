@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::Context;
+use sanderling_common::beside::is_at;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -74,6 +75,9 @@ pub(in crate::reproduce) fn key_name<K: Serialize>(key: &K) -> String {
 impl<R: Finished> Book<R> {
     /// Opens the book of a folder, which is made if it is not there. Lines that cannot be read, such as a last one that
     /// was cut off or those of an earlier version, are left out and their runs made again.
+    ///
+    /// # Errors
+    /// If the folder cannot be made or the file not be read.
     pub(in crate::reproduce) fn open(folder: &Path) -> anyhow::Result<Self> {
         fs::create_dir_all(folder.join(CLAIMS))
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
@@ -88,12 +92,18 @@ impl<R: Finished> Book<R> {
     }
 
     /// Reads what was added since the last time.
+    ///
+    /// # Errors
+    /// If the file is there and cannot be read.
     pub(in crate::reproduce) fn refresh(&self) -> anyhow::Result<()> {
         let path = self.path();
         let mut pages = self.done.lock().expect("no reader panics");
-        let new = match read_from(&path, pages.read) {
+        let new = match read_from(&path, &mut pages.read) {
             Ok(new) => new,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                pages.read = 0;
+                return Ok(());
+            }
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         };
         let whole = new.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
@@ -120,7 +130,10 @@ impl<R: Finished> Book<R> {
         self.done.lock().expect("no reader panics").results.get(&text(key)).cloned()
     }
 
-    /// The right to make a run; `None` if another process has it, or it is finished by now.
+    /// The right to make a run; `None` if another process has it, or has just given it up, or it is finished by now.
+    ///
+    /// # Errors
+    /// If the lock or the book cannot be used.
     pub(in crate::reproduce) fn claim(&self, key: &R::Key) -> anyhow::Result<Option<Claim>> {
         let path = self.folder.join(CLAIMS).join(key_name(key));
         let unusable = || format!("cannot use {}", path.display());
@@ -131,6 +144,10 @@ impl<R: Finished> Book<R> {
             Err(TryLockError::WouldBlock) => return Ok(None),
             Err(TryLockError::Error(error)) => return Err(error).with_context(unusable),
         }
+        // Whoever had it may have removed it in between: what is locked now stands for nothing.
+        if !is_at(&lock, &path).with_context(unusable)? {
+            return Ok(None);
+        }
         let claim = Claim { path, _lock: lock };
         // Whoever had it before may have finished it between our reading and our locking.
         self.refresh()?;
@@ -138,6 +155,9 @@ impl<R: Finished> Book<R> {
     }
 
     /// Writes a finished run down.
+    ///
+    /// # Errors
+    /// If the book cannot be written or read.
     pub(in crate::reproduce) fn add(&self, result: &R) -> anyhow::Result<()> {
         let path = self.path();
         let unusable = || format!("cannot write {}", path.display());
@@ -152,6 +172,8 @@ impl<R: Finished> Book<R> {
         }
         file.write_all(line.as_bytes()).and_then(|()| file.sync_data()).with_context(unusable)?;
         drop(file);
+        // Even if somebody removes the file now, what was made is there.
+        self.done.lock().expect("no reader panics").results.insert(text(result.key()), result.clone());
         self.refresh()
     }
 }
@@ -166,10 +188,13 @@ fn ends_with_newline(file: &mut File) -> std::io::Result<bool> {
     Ok(byte == *b"\n")
 }
 
-/// What a file holds from that place on.
-fn read_from(path: &Path, place: u64) -> std::io::Result<Vec<u8>> {
+/// What a file holds from that place on, or from its beginning if it has become shorter than that.
+fn read_from(path: &Path, place: &mut u64) -> std::io::Result<Vec<u8>> {
     let mut file = File::open(path)?;
-    file.seek(SeekFrom::Start(place))?;
+    if file.metadata()?.len() < *place {
+        *place = 0;
+    }
+    file.seek(SeekFrom::Start(*place))?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
     Ok(bytes)
@@ -219,6 +244,24 @@ mod tests {
         drop(claim);
         assert!(theirs.claim(&(1, 2)).unwrap().is_none(), "it is finished");
         assert_eq!(fs::read_dir(folder.path().join(CLAIMS)).unwrap().count(), 0, "no lock is left behind");
+    }
+
+    /// As by somebody who tidies up while a run is made.
+    #[test]
+    fn a_book_that_is_removed_or_shortened_loses_no_run_of_this_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE);
+        let book = Book::<Sum>::open(folder.path()).unwrap();
+        let sums = [1, 2, 3, 4].map(|is| Sum { of: (is, 0), is });
+        book.add(&sums[0]).unwrap();
+        book.add(&sums[1]).unwrap();
+        fs::remove_file(&path).unwrap();
+        book.add(&sums[2]).unwrap();
+        fs::write(&path, "").unwrap();
+        book.refresh().unwrap();
+        Book::<Sum>::open(folder.path()).unwrap().add(&sums[3]).unwrap();
+        book.refresh().unwrap();
+        assert!(sums.iter().all(|sum| book.find(&sum.of).as_ref() == Some(sum)));
     }
 
     #[test]

@@ -140,9 +140,44 @@ pub(in crate::reproduce) fn held(is_so: bool, seeds: usize) -> &'static str {
     }
 }
 
-/// How far ours are above theirs in per cent, seed by seed.
-pub(in crate::reproduce) fn per_cent_above(ours: &[f64], theirs: &[f64]) -> Vec<f64> {
-    ours.iter().zip(theirs).map(|(ours, theirs)| 100.0 * (ours / theirs - 1.0)).collect()
+/// How far our losses lie above theirs by the mean, in per cent: what a goal is for.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::reproduce) enum Above {
+    /// So much, seed by seed.
+    By(Vec<f64>),
+    /// Of ours, of so many seeds, some diverged, and none of theirs.
+    Diverged(usize),
+    /// Some of theirs diverged, so that there is nothing to be above.
+    Nothing,
+}
+
+impl Above {
+    /// Of two lists of losses in the order of the same seeds; what is not finite is of a run that diverged.
+    ///
+    /// # Panics
+    /// If they are not of the same seeds.
+    pub(in crate::reproduce) fn of(ours: &[f64], theirs: &[f64]) -> Self {
+        assert_eq!(ours.len(), theirs.len(), "runs of other seeds");
+        let ended = |losses: &[f64]| losses.iter().all(|loss| loss.is_finite());
+        match (ended(ours), ended(theirs)) {
+            (_, false) => Self::Nothing,
+            (false, true) => Self::Diverged(ours.len()),
+            (true, true) => {
+                let above = |(ours, theirs): (&f64, &f64)| 100.0 * (ours / theirs - 1.0);
+                Self::By(ours.iter().zip(theirs).map(above).collect())
+            }
+        }
+    }
+
+    /// Whether it is no more than so many per cent, in words; what diverged lies above everything. `None` if there is nothing to
+    /// be above.
+    pub(in crate::reproduce) fn is_at_most(&self, goal: f64) -> Option<&'static str> {
+        match self {
+            Self::By(above) => Some(held(mean_and_spread(above).0 <= goal, above.len())),
+            Self::Diverged(seeds) => Some(held(false, *seeds)),
+            Self::Nothing => None,
+        }
+    }
 }
 
 /// What a saving costs, in words.
@@ -186,6 +221,18 @@ mod tests {
         assert_eq!(of(&[1.0], &[1.0]).held(), "level with one seed, which does not tell");
         assert_eq!(of(&[1.0, 1.0], &[1.0, 1.0]).held(), "**a tie**");
         assert_eq!(of(&[1.0, 1.0], &[1.0, 0.5]).held(), "**a tie**, as good with some seeds");
+    }
+
+    #[test]
+    fn goals_are_for_the_mean_and_missed_by_what_diverged() {
+        let above = Above::of(&[1.02, 2.06], &[1.0, 2.0]);
+        assert_eq!([2.6, 2.4].map(|goal| above.is_at_most(goal)), [Some("**held**"), Some("**did not hold**")]);
+        let Above::By(values) = above else { panic!("{above:?}") };
+        assert!((values[0] - 2.0).abs() < 1e-9 && (values[1] - 3.0).abs() < 1e-9, "{values:?}");
+        let diverged = Above::of(&[f64::NAN, 1.0], &[1.0, 1.0]);
+        assert_eq!((&diverged, diverged.is_at_most(1e9)), (&Above::Diverged(2), Some("**did not hold**")));
+        let nothing = Above::of(&[f64::NAN, 1.0], &[1.0, f64::INFINITY]);
+        assert_eq!((&nothing, nothing.is_at_most(1e9)), (&Above::Nothing, None));
     }
 
     #[test]

@@ -61,6 +61,14 @@ pub(in crate::reproduce) struct Jobs(pub(in crate::reproduce) usize);
 /// A run to be made: its key, and how much work it is, in units of the bar.
 pub(in crate::reproduce) type Wanted<K> = (K, u64);
 
+/// A run that is missing.
+struct Missing<'a, K> {
+    key: &'a K,
+    work: u64,
+    /// The bar has it, or will.
+    is_counted: AtomicBool,
+}
+
 /// What most runs are measured in.
 pub(in crate::reproduce) const EVALUATIONS: Unit = Unit::Count("gradient evaluations");
 
@@ -81,11 +89,14 @@ impl Jobs {
         R: Finished + Sync,
         R::Key: Sync,
     {
-        let missing: Vec<_> = wanted.iter().filter(|(key, _)| book.find(key).is_none()).collect();
+        let missing: Vec<Missing<'_, R::Key>> = (wanted.iter())
+            .filter(|(key, _)| book.find(key).is_none())
+            .map(|(key, work)| Missing { key, work: *work, is_counted: AtomicBool::new(false) })
+            .collect();
         if missing.is_empty() {
             return Ok(());
         }
-        let total = missing.iter().map(|(_, work)| work).sum();
+        let total = missing.iter().map(|missing| missing.work).sum();
         let mut work = Work::begin(what, total, unit)?;
         let (done, failed) = (AtomicU64::new(0), AtomicBool::new(false));
         let stop = work.stop();
@@ -130,22 +141,27 @@ impl Jobs {
 /// What one thread does: makes runs until all are there.
 fn make_some<'a, R: Finished>(
     book: &Book<R>,
-    missing: &[&Wanted<R::Key>],
+    missing: &[Missing<'_, R::Key>],
     make: &(impl Fn(&R::Key, &Progress<'_>) -> anyhow::Result<R> + Sync),
     progress: &(dyn Fn() -> Progress<'a> + Sync),
 ) -> anyhow::Result<()> {
     loop {
         let (mut is_complete, mut has_made) = (true, false);
-        for (key, work) in missing {
+        for Missing { key, work, is_counted } in missing {
+            let progress = progress();
             if book.find(key).is_some() {
+                // Another process made it.
+                if !is_counted.swap(true, Ordering::Relaxed) {
+                    progress.at(*work);
+                }
                 continue;
             }
-            let progress = progress();
             ensure!(progress.at(0), "{STOPPED}");
             let Some(claim) = book.claim(key)? else {
                 is_complete &= book.find(key).is_some();
                 continue;
             };
+            is_counted.store(true, Ordering::Relaxed);
             let made = make(key, &progress);
             // A run that is stopped fails with a reason of its own, which nobody wants to read.
             ensure!(made.is_ok() || progress.at(0), "{STOPPED}");

@@ -14,7 +14,7 @@ mod text;
 
 pub(super) use book::{Book, Finished, REVISION, key_name};
 pub(super) use choosing::{Choosing, Chosen, validation};
-pub(super) use difference::{Agreement, Difference, cost, held, held_or_not, per_cent_above};
+pub(super) use difference::{Above, Agreement, Difference, cost, held, held_or_not};
 pub(super) use jobs::{EVALUATIONS, Jobs, Progress};
 pub(super) use published::{MANY, Published, RATES, RATES_OF_MANY, has_momentum, published_grid};
 pub(super) use reference::{Stretch, WARM_START_GOAL, Warmup, train};
@@ -28,5 +28,5 @@ pub(super) use sweep::{Sweep, Variant, Varied};
 pub(super) use text::{
     Options, REPORT, counted, curve_of, distinct, escaped, file_name, look_every, mean_and_spread,
     mean_curve, plot_both, plot_training, plus_minus, seeds_text, show, show_loss, typed, workers_option,
-    write_configuration, write_part, write_report, write_resolved,
+    write_configuration, write_part, write_report, write_resolved, write_whole,
 };

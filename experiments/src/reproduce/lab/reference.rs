@@ -96,10 +96,15 @@ pub(in crate::reproduce) struct Trained {
     /// The parameters with the lowest validation loss, and those at the end.
     pub(in crate::reproduce) best: Vec<f32>,
     pub(in crate::reproduce) last: Vec<f32>,
+    /// Steps whose gradient was not finite, which changed nothing.
+    pub(in crate::reproduce) skipped: u64,
 }
 
 /// Trains a task from its initial parameters, for as long as `keep_going`, which is told how many gradients were taken,
 /// says so.
+///
+/// # Errors
+/// If the device fails, or a sentence if it is not to go on.
 pub(in crate::reproduce) fn train(
     task: &mut dyn Task,
     stretch: &Stretch,
@@ -114,10 +119,12 @@ pub(in crate::reproduce) fn train(
     let mut mean = vec![0.0; layout.len()];
     let look = |task: &mut dyn Task, parameters: &[f32], evaluations: u64| {
         let score = task.evaluate(parameters, Split::Validation)?;
+        // Gradients in the place of updates, as those of runs by workers that send each of them.
         anyhow::Ok(Point { steps: evaluations, time: (evaluations / per_step) as f64, score })
     };
     let mut curve = vec![look(task, &parameters, 0)?];
     let mut best = parameters.clone();
+    let mut skipped = 0;
     for step in 0..stretch.steps() {
         mean.fill(0.0);
         for batch in step * per_step..(step + 1) * per_step {
@@ -126,8 +133,11 @@ pub(in crate::reproduce) fn train(
             mean.iter_mut().zip(task.gradient()).for_each(|(mean, gradient)| *mean += share * gradient);
         }
         // A gradient that is not finite is left out, as workers do.
-        if let Some(scale) = clip_scale(&mean, stretch.clip_norm) {
-            optimizer.step(&layout, &mut parameters, (&mean, scale), schedule.rate(Step(step), 0));
+        match clip_scale(&mean, stretch.clip_norm) {
+            Some(scale) => {
+                optimizer.step(&layout, &mut parameters, (&mean, scale), schedule.rate(Step(step), 0));
+            }
+            None => skipped += 1,
         }
         let evaluations = (step + 1) * per_step;
         let is_due = evaluations / stretch.eval_every > (evaluations - per_step) / stretch.eval_every;
@@ -139,7 +149,7 @@ pub(in crate::reproduce) fn train(
             curve.push(point);
         }
     }
-    Ok(Trained { curve, best, last: parameters })
+    Ok(Trained { curve, best, last: parameters, skipped })
 }
 
 #[cfg(test)]

@@ -101,9 +101,11 @@ impl RunFile {
     /// A run with these settings of it, resolved.
     ///
     /// # Errors
-    /// A sentence that names the file, if there is one.
+    /// A [`UsageError`] that names the file, if there is one: with another number of workers or steps than its own, settings of it
+    /// may not go together.
     pub(in crate::reproduce) fn spec(&self, settings: RunPartial, trainer: Trainer) -> anyhow::Result<Spec> {
-        let resolved = self.named(settings.resolve().map_err(anyhow::Error::new))?;
+        let resolved = self.named(settings.resolve().map_err(anyhow::Error::new));
+        let resolved = resolved.map_err(|error| UsageError(one_sentence(error.as_ref())))?;
         Ok(Spec { contents: self.contents.clone(), ..Spec::of(Subject::Text, &resolved, trainer) })
     }
 

@@ -24,6 +24,17 @@ pub(in crate::reproduce) struct Tried {
     pub(in crate::reproduce) momentum: f32,
 }
 
+impl Tried {
+    /// For tables: the rate and, if there is one, the momentum, each marked where it is the lowest or the highest that was tried.
+    pub(in crate::reproduce) fn cell(self, has_momentum: bool, [rate, momentum]: [bool; 2]) -> String {
+        let edge = |is_there: bool| if is_there { " (at the edge)" } else { "" };
+        match has_momentum {
+            true => format!("{}{}, m {}{}", self.rate, edge(rate), self.momentum, edge(momentum)),
+            false => format!("{}{}", self.rate, edge(rate)),
+        }
+    }
+}
+
 /// The search of one contestant.
 #[derive(Clone, Debug)]
 pub(in crate::reproduce) struct Search {
@@ -78,6 +89,9 @@ impl Search {
 
     /// Whether a rate is the lowest or highest that was tried with its momentum, so that a better one may lie beyond; a single
     /// one has no others beside it to be better.
+    ///
+    /// # Panics
+    /// If the momentum was not tried.
     pub(in crate::reproduce) fn is_at_edge(&self, tried: Tried) -> bool {
         let rates = &self.rates[&tried.momentum.to_bits()];
         rates.len() > 1 && (rates.first() == Some(&tried.rate) || rates.last() == Some(&tried.rate))
@@ -95,6 +109,9 @@ impl Search {
     ///
     /// # Errors
     /// If a score cannot be had.
+    ///
+    /// # Panics
+    /// If the momentum was not tried.
     pub(in crate::reproduce) fn best_with(
         &self,
         momentum: f32,
@@ -167,6 +184,8 @@ mod tests {
         let momenta = Search::new(&Grid { rates: vec![1.0], momenta: vec![0.3, 0.5, 0.9] });
         let at_edge = [0.3, 0.5, 0.9].map(|momentum| momenta.is_momentum_at_edge(tried(1.0, momentum)));
         assert_eq!(at_edge, [true, false, true]);
+        assert_eq!(tried(0.1, 0.3).cell(true, [false, true]), "0.1, m 0.3 (at the edge)");
+        assert_eq!(tried(0.1, 0.3).cell(false, [true, true]), "0.1 (at the edge)");
         let score = |tried: Tried| {
             let loss = (tried.rate - 2.0).abs() + f64::from(tried.momentum);
             Ok(Score { loss, accuracy: None })

@@ -9,6 +9,8 @@ use sanderling_common::config::{
     BUNDLED_TEXT, DataSettings, ExchangeSettings, ModelSettings, RunConfig, TrainingSettings, UpcycleSettings,
 };
 use sanderling_common::corpus::Corpus;
+use sanderling_common::init::parameters_hash;
+use sanderling_common::join::hex;
 use sanderling_common::method::Method;
 use sanderling_common::origin::Origin;
 use sanderling_common::wire::{Refusal, Split};
@@ -39,7 +41,8 @@ use crate::task::{DigitsTask, LanguageTask, Score, Task};
 )]
 #[serde(rename_all = "kebab-case")]
 pub(in crate::reproduce) enum Subject {
-    /// A text; the bundled one, character by character, unless a run file names another.
+    /// The bundled text, character by character.
+    // Run files, where a reproduction takes them, can name another.
     Text,
     /// Handwritten digits.
     Digits,
@@ -59,7 +62,11 @@ impl Subject {
         self.to_possible_value().expect("none is skipped").get_name().to_owned()
     }
 
-    fn task(self, run: &RunConfig) -> anyhow::Result<Box<dyn Task>> {
+    /// What is trained on, and from where on.
+    ///
+    /// # Errors
+    /// If that cannot be read or made, or is not what it was when the run was described.
+    fn task(self, run: &RunConfig, contents: &Contents) -> anyhow::Result<Box<dyn Task>> {
         static BUNDLED: OnceLock<Arc<Corpus>> = OnceLock::new();
         Ok(match self {
             Self::Text => {
@@ -69,7 +76,12 @@ impl Subject {
                     true => BUNDLED.get_or_init(|| Arc::new(Corpus::bundled())).clone(),
                     false => Arc::new(origin.corpus(run)?),
                 };
+                let Contents { text_sha256, init_sha256 } = contents;
+                unchanged("text", &run.data.text, text_sha256, || Ok(corpus.sha256()))?;
                 let begun = origin.begin(run, corpus.vocabulary().len())?;
+                unchanged("checkpoint", &run.model.init, init_sha256, || {
+                    Ok(parameters_hash(&begun.model.layout()?, &begun.parameters))
+                })?;
                 Box::new(LanguageTask::from_parameters(run, corpus, begun.model, begun.parameters.into())?)
             }
             Self::Digits => {
@@ -78,6 +90,25 @@ impl Subject {
             }
         })
     }
+}
+
+/// Refuses what was replaced since its hash was taken, if one was: its runs would be kept as those of what was there before.
+fn unchanged(
+    what: &str,
+    path: &str,
+    expected: &str,
+    found: impl FnOnce() -> anyhow::Result<[u8; 32]>,
+) -> anyhow::Result<()> {
+    if expected.is_empty() {
+        return Ok(());
+    }
+    let found = hex(&found()?);
+    ensure!(
+        found == expected,
+        "the {what} {path} was changed meanwhile: its hash is {found}, and was {expected}; start again, which goes on with what \
+         is there now"
+    );
+    Ok(())
 }
 
 /// The sections of a run file that make a subject's small model, of which many runs can be afforded.
@@ -267,7 +298,7 @@ pub(in crate::reproduce) struct Outcome {
     pub(in crate::reproduce) parameters: u64,
     /// Updates of the model.
     pub(in crate::reproduce) updates: u64,
-    /// Frames of pushes and of answers; 0 for one process.
+    /// Of the frames of pushes, and of those of answers with what sessions begin with; 0 for one process.
     pub(in crate::reproduce) bytes_up: u64,
     pub(in crate::reproduce) bytes_down: u64,
     /// How many updates had each staleness, from 0 on.
@@ -332,15 +363,43 @@ pub(in crate::reproduce) struct Run {
     pub(in crate::reproduce) outcome: Outcome,
 }
 
-impl Run {
-    /// Updates by workers that did not change the model, since the loss or the gradient was not finite, or too large.
-    pub(in crate::reproduce) fn skipped(&self) -> u64 {
-        match self.spec.trainer {
-            Trainer::Workers(_) if self.outcome.diverged.is_none() => {
-                self.spec.training.steps.saturating_sub(self.outcome.updates)
-            }
-            _ => 0,
+impl Outcome {
+    /// Updates, of so many, that did not change the model, since the loss or the gradient was not finite, or too large; none of a
+    /// run that diverged.
+    pub(in crate::reproduce) fn skipped(&self, of: u64) -> u64 {
+        if self.diverged.is_some() { 0 } else { of.saturating_sub(self.updates) }
+    }
+
+    /// The same as a sentence on the run of this name and seed, if there were any.
+    pub(in crate::reproduce) fn skipped_text(&self, name: &str, seed: u64, of: u64) -> String {
+        match self.skipped(of) {
+            0 => String::new(),
+            skipped => format!(
+                "\n{name}, seed {seed}: {skipped} of {} did not change the model, since loss or gradient was not finite, or too \
+                 large.\n",
+                counted(of, "update")
+            ),
         }
+    }
+}
+
+impl Run {
+    /// Updates, whether they changed the model or not.
+    fn steps(&self) -> u64 {
+        match self.spec.trainer {
+            Trainer::Workers(_) => self.spec.training.steps,
+            Trainer::AdamW => reference(&self.spec.run()).steps(),
+        }
+    }
+
+    /// Whether it came to an end, and every update changed the model.
+    pub(in crate::reproduce) fn is_whole(&self) -> bool {
+        self.outcome.diverged.is_none() && self.outcome.skipped(self.steps()) == 0
+    }
+
+    /// A sentence on updates that did not change the model, if there were any; with the run's name in it.
+    pub(in crate::reproduce) fn skipped_text(&self, name: &str) -> String {
+        self.outcome.skipped_text(name, self.spec.seed, self.steps())
     }
 }
 
@@ -353,9 +412,12 @@ impl Finished for Run {
 }
 
 /// Makes a run.
+///
+/// # Errors
+/// If what it is made of cannot be read, or was changed; whatever [`by_workers`] and [`by_adamw`] fail with.
 pub(in crate::reproduce) fn make(spec: &Spec, progress: &Progress<'_>) -> anyhow::Result<Run> {
     let run = spec.run();
-    let mut task = spec.subject.task(&run)?;
+    let mut task = spec.subject.task(&run, &spec.contents)?;
     let outcome = match &spec.trainer {
         Trainer::Workers(conditions) => by_workers(&run, task.as_mut(), conditions, progress)?,
         Trainer::AdamW => by_adamw(&reference(&run), task.as_mut(), progress)?.0,
@@ -364,6 +426,9 @@ pub(in crate::reproduce) fn make(spec: &Spec, progress: &Progress<'_>) -> anyhow
 }
 
 /// Trains a task by asynchronous workers in virtual time.
+///
+/// # Errors
+/// If the device fails, or the run is stopped. One that diverges is an outcome.
 pub(in crate::reproduce) fn by_workers(
     run: &RunConfig,
     task: &mut dyn Task,
@@ -400,6 +465,9 @@ pub(in crate::reproduce) fn by_workers(
 }
 
 /// Trains a task by AdamW; also returns the parameters with the lowest validation loss on the way.
+///
+/// # Errors
+/// As [`by_workers`].
 pub(in crate::reproduce) fn by_adamw(
     stretch: &Stretch,
     task: &mut dyn Task,
@@ -417,7 +485,7 @@ pub(in crate::reproduce) fn by_adamw(
         curve: trained.curve,
         test,
         parameters,
-        updates: stretch.steps(),
+        updates: stretch.steps() - trained.skipped,
         bytes_up: 0,
         bytes_down: 0,
         staleness: Vec::new(),

@@ -106,7 +106,7 @@ impl Varied<'_> {
     /// How many times fewer bytes it sends up than another, and down, as words; nothing is said of runs that diverged or
     /// skipped updates, whose frames are empty.
     pub(in crate::reproduce) fn fewer_bytes(&self, other: &Self) -> (String, String) {
-        let is_whole = [self, other].iter().all(|of| of.runs.iter().all(|run| run.skipped() == 0));
+        let is_whole = [self, other].iter().all(|of| of.runs.iter().all(Run::is_whole));
         let times = |ours: f64, theirs: f64| match is_whole && ours > 0.0 && theirs > 0.0 {
             true => match (theirs / ours, ours / theirs) {
                 (fewer, _) if fewer >= 1.05 => format!("{fewer:.1} times fewer bytes"),
@@ -138,18 +138,8 @@ impl Varied<'_> {
 
     /// Of each seed with which updates did not change the model, a sentence.
     fn skipped_text(&self, columns: &[&str]) -> String {
-        let mut text = String::new();
-        for run in self.runs.iter().filter(|run| run.skipped() > 0) {
-            let _ = write!(
-                text,
-                "\n{}, seed {}: {} of {} did not change the model, since loss or gradient was not finite, or too large.\n",
-                self.variant.in_words(columns),
-                run.spec.seed,
-                run.skipped(),
-                counted(run.spec.training.steps, "update")
-            );
-        }
-        text
+        let name = self.variant.in_words(columns);
+        self.runs.iter().map(|run| run.skipped_text(&name)).collect()
     }
 
     /// That workers who would come and go hardly do in so short a run, if so.
@@ -264,8 +254,8 @@ impl Sweep {
     fn table(&self, seeds: &[u64], rows: &[Varied<'_>]) -> String {
         let mut text = format!(
             "# {}\n\n{} {} each, {}; {}; in virtual time, whose \
-             unit is a gradient of a worker of middling speed. Bytes are those of the frames, with how many times fewer they are \
-             than a dense float32 exchange of every gradient. {}{}\n\n",
+             unit is a gradient of a worker of middling speed. Bytes are those of the frames, down with what sessions begin with, \
+             and how many times fewer they are than a dense float32 exchange of every gradient. {}{}\n\n",
             self.title,
             self.introduction,
             counted(self.evaluations, "gradient evaluation"),

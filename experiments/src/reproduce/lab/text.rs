@@ -1,10 +1,12 @@
 //! Options, tables and pictures of reproductions.
 
-use std::fs;
-use std::io::ErrorKind;
+use std::fs::{self, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use sanderling_common::beside::Beside;
 
 use super::book::{CLAIMS, FILE as RESULTS_FILE, key_name};
 use super::difference::diverged_of;
@@ -26,6 +28,10 @@ const FOLDER_NAME_MAX: usize = 100;
 
 /// The file of a folder that says whose results it holds.
 const WHOSE: &str = "reproduction.txt";
+
+/// How often a file is tried to be written that another process is writing, and how long it is waited for in between.
+const WRITES_MAX: u32 = 100;
+const WRITE_AGAIN_AFTER: Duration = Duration::from_millis(50);
 
 /// The file with the report.
 pub(in crate::reproduce) const REPORT: &str = "README.md";
@@ -59,15 +65,18 @@ impl Options {
     /// A sentence, also if the results of another reproduction, or of another form of it, are there: its report would be
     /// replaced.
     pub(in crate::reproduce) fn folder(&self, name: &str, own: &[String]) -> anyhow::Result<PathBuf> {
-        self.folder_of(name, own, REPORT)
+        self.folder_of(name, own, &[REPORT])
     }
 
-    /// The same, where the report has another name than usual.
+    /// The same, where there are several reports, which share pictures and configurations.
+    ///
+    /// # Errors
+    /// As [`folder`](Self::folder).
     pub(in crate::reproduce) fn folder_of(
         &self,
         name: &str,
         own: &[String],
-        report: &str,
+        reports: &[&str],
     ) -> anyhow::Result<PathBuf> {
         let form = self.form(name, own);
         let folder = match &self.out {
@@ -79,44 +88,17 @@ impl Options {
         }
         fs::create_dir_all(&folder)
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        // Looked at first: what another process makes in between, it makes after it has said whose the folder is.
-        let foreign = foreign(&folder)?;
-        let path = folder.join(WHOSE);
-        let whose = match fs::read_to_string(&path) {
-            Ok(whose) => whose,
-            Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
-        };
-        match (whose.trim(), foreign) {
-            (whose, _) if whose == form => {
-                let report = fs::read_to_string(folder.join(report)).unwrap_or_default();
-                let (there, seeds) = (seeds_told(&report), self.seeds().len());
-                ensure!(
-                    seeds >= there,
-                    UsageError(format!(
-                        "{} holds a report of {there} seeds, which one of {seeds} would replace; give --seeds {there}, or \
-                         another --out",
-                        folder.display()
-                    ))
-                );
-            }
-            ("", Some(foreign)) => {
-                bail!(UsageError(format!(
-                    "{} holds {foreign}, and no {WHOSE} that says whose results these are; give another --out, to which \
-                     {RESULTS_FILE} alone can be copied to go on from",
-                    folder.display()
-                )))
-            }
-            // Nobody's yet, or another process is about to write.
-            ("", None) => fs::write(&path, format!("{form}\n"))
-                .with_context(|| format!("cannot write {}", path.display()))?,
-            (whose, _) => {
-                bail!(UsageError(format!(
-                    "{} holds the results of `reproduce {whose}`, and not of `reproduce {form}`; give another --out",
-                    folder.display()
-                )))
-            }
-        }
+        take(&folder, &form)?;
+        let told = reports.iter().filter_map(|report| fs::read_to_string(folder.join(report)).ok());
+        let (there, seeds) = (told.map(|report| seeds_told(&report)).max().unwrap_or(0), self.seeds().len());
+        ensure!(
+            seeds >= there,
+            UsageError(format!(
+                "{} holds a report of {there} seeds, which one of {seeds} would replace; give --seeds {there}, or \
+                 another --out",
+                folder.display()
+            ))
+        );
         Ok(folder)
     }
 
@@ -143,6 +125,62 @@ impl Options {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Jobs(self.jobs.map_or(cores, usize::from))
     }
+}
+
+/// Makes a folder that of this form of a command, if it is nobody's.
+fn take(folder: &Path, form: &str) -> anyhow::Result<()> {
+    // Looked at first: what another process makes in between, it makes after it has said whose the folder is.
+    let foreign = foreign(folder)?;
+    let path = folder.join(WHOSE);
+    let unusable = || format!("cannot use {}", path.display());
+    // Not made where it would say whose something else is.
+    let mut file = match OpenOptions::new().read(true).append(true).create(foreign.is_none()).open(&path) {
+        Ok(file) => Some(file),
+        Err(error) if error.kind() == ErrorKind::NotFound && foreign.is_some() => None,
+        Err(error) => return Err(error).with_context(unusable),
+    };
+    let mut whose = String::new();
+    if let Some(file) = &mut file {
+        // Of two processes that come at once, the second reads what the first has written.
+        file.lock().with_context(unusable)?;
+        file.read_to_string(&mut whose).with_context(unusable)?;
+    }
+    match (whose.trim(), foreign, file) {
+        (whose, ..) if whose == form => Ok(()),
+        ("", None, Some(mut file)) => file.write_all(format!("{form}\n").as_bytes()).with_context(unusable),
+        ("", None, None) => unreachable!("the file is made where nothing else is"),
+        ("", Some(foreign), _) => bail!(UsageError(format!(
+            "{} holds {foreign}, and no {WHOSE} that says whose results these are; give another --out, to which \
+             {RESULTS_FILE} alone can be copied to go on from",
+            folder.display()
+        ))),
+        (whose, ..) => bail!(UsageError(format!(
+            "{} holds the results of `reproduce {whose}`, and not of `reproduce {form}`; give another --out",
+            folder.display()
+        ))),
+    }
+}
+
+/// Writes a file whole or not at all, also where several processes write it.
+///
+/// # Errors
+/// If it cannot be written, or another process does not come to an end with it.
+pub(in crate::reproduce) fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+    let write = || {
+        let mut file = Beside::create(path)?;
+        file.write_all(text.as_bytes())?;
+        file.place()
+    };
+    let mut written = write();
+    for _ in 1..WRITES_MAX {
+        let is_busy = |error: &io::Error| error.kind() == ErrorKind::WouldBlock;
+        if !written.as_ref().is_err_and(is_busy) {
+            break;
+        }
+        std::thread::sleep(WRITE_AGAIN_AFTER);
+        written = write();
+    }
+    written.with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Of how many seeds a report says that it is, in the words of [`seeds_text`]; 0 if of one, or it does not say.
@@ -251,8 +289,8 @@ fn show_values(values: impl Iterator<Item = f64>, decimals: usize) -> String {
     plus_minus(mean, spread, decimals)
 }
 
-/// The validation loss over gradient evaluations, mean and spread over runs that were looked at at the same places. A run that
-/// diverged has no curve, and leaves none to the others.
+/// The validation loss over what [`Point::steps`] counts, mean and spread over runs that were looked at at the same places. A run
+/// that diverged has no curve, and leaves none to the others.
 pub(in crate::reproduce) fn mean_curve<'a>(
     outcomes: impl IntoIterator<Item = &'a Outcome>,
 ) -> Vec<(f64, f64, Option<f64>)> {
@@ -292,7 +330,7 @@ pub(in crate::reproduce) fn write_resolved(folder: &Path, name: &str, text: &str
     let folder = folder.join("configurations");
     let path = folder.join(name);
     fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    write_whole(&path, text)
 }
 
 /// Draws the curves twice, as SVG and as PNG; returns what shows the picture in Markdown.
@@ -327,8 +365,7 @@ pub(in crate::reproduce) fn write_report(folder: &Path, text: &str) -> anyhow::R
 
 /// Writes a report by this name, of a part of a reproduction, and shows it.
 pub(in crate::reproduce) fn write_part(folder: &Path, name: &str, text: &str) -> anyhow::Result<()> {
-    let path = folder.join(name);
-    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    write_whole(&folder.join(name), text)?;
     say(&format!("{text}\nResults are in {}\n", folder.display()))
 }
 

@@ -194,16 +194,20 @@ impl Experiment {
 
     fn report(&self, cells: &[Cell], seconds: f64) -> anyhow::Result<String> {
         let settings = &self.settings;
+        let training = &cells[0].runs[0].spec.training;
         let mut text = format!(
             "# The methods of DGS, for 1 to {} workers\n\nEqual gradient evaluations for everyone: {} in a run that counts, {} \
-             in one that chooses; {}. 1 % kept up, everything that changed sent down, float32; gradients clipped to norm 1, warm-up \
-             over 100 updates, half a cosine to a tenth. In virtual time, workers of uneven speed. Learning rate and momentum are \
+             in one that chooses; {}. 1 % kept up, everything that changed sent down, float32; gradients clipped to norm {}, warm-up \
+             over {} updates, the rate {}. In virtual time, workers of uneven speed. Learning rate and momentum are \
              each contestant's own, the best by validation with the first seed; rates {:?}, of {MANY} workers and more also {:?}, and on \
              while the best lies at an edge, momenta {:?}. Runs of one seed share parameters and batches, and are compared with each other.\n",
             settings.workers.last().copied().unwrap_or(1),
             settings.counting,
             settings.choosing,
             seeds_text(&settings.seeds),
+            training.clip_norm,
+            training.warmup_steps,
+            training.decay.describe(training.final_rate_fraction),
             RATES,
             RATES_OF_MANY,
             settings.momenta,

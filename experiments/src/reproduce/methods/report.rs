@@ -57,13 +57,7 @@ impl Cell {
     }
 
     fn choice(&self) -> String {
-        let edge = |is_there: bool| if is_there { " (at the edge)" } else { "" };
-        let momentum = if has_momentum(self.contestant.method) {
-            format!(", m {}{}", self.best.momentum, edge(self.is_momentum_at_edge))
-        } else {
-            String::new()
-        };
-        format!("{}{}{momentum}", self.best.rate, edge(self.is_at_edge))
+        self.best.cell(has_momentum(self.contestant.method), [self.is_at_edge, self.is_momentum_at_edge])
     }
 }
 
@@ -79,6 +73,11 @@ impl Table<'_> {
     /// All of it; draws the plots.
     pub(super) fn text(&self, folder: &Path) -> anyhow::Result<String> {
         let mut text = format!("\n## {}\n\n{}", self.title(), self.grid(|cell| show(&cell.scores())));
+        for cell in &self.cells {
+            let Contestant { method, workers, .. } = cell.contestant;
+            let name = format!("{method} of {}", counted(u64::from(workers), "worker"));
+            text.extend(cell.runs.iter().map(|run| run.skipped_text(&name)));
+        }
         if self.subject == Subject::Digits {
             let losses = self.grid(|cell| show_loss(&cell.scores()));
             let _ = write!(
@@ -301,6 +300,8 @@ fn loses(falls: &[Fall], method: Method, wanted: Agreement) -> &'static str {
         held(true, ours.len())
     } else if agreements.contains(&opposite) {
         held(false, ours.len())
+    } else if ours.len() == 1 {
+        "level with another with one seed, which does not tell"
     } else {
         "**a tie** with another, by seeds"
     }

@@ -9,8 +9,8 @@ use sanderling_common::sparse::ValueFormat;
 use super::{Length, Line, Settings, Whose};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Difference, WARM_START_GOAL, Warmup, curve_of, held, mean_and_spread, per_cent_above, plot_training,
-    plus_minus, seeds_text, show,
+    Above, Difference, WARM_START_GOAL, Warmup, curve_of, mean_and_spread, plot_training, plus_minus,
+    seeds_text, show,
 };
 use crate::task::Score;
 
@@ -63,6 +63,12 @@ impl Report<'_> {
     pub(super) fn text(&self, seconds: f64) -> anyhow::Result<String> {
         let mut text = self.introduction();
         text.push_str(&self.table());
+        for line in self.lines {
+            for (length, steps) in line.lengths.iter().zip(&self.settings.lengths) {
+                let name = format!("{}, {steps} evaluations", line.name());
+                text.extend(length.runs.iter().map(|run| run.skipped_text(&name)));
+            }
+        }
         let _ = write!(text, "\n## Verdict\n\n{}", self.verdict());
         for (length, steps) in self.settings.lengths.iter().enumerate() {
             let curves: Vec<Curve> = self.lines.iter().map(|line| self.curve(line, length)).collect();
@@ -116,9 +122,9 @@ impl Report<'_> {
             seeds_text(&settings.seeds),
             settings.rates,
             warmups(&first.spec.training),
-            100.0 * first.spec.exchange.keep,
+            per_cent(first.spec.exchange.keep),
             values(first.spec.exchange.values_up),
-            100.0 * first.spec.exchange.secondary,
+            per_cent(first.spec.exchange.secondary),
             values(first.spec.exchange.values_down),
             first.spec.training.decay.describe(first.spec.training.final_rate_fraction),
             match first.spec.too_short_for_its_warmup() {
@@ -176,7 +182,7 @@ impl Report<'_> {
         let Some(one) = self.find(true, 1) else { return text };
         for (length, &steps) in self.settings.lengths.iter().enumerate() {
             for ours in self.lines.iter().filter(|line| !line.is_reference) {
-                let above = per_cent_above(&ours.lengths[length].losses(), &one.lengths[length].losses());
+                let above = Above::of(&ours.lengths[length].losses(), &one.lengths[length].losses());
                 let _ = writeln!(
                     text,
                     "* {} workers, {steps} evaluations: {}.",
@@ -208,15 +214,23 @@ fn goal_from_scratch(workers: u32, steps: u64) -> Option<f64> {
     GOALS.iter().find(is_it).map(|(_, goal)| *goal)
 }
 
-fn against_goal(above: &[f64], goal: Option<f64>) -> String {
-    let (mean, spread) = mean_and_spread(above);
-    if !mean.is_finite() {
-        return "not to be compared with one-worker AdamW, as runs diverged".to_owned();
-    }
-    let amount = format!("a test loss {} % above one-worker AdamW's", plus_minus(mean, spread, 2));
-    match goal {
+/// A share in per cent, without what is left of its binary form.
+fn per_cent(share: f64) -> f64 {
+    (1e8 * share).round() / 1e6
+}
+
+fn against_goal(above: &Above, goal: Option<f64>) -> String {
+    let amount = match above {
+        Above::By(values) => {
+            let (mean, spread) = mean_and_spread(values);
+            format!("a test loss {} % above one-worker AdamW's", plus_minus(mean, spread, 2))
+        }
+        Above::Diverged(_) => "runs diverged, and one-worker AdamW's did not".to_owned(),
+        Above::Nothing => "not to be compared with one-worker AdamW, whose runs diverged".to_owned(),
+    };
+    match goal.and_then(|goal| Some((goal, above.is_at_most(goal)?))) {
         None => amount,
-        Some(goal) => format!("{amount}, at most {goal} %: {}", held(mean <= goal, above.len())),
+        Some((goal, held)) => format!("{amount}, at most {goal} %: {held}"),
     }
 }
 
@@ -235,12 +249,25 @@ mod tests {
 
     #[test]
     fn goals_are_for_the_mean() {
-        let above = per_cent_above(&[1.02, 2.06], &[1.0, 2.0]);
-        assert!((above[0] - 2.0).abs() < 1e-9 && (above[1] - 3.0).abs() < 1e-9, "{above:?}");
+        let above = Above::of(&[1.02, 2.06], &[1.0, 2.0]);
         let says = against_goal(&above, Some(2.6));
         assert_eq!(says, "a test loss 2.50 ± 0.71 % above one-worker AdamW's, at most 2.6 %: **held**");
         assert!(against_goal(&above, Some(2.4)).ends_with("at most 2.4 %: **did not hold**"));
-        assert_eq!(against_goal(&[-1.0], None), "a test loss −1.00 % above one-worker AdamW's");
-        assert!(against_goal(&[f64::NAN, 1.0], Some(2.0)).contains("diverged"));
+        let below = Above::of(&[0.99], &[1.0]);
+        assert_eq!(against_goal(&below, None), "a test loss −1.00 % above one-worker AdamW's");
+    }
+
+    #[test]
+    fn a_goal_is_missed_by_runs_that_diverge() {
+        let of = |ours: [f64; 2], theirs: [f64; 2]| against_goal(&Above::of(&ours, &theirs), Some(2.0));
+        let missed = of([f64::NAN, 1.0], [1.0, 1.0]);
+        assert_eq!(missed, "runs diverged, and one-worker AdamW's did not, at most 2 %: **did not hold**");
+        let nothing = of([1.0, 1.0], [f64::NAN, 1.0]);
+        assert_eq!(nothing, "not to be compared with one-worker AdamW, whose runs diverged");
+    }
+
+    #[test]
+    fn shares_are_shown_as_they_were_stated() {
+        assert_eq!([0.07, 0.01, 0.05, 1.0, 1e-6].map(per_cent), [7.0, 1.0, 5.0, 100.0, 1e-4]);
     }
 }

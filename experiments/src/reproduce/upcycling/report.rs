@@ -3,11 +3,11 @@
 use std::fmt::Write;
 
 use super::arms::{ARMS, Budget};
-use super::{Contestant, Experiment, Row, best_validation};
+use super::{By, Contestant, Experiment, Row, best_validation};
 use crate::report::Curve;
 use crate::reproduce::lab::{
-    Difference, WARM_START_GOAL, Warmup, held, mean_and_spread, mean_curve, per_cent_above, plot_both,
-    plus_minus, seeds_text, show_loss,
+    Above, Difference, WARM_START_GOAL, Warmup, mean_and_spread, mean_curve, plot_both, plus_minus,
+    seeds_text, show_loss,
 };
 use crate::task::Score;
 
@@ -20,6 +20,7 @@ pub(super) fn report(experiment: &Experiment, rows: &[Row], seconds: f64) -> any
          last model |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
     );
     rows.iter().for_each(|row| text.push_str(&row.line()));
+    rows.iter().for_each(|row| text.push_str(&row.skipped_text()));
     text.push_str("\n## Verdict\n\n");
     let ours = |row: &&Row| row.contestant.workers == settings.workers;
     for row in rows.iter().filter(ours).skip(1) {
@@ -58,7 +59,7 @@ fn introduction(experiment: &Experiment) -> anyhow::Result<String> {
     Ok(format!(
         "# Upcycling against the dense model trained on\n\nBundled text, characters; dense model of {} parameters, {} \
          steps of pre-training and {} more (batch {} × {}); {}; trained on by {trainer}, fresh optimiser and rate, the best of {:?} \
-         (AdamW) for every row by validation with the first seed{widened}. Everyone's rate {}, and weight decay is 0. The text \
+         (AdamW) for every row by validation with the first seed{widened}. Everyone's rate {}, and weight decay is {}. The text \
          is small enough to overfit, so the \
          best validation loss of each run counts. Losses are nats per character; `steps` and `TFLOP` are those of the second phase. \
          Runs of one seed share start and batches, and are compared with each other.\n\n",
@@ -70,6 +71,7 @@ fn introduction(experiment: &Experiment) -> anyhow::Result<String> {
         seeds_text(&settings.seeds),
         settings.rates,
         settings.run.training.decay.describe(settings.run.training.final_rate_fraction),
+        settings.run.training.weight_decay,
     ))
 }
 
@@ -127,6 +129,20 @@ impl Row {
         )
     }
 
+    /// Sentences on updates that did not change the model.
+    fn skipped_text(&self) -> String {
+        let Contestant { arm, budget, .. } = self.contestant;
+        let name = format!("{}, equal {}, by {}", arm.name, budget.name(), self.contestant.by());
+        let of = |run: &super::RunResult| {
+            let updates = match &run.key.by {
+                By::AdamW(stretch) => stretch.steps(),
+                By::Workers { training, .. } => training.steps,
+            };
+            run.outcome.skipped_text(&name, run.key.pretraining.seed, updates)
+        };
+        self.runs.iter().map(of).collect()
+    }
+
     /// Against the dense model, seed by seed.
     fn against_dense(&self, dense: &Self) -> String {
         let above = Difference::of(&self.best_losses(), &dense.best_losses());
@@ -141,27 +157,28 @@ impl Row {
 
     /// Asynchronous workers against AdamW from the same start and with as many gradient evaluations, seed by seed.
     fn against_adamw(&self, adamw: &Self) -> String {
-        let above = per_cent_above(&self.best_losses(), &adamw.best_losses());
-        let (mean, spread) = mean_and_spread(&above);
-        let name = self.contestant.arm.name;
-        if !mean.is_finite() {
-            return format!("* {name}: not to be compared with AdamW, as runs diverged.\n");
-        }
+        let above = Above::of(&self.best_losses(), &adamw.best_losses());
+        let (name, by) = (self.contestant.arm.name, self.contestant.by());
+        let amount = match &above {
+            Above::By(values) => {
+                let (mean, spread) = mean_and_spread(values);
+                let mean = plus_minus(mean, spread, 2);
+                format!("the best validation loss of {by} is {mean} % above AdamW's at as many gradient evaluations.")
+            }
+            Above::Diverged(_) => format!("runs of {by} diverged, and AdamW's did not."),
+            Above::Nothing => "not to be compared with AdamW, whose runs diverged.".to_owned(),
+        };
         let (workers, goal) = WARM_START_GOAL;
-        let says = match self.contestant {
-            _ if !self.has_learnt() && !adamw.has_learnt() => {
+        let says = match (self.contestant, above.is_at_most(goal)) {
+            (_, Some(_)) if !self.has_learnt() && !adamw.has_learnt() => {
                 " Neither came below where it began: **that says nothing**.".to_owned()
             }
-            Contestant { arm, workers: Some(ours), .. } if arm != ARMS[0] && ours == workers => {
-                format!(" At most {goal} %: {}.", held(mean <= goal, above.len()))
+            (Contestant { arm, workers: Some(ours), .. }, Some(held)) if arm != ARMS[0] && ours == workers => {
+                format!(" At most {goal} %: {held}.")
             }
             _ => String::new(),
         };
-        format!(
-            "* {name}: the best validation loss of {} is {} % above AdamW's at as many gradient evaluations.{says}\n",
-            self.contestant.by(),
-            plus_minus(mean, spread, 2),
-        )
+        format!("* {name}: {amount}{says}\n")
     }
 
     /// The mean over seeds at every evaluation, over what the budget counts.

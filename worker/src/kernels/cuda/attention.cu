@@ -125,14 +125,14 @@ extern "C" __global__ void __launch_bounds__(256) cached_attention_append(
 
 // Attention of a sequence's next tokens to all tokens up to each one's own, which are in the cache.
 //
-// launch: grid (heads, time), block 256, shared 0; the warps of a block share out the keys of one query.
+// launch: grid (time, heads), block 256, shared 0; the warps of a block share out the keys of one query.
 extern "C" __global__ void __launch_bounds__(256) cached_attention(
     const act* qkv, const act* cache, act* out, int past, int heads, int kv_heads) {
     constexpr int PARTS_PER_LANE = (HEAD_DIM + WARP - 1) / WARP, KEYS = 4, GROUP = 256 / WARP;
     __shared__ float sums[GROUP][HEAD_DIM];
     __shared__ float maxima[GROUP], totals[GROUP];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int head = blockIdx.x, token = blockIdx.y, seen = past + token + 1;
+    const int token = blockIdx.x, head = blockIdx.y, seen = past + token + 1;
     const int kv_head = head / (heads / kv_heads);
     const long long stride = 2LL * kv_heads * HEAD_DIM;
     const act* const keys = cache + kv_head * HEAD_DIM;

@@ -169,7 +169,8 @@ impl Cuda {
         let (past, heads_int, kv_heads) = (int(past), int(heads), int(kv_heads));
         let arguments = arguments![qkv, tables, cache, past, heads_int, kv_heads];
         self.launch(unit, "cached_attention_append", flat(time, 256), arguments);
-        let launch = grid([heads, time, 1], [256, 1, 1], 0);
+        // A text may have more tokens than the 65 535 blocks of the second direction; heads have been looked at.
+        let launch = grid([time, heads, 1], [256, 1, 1], 0);
         self.launch(unit, "cached_attention", launch, arguments![qkv, cache, out, past, heads_int, kv_heads]);
     }
 }
