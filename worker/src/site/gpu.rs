@@ -130,7 +130,9 @@ impl Gpu {
         own: &Promise,
     ) -> ModelError {
         let ModelError::Device(source) = &error else { return error };
-        let Some(ran_out @ &CudaError::OutOfMemory { asked, .. }) = source.downcast_ref() else { return error };
+        let Some(ran_out @ &CudaError::OutOfMemory { asked, .. }) = source.downcast_ref() else {
+            return error;
+        };
         let promised = *self.promised.lock().unwrap_or_else(PoisonError::into_inner);
         match self.fit(run, config, 1, promised - own.bytes) {
             Err(too_large @ ModelError::TooLarge(_)) => too_large,

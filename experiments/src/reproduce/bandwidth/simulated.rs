@@ -7,8 +7,8 @@ use sanderling_common::method::Method;
 
 use super::super::lab::{
     Book, Choosing, Chosen, EVALUATIONS, Grid, MANY, Published, RATES, RATES_OF_MANY, Run, Spec, Subject,
-    Trainer, Tried, counted, file_name, has_momentum, look_every, make, mean_and_spread, plot_both, plus_minus,
-    published_grid, seeds_text, show, validation, write_configuration,
+    Trainer, Tried, counted, file_name, has_momentum, look_every, make, mean_and_spread, plot_both,
+    plus_minus, published_grid, seeds_text, show, validation, write_configuration,
 };
 use super::times::{Time, Times, ratio, reaches, sooner, target};
 use super::{Experiment, Half, METHODS, rate_name};

@@ -226,7 +226,10 @@ mod tests {
     #[test]
     fn goals_are_for_the_mean_and_missed_by_what_diverged() {
         let above = Above::of(&[1.02, 2.06], &[1.0, 2.0]);
-        assert_eq!([2.6, 2.4].map(|goal| above.is_at_most(goal)), [Some("**held**"), Some("**did not hold**")]);
+        assert_eq!(
+            [2.6, 2.4].map(|goal| above.is_at_most(goal)),
+            [Some("**held**"), Some("**did not hold**")]
+        );
         let Above::By(values) = above else { panic!("{above:?}") };
         assert!((values[0] - 2.0).abs() < 1e-9 && (values[1] - 3.0).abs() < 1e-9, "{values:?}");
         let diverged = Above::of(&[f64::NAN, 1.0], &[1.0, 1.0]);

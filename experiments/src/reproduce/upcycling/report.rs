@@ -163,7 +163,9 @@ impl Row {
             Above::By(values) => {
                 let (mean, spread) = mean_and_spread(values);
                 let mean = plus_minus(mean, spread, 2);
-                format!("the best validation loss of {by} is {mean} % above AdamW's at as many gradient evaluations.")
+                format!(
+                    "the best validation loss of {by} is {mean} % above AdamW's at as many gradient evaluations."
+                )
             }
             Above::Diverged(_) => format!("runs of {by} diverged, and AdamW's did not."),
             Above::Nothing => "not to be compared with AdamW, whose runs diverged.".to_owned(),
@@ -173,7 +175,9 @@ impl Row {
             (_, Some(_)) if !self.has_learnt() && !adamw.has_learnt() => {
                 " Neither came below where it began: **that says nothing**.".to_owned()
             }
-            (Contestant { arm, workers: Some(ours), .. }, Some(held)) if arm != ARMS[0] && ours == workers => {
+            (Contestant { arm, workers: Some(ours), .. }, Some(held))
+                if arm != ARMS[0] && ours == workers =>
+            {
                 format!(" At most {goal} %: {held}.")
             }
             _ => String::new(),
