@@ -15,6 +15,27 @@ fn sanderling(folder: &Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_sanderling")).args(arguments).current_dir(folder).output().unwrap()
 }
 
+/// What the pages lead to is there.
+#[test]
+fn links_of_the_pages_lead_somewhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let of_docs = fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let pages = of_docs.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+    let pages = pages.chain(["README.md", "ARCHITECTURE.md", "CHANGELOG.md"].map(|name| root.join(name)));
+    let mut links = 0;
+    for page in pages {
+        for link in fs::read_to_string(&page).unwrap().split("](").skip(1) {
+            let (file, _) = link.split_once(')').unwrap();
+            let file = file.split('#').next().unwrap();
+            if !file.is_empty() && !file.contains("://") {
+                assert!(page.with_file_name(file).exists(), "{}: {file}", page.display());
+                links += 1;
+            }
+        }
+    }
+    assert!(links > 10, "{links} links");
+}
+
 /// Runs `train` and expects it to fail with this code and a single line that contains `words`.
 fn fails(folder: &Path, arguments: &[&str], code: i32, words: &str) -> String {
     command_fails(folder, &[&["train"], arguments].concat(), code, words)

@@ -237,6 +237,8 @@ fn run_files_are_compared_with_the_first() {
     let other = run_file(files.path(), "other/plain.toml", "");
     let said = String::from_utf8(compare(&[&other]).stderr).unwrap();
     assert!(said.contains("have the same name for tables and files"), "{said}");
+    let endless = compare(&["--workers", "2", "--slow-workers", "1", "--slowness", "1e15"]);
+    assert_eq!(endless.status.code(), Some(2));
     let said = String::from_utf8(compare(&["--workers", "2", "--slow-workers", "2"]).stderr).unwrap();
     assert!(said.contains("of 2 workers; take fewer"), "{said}");
     let absent = compare(&["absent.toml"]);
@@ -281,9 +283,9 @@ fn what_cannot_be_run_has_no_folder() {
         ),
         (
             &["compare", &threes, "--steps", "16"],
-            "threes.toml: 16 gradient evaluations are no whole exchanges",
+            "threes.toml: 16 gradient evaluations cannot be made in whole exchanges",
         ),
-        (&["recipe", "--workers", "3", "--steps", "16"], "no whole steps of 3 workers together"),
+        (&["recipe", "--workers", "3", "--steps", "16"], "whole steps of 3 workers together"),
         (&["recipe", "--config", "absent.toml"], "cannot read the run file absent.toml"),
         (&["compare", &single, "--workers", "1,8"], "single.toml: "),
     ];
@@ -405,6 +407,9 @@ fn a_folder_with_something_else_in_it_is_refused() {
         output.status.code() == Some(2) && said.contains("file is no folder; give another --out"),
         "{said}"
     );
+    let output = command(&file.join("inside"), &["secondary", "--steps", "8"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && said.contains("cannot make the folder"), "{said}");
 }
 
 /// Whose results they are was not written any more, or is lost.

@@ -37,13 +37,13 @@ pub struct Arguments {
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=256))]
     slow_workers: u32,
     /// How many times slower they are
-    #[arg(long, default_value_t = 10.0, value_name = "TIMES", value_parser = at_least_one, requires = "slow_workers")]
+    #[arg(long, default_value_t = 10.0, value_name = "TIMES", value_parser = times, requires = "slow_workers")]
     slowness: f64,
     /// Every second worker leaves after about so many exchanges, and comes back later as a new one; 0: none does
     #[arg(long, default_value_t = 0, value_name = "EXCHANGES")]
     stay: u32,
     /// For the time of about so many gradients it is away
-    #[arg(long, default_value_t = 40.0, value_name = "GRADIENTS", value_parser = at_least_one, requires = "stay")]
+    #[arg(long, default_value_t = 40.0, value_name = "GRADIENTS", value_parser = times, requires = "stay")]
     away: f64,
     /// What all reproductions take.
     #[command(flatten)]
@@ -52,13 +52,17 @@ pub struct Arguments {
 
 const COLUMNS: [&str; 2] = ["workers", "run file"];
 
+/// How many times slower a worker may be, and for how many gradients one may be away: time without end would pass before a run
+/// came to its own.
+const TIMES_MAX: f64 = 1e6;
+
 /// Gradient evaluations with --quick, at most.
 const QUICK_EVALUATIONS: u64 = 1000;
 
-fn at_least_one(text: &str) -> Result<f64, String> {
+fn times(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
-        Ok(value) if value.is_finite() && value >= 1.0 => Ok(value),
-        _ => Err("a number of at least 1 is wanted".to_owned()),
+        Ok(value) if (1.0..=TIMES_MAX).contains(&value) => Ok(value),
+        _ => Err(format!("a number from 1 to {TIMES_MAX} is wanted")),
     }
 }
 

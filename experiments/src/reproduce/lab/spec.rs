@@ -135,7 +135,7 @@ pub(in crate::reproduce) fn exchanges(evaluations: u64, local_steps: u32) -> any
     ensure!(
         evaluations.is_multiple_of(local_steps),
         UsageError(format!(
-            "{} are no whole exchanges of {local_steps} local steps; give other --steps",
+            "{} cannot be made in whole exchanges of {local_steps} local steps; give other --steps",
             counted(evaluations, "gradient evaluation")
         ))
     );

@@ -86,8 +86,9 @@ impl Options {
         if folder.exists() && !folder.is_dir() {
             bail!(UsageError(format!("{} is no folder; give another --out", folder.display())));
         }
-        fs::create_dir_all(&folder)
-            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        fs::create_dir_all(&folder).map_err(|error| {
+            UsageError(format!("cannot make the folder {}: {error}; give another --out", folder.display()))
+        })?;
         take(&folder, &form)?;
         let told = reports.iter().filter_map(|report| fs::read_to_string(folder.join(report)).ok());
         let (there, seeds) = (told.map(|report| seeds_told(&report)).max().unwrap_or(0), self.seeds().len());

@@ -127,7 +127,7 @@ impl Settings {
                 ensure!(
                     evaluations.is_multiple_of(u64::from(workers)),
                     UsageError(format!(
-                        "{} are no whole steps of {workers} workers together; give other --steps or --workers",
+                        "{} cannot be made in whole steps of {workers} workers together; give other --steps or --workers",
                         counted(evaluations, "gradient evaluation")
                     ))
                 );
