@@ -37,8 +37,9 @@ use super::lab::{Options, REPORT, file_name, write_part, write_whole};
 /// small model in virtual time, over a link that is as thin for it as the stated one is for ResNet-18, also of 10 Gbit/s;
 /// rates and momenta are chosen from those of `methods`, over an unlimited link with the first seed, and then run with all of
 /// --seeds, in 4 000 gradient evaluations; with --quick in 800, and nothing is chosen. Each part by itself has a report of its
-/// own beside README.md, which has both; none is replaced, nor are its pictures, by fewer seeds or another link. The whole form measures for 75 minutes and then simulates; a measurement that
-/// fails is a cell without a number, and made again the next time.
+/// own beside README.md, which has both; none is replaced, nor are its pictures, by fewer seeds or another link. The whole form
+/// measures for 75 minutes and then simulates; a measurement that fails is a cell without a number, and made again the next
+/// time.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -111,7 +112,9 @@ pub fn bandwidth(arguments: &Arguments) -> anyhow::Result<()> {
     let of_step =
         (arguments.compute_ms != COMPUTE_MS).then(|| format!("--compute-ms {}", arguments.compute_ms));
     let report = Part::report(arguments.part);
-    let folder = options.folder_of("bandwidth", of_step.as_slice(), &REPORTS)?;
+    // What is measured depends on no seeds, so that by itself it replaces nothing of those that are told.
+    let of_seeds = if arguments.part == Some(Part::Measured) { &[][..] } else { &REPORTS[..] };
+    let folder = options.folder_of("bandwidth", of_step.as_slice(), of_seeds)?;
     let started = Instant::now();
     let experiment = Experiment::new(arguments, &folder);
     let mut text = format!(

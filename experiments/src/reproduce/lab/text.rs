@@ -68,7 +68,7 @@ impl Options {
         self.folder_of(name, own, &[REPORT])
     }
 
-    /// The same, where there are several reports, which share pictures and configurations.
+    /// The same, where a report by any of these names may show what would be replaced.
     ///
     /// # Errors
     /// As [`folder`](Self::folder).
