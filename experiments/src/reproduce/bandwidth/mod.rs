@@ -113,7 +113,7 @@ pub fn bandwidth(arguments: &Arguments) -> anyhow::Result<()> {
         (arguments.compute_ms != COMPUTE_MS).then(|| format!("--compute-ms {}", arguments.compute_ms));
     let report = Part::report(arguments.part);
     // What is measured depends on no seeds, so that by itself it replaces nothing of those that are told.
-    let of_seeds = if arguments.part == Some(Part::Measured) { &[][..] } else { &REPORTS[..] };
+    let of_seeds: &[&str] = if arguments.part == Some(Part::Measured) { &[] } else { &REPORTS };
     let folder = options.folder_of("bandwidth", of_step.as_slice(), of_seeds)?;
     let started = Instant::now();
     let experiment = Experiment::new(arguments, &folder);
