@@ -34,6 +34,12 @@ fn the_emulator_computes_like_plain_loops_and_notices_mistakes() {
         ("used_too_early", "sums of products that were not waited for"),
         ("never_waited_for", "products that nobody waited for"),
         ("never_copied", "copies that nobody waited for"),
+        ("unknown_tile", "a product of what was written without a fence"),
+        ("unknown_copy", "a product of what was written without a fence"),
+        ("unfenced_sums", "a product of registers without a fence"),
+        ("operand_used_again", "an operand in registers that changed before the wait"),
+        ("untold_barrier", "a box for a barrier without its fence"),
+        ("box_over_stores", "a box over what was written before a fence"),
     ] {
         let run = Command::new(&program).arg(kernel).output().unwrap();
         assert!(!run.status.success(), "{kernel} is not noticed");

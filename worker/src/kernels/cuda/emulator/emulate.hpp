@@ -199,6 +199,8 @@ asm(".text\n"
 struct EmulateFiber {
     // Products and copies that it has begun and not waited for.
     int products, copies;
+    // Whether wgmma may use its registers.
+    bool fenced;
 #if defined(__x86_64__)
     void* stack_pointer;
 #else
@@ -228,6 +230,10 @@ struct EmulateBlock {
     std::vector<char> memory;
     char* shared;
     unsigned shared_bytes;
+    // Of the shared memory that a launch sizes, what wgmma and the copy engine know, and of each 16 bytes which thread has
+    // copied there since its last fence: its number from 1 on, or 0.
+    std::vector<char> known;
+    std::vector<unsigned short> copied_by;
     int current, threads;
     // What the copy engine was asked for and has not brought.
     int boxes;
@@ -265,6 +271,12 @@ inline char* emulate_shared(unsigned address) {
     const EmulateBlock& block = emulate_block;
     if (address <= block.shared_bytes) return block.shared + address;
     return &emulate_shared_mark + (int)(address - EMULATE_STATIC_SHARED);
+}
+
+// A copy by cp.async is a thread's own write, of which only its own fence tells wgmma.
+inline void emulate_copied(const void* shared) {
+    const unsigned address = emulate_shared_address(shared);
+    if (address < emulate_block.shared_bytes) emulate_block.copied_by[address / 16] = (unsigned short)(emulate_block.current + 1);
 }
 
 inline void emulate_go(EmulateFiber& from, EmulateFiber& to) {
@@ -423,6 +435,7 @@ inline void emulate_prepare(EmulateFiber& fiber) {
     if (fiber.stack == nullptr) fiber.stack = (char*)malloc(EMULATE_STACK_BYTES);
     fiber.done = false;
     fiber.products = fiber.copies = 0;
+    fiber.fenced = false;
 #if defined(__x86_64__)
     // Six registers and the address to return to, with the stack as a call leaves it: 8 bytes off a multiple of 16.
     void** top = (void**)(((unsigned long long)fiber.stack + EMULATE_STACK_BYTES) / 16 * 16) - 1;
@@ -476,6 +489,8 @@ extern "C" __attribute__((visibility("default"))) void emulate_launch(
         blockIdx = {index % grid[0], index / grid[0] % grid[1], index / grid[0] / grid[1]};
         memset(static_shared[0], 0xff, static_shared[1] - static_shared[0]);
         memset(block.shared, 0xff, shared_bytes);
+        block.known.assign(shared_bytes, (char)0xff);
+        block.copied_by.assign(shared_bytes / 16 + 1, 0);
         memset(block.shared + shared_bytes, 0x5a, EMULATE_GUARD_BYTES);
         block.all = {0, (int)threads, 0};
         for (unsigned warp = 0; warp < threads / 32; warp++) block.warps[warp] = {0, 32, 0};

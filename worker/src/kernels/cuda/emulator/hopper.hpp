@@ -6,9 +6,12 @@
 // shared memory and writes its sums only when it is waited for, so that a tile that is given back too early is seen, and so
 // are sums that are used before. Copies by cp.async are like boxes (mma.hpp).
 //
-// Fences do nothing here: that one is missing (shared_fence between a thread's own writes and wgmma or the copy engine,
-// barrier_fence, wgmma_fence, __threadfence) is not seen. Nor is what the order in which threads see each other's plain writes
-// may do, as a thread goes on alone until it waits, or what registers that a warpgroup gave up would be missed for.
+// wgmma and the copy engine know of a thread's writes to shared memory, of barriers and of registers only what a fence has
+// told them, and a kernel that has them use more fails. It is not known which thread has stored what, so that any thread's
+// shared_fence tells of all that was stored; of what cp.async copied only that of the thread whose copy it was.
+//
+// Not seen are a __threadfence that is missing, what the order in which threads see each other's plain writes may do, as a
+// thread goes on alone until it waits, and what registers that a warpgroup gave up would be missed for.
 
 #ifndef SANDERLING_HOPPER_HPP
 #define SANDERLING_HOPPER_HPP
@@ -34,8 +37,18 @@ inline void emulate_flip(EmulateArrivals& arrivals) {
     arrivals.pending = arrivals.count;
     emulate_block.progress = true;
 }
+// Barriers that the copy engine was not told of, and the thread that can.
+struct EmulateUntold {
+    unsigned barrier;
+    int thread;
+};
+static std::vector<EmulateUntold> emulate_untold;
+
 inline void barrier_init(unsigned barrier, int count) {
     emulate_arrivals(barrier) = {(unsigned)count, (unsigned)count, 0, 0};
+    for (size_t i = emulate_untold.size(); i-- > 0;)
+        if (emulate_untold[i].barrier == barrier) emulate_untold.erase(emulate_untold.begin() + i);
+    emulate_untold.push_back({barrier, emulate_block.current});
 }
 inline void barrier_arrive(unsigned barrier) {
     EmulateArrivals& arrivals = emulate_arrivals(barrier);
@@ -55,8 +68,30 @@ inline void barrier_wait(unsigned barrier, int parity) {
         if (arrivals.phase == (unsigned)parity) emulate_yield();
     }
 }
-inline void barrier_fence() {}
-inline void shared_fence() {}
+inline void barrier_fence() {
+    for (size_t i = emulate_untold.size(); i-- > 0;)
+        if (emulate_untold[i].thread == emulate_block.current) emulate_untold.erase(emulate_untold.begin() + i);
+}
+
+// Whether wgmma and the copy engine know what is in shared memory there.
+inline bool emulate_is_known(unsigned address, unsigned bytes) {
+    const EmulateBlock& block = emulate_block;
+    if (address + bytes > block.shared_bytes) emulate_fail("an operand past the end of the shared memory that the launch sizes");
+    return memcmp(block.known.data() + address, block.shared + address, bytes) == 0;
+}
+inline void emulate_know(unsigned address, unsigned bytes) {
+    memcpy(emulate_block.known.data() + address, emulate_block.shared + address, bytes);
+}
+inline void shared_fence() {
+    EmulateBlock& block = emulate_block;
+    const unsigned short mine = (unsigned short)(block.current + 1);
+    for (unsigned at = 0; at < block.shared_bytes; at += 16) {
+        unsigned short& by = block.copied_by[at / 16];
+        if (by != 0 && by != mine) continue;
+        by = 0;
+        emulate_know(at, block.shared_bytes - at < 16 ? block.shared_bytes - at : 16);
+    }
+}
 
 // Spoiled at the start of a block, as all that is thread-local.
 static thread_local EmulateBarrier emulate_some[16];
@@ -93,9 +128,13 @@ static std::vector<EmulateBox> emulate_boxes;
 
 inline void load_box(unsigned to, const TensorMap& map, unsigned barrier, int x, int y, int z = 0) {
     if (to % 1024 != 0) emulate_fail("a swizzled box that does not start at a multiple of 1024 bytes");
+    if (!emulate_is_known(to, 64 * 128)) emulate_fail("a box over what was written before a fence");
+    for (const EmulateUntold& untold : emulate_untold)
+        if (untold.barrier == barrier) emulate_fail("a box for a barrier without its fence");
     emulate_boxes.push_back({to, barrier, *(const EmulateTensor*)&map, x, y, z});
     emulate_block.boxes++;
     memset(emulate_shared(to), 0xff, 64 * 128);
+    emulate_know(to, 64 * 128);
 }
 inline void emulate_arrive(const EmulateBox& box) {
     for (int row = 0; row < 64; row++)
@@ -108,6 +147,7 @@ inline void emulate_arrive(const EmulateBox& box) {
                 inside ? tensor.data[at[2] * tensor.strides[1] + at[1] * tensor.strides[0] + at[0]] : bf16{0};
             memcpy(emulate_shared(emulate_swizzle(box.to + row * 128 + column * 2)), &value, 2);
         }
+    emulate_know(box.to, 64 * 128);
     EmulateArrivals& arrivals = emulate_arrivals(box.barrier);
     arrivals.bytes -= 64 * 128;
     emulate_flip(arrivals);
@@ -135,6 +175,8 @@ struct EmulateProduct {
     bool left_side, right_side, in_registers, add;
     unsigned a[4][4]; // a lane's rows of the left operand: `a` of the four lanes that hold them
     int group;
+    const unsigned* own; // the lane's part of them, and what it was
+    unsigned own_before[4];
 };
 struct EmulateProducts {
     std::vector<EmulateProduct> begun;
@@ -156,11 +198,15 @@ inline float emulate_operand(unsigned long long descriptor, bool side_contiguous
     const unsigned leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
     const unsigned at = side_contiguous ? side % 64 * 2 + side / 64 * leading + depth % 8 * 128 + depth / 8 * stride
                                         : side % 8 * 128 + side / 8 * stride + depth * 2;
+    const unsigned address = emulate_swizzle(start + at);
+    if (!emulate_is_known(address, 2)) emulate_fail("a product of what was written without a fence, or after it began");
     bf16 value;
-    memcpy(&value, emulate_shared(emulate_swizzle(start + at)), 2);
+    memcpy(&value, emulate_shared(address), 2);
     return to_float(value);
 }
 inline void emulate_run(const EmulateProduct& product) {
+    if (product.in_registers && memcmp(product.own, product.own_before, sizeof(product.own_before)) != 0)
+        emulate_fail("an operand in registers that changed before the wait");
     const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     for (int half = 0; half < 2; half++) {
         float left[16];
@@ -180,12 +226,13 @@ inline void emulate_run(const EmulateProduct& product) {
 }
 inline void emulate_begin(EmulateProduct product) {
     EmulateProducts& mine = emulate_mine();
+    if (!emulate_block.fibers[emulate_block.current].fenced) emulate_fail("a product of registers without a fence");
     product.group = mine.groups;
     mine.begun.push_back(product);
     emulate_block.fibers[emulate_block.current].products++;
 }
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() { emulate_block.fibers[emulate_block.current].fenced = true; }
 // Lanes of a warp are together at every instruction of a product.
 inline void wgmma_commit() {
     __syncwarp();
@@ -198,7 +245,10 @@ void wgmma_wait() {
     size_t done = 0;
     while (done < mine.begun.size() && mine.begun[done].group < mine.groups - LEFT) emulate_run(mine.begun[done++]);
     mine.begun.erase(mine.begun.begin(), mine.begun.begin() + done);
-    emulate_block.fibers[emulate_block.current].products -= (int)done;
+    EmulateFiber& fiber = emulate_block.fibers[emulate_block.current];
+    fiber.products -= (int)done;
+    // Sums that came are the thread's, until its next fence.
+    fiber.fenced = fiber.fenced && done == 0;
     __syncwarp();
 }
 template <int N>
@@ -213,6 +263,8 @@ void wgmma(float (&c)[1][N][4], unsigned long long left, unsigned long long righ
 template <int N>
 void wgmma_registers(float (&c)[1][N][4], const unsigned (&a)[4], unsigned long long right) {
     EmulateProduct product = {&c[0][0][0], N * 8, 0, right, false, true, true, true};
+    product.own = a;
+    memcpy(product.own_before, a, sizeof(a));
     const int first = threadIdx.x % WARP / 4 * 4;
     for (int i = 0; i < 16; i++) product.a[i / 4][i % 4] = __shfl_sync(FULL_WARP, a[i % 4], first + i / 4);
     emulate_begin(product);

@@ -102,6 +102,7 @@ inline void emulate_cp_async_wait(int left) {
         } else {
             memset(copy.shared, 0, copy.bytes);
         }
+        emulate_copied(copy.shared);
     }
     own.begun.erase(own.begun.begin(), own.begun.begin() + done);
     emulate_block.fibers[emulate_block.current].copies -= (int)done;

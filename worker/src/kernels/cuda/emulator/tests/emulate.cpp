@@ -119,13 +119,21 @@ extern "C" __global__ void past_the_end(int*) {
 extern "C" __global__ void some_lanes(int* out) {
     if (threadIdx.x < 4) out[threadIdx.x] = __shfl_sync(0xfu, (int)threadIdx.x, 0);
 }
-// A warpgroup's product of a tile of 64 × 64 ones with itself, begun.
-static void begin_product(float (&c)[1][8][4], bf16* tile) {
-    for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) tile[i] = __float2bfloat16_rn(1.0f);
-    __syncthreads();
+static void fill(bf16* tile, float value) {
+    for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) tile[i] = __float2bfloat16_rn(value);
+}
+// A warpgroup's product of a tile of 64 × 64 with itself, begun.
+static void multiply(float (&c)[1][8][4], bf16* tile) {
     const unsigned long long ones = descriptor(depth_contiguous(shared_address(tile)));
     wgmma<false, false>(c, ones, ones, false);
     wgmma_commit();
+}
+static void begin_product(float (&c)[1][8][4], bf16* tile) {
+    fill(tile, 1.0f);
+    shared_fence();
+    __syncthreads();
+    wgmma_fence();
+    multiply(c, tile);
 }
 extern "C" __global__ void used_too_early(int*) {
     DYNAMIC_SHARED(bf16, tile);
@@ -161,6 +169,81 @@ extern "C" __global__ void never_copied(int* from) {
     cp_async_commit();
     cp_async_wait<1>();
 }
+// Without the fence between the tile and its product; or with that of one thread only, who copied a part of it.
+extern "C" __global__ void unknown_tile(int*) {
+    DYNAMIC_SHARED(bf16, tile);
+    float c[1][8][4];
+    fill(tile, 1.0f);
+    __syncthreads();
+    wgmma_fence();
+    multiply(c, tile);
+    wgmma_wait<0>();
+}
+extern "C" __global__ void unknown_copy(const bf16* from) {
+    DYNAMIC_SHARED(bf16, tile);
+    float c[1][8][4];
+    for (int i = threadIdx.x; i < 64 * 8; i += blockDim.x) cp_async_16(tile + i * 8, from + i * 8, true);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    if (threadIdx.x == 0) shared_fence();
+    __syncthreads();
+    wgmma_fence();
+    multiply(c, tile);
+    wgmma_wait<0>();
+}
+// A second product of sums that came, without a fence between.
+extern "C" __global__ void unfenced_sums(int*) {
+    DYNAMIC_SHARED(bf16, tile);
+    float c[1][8][4];
+    begin_product(c, tile);
+    wgmma_wait<0>();
+    settle(c);
+    c[0][0][0] *= 2.0f;
+    multiply(c, tile);
+    wgmma_wait<0>();
+}
+extern "C" __global__ void operand_used_again(int*) {
+    DYNAMIC_SHARED(bf16, tile);
+    float c[1][8][4] = {};
+    unsigned a[4] = {1, 2, 3, 4};
+    fill(tile, 1.0f);
+    shared_fence();
+    __syncthreads();
+    wgmma_fence();
+    wgmma_registers(c, a, descriptor(side_contiguous(shared_address(tile), 64 * 128)));
+    wgmma_commit();
+    a[3] = 5;
+    wgmma_wait<0>();
+}
+// A box for a barrier that the copy engine was not told of, and one over what was stored without a fence.
+static void ask_for_box(bf16* tile, bool fence_barrier, bool store) {
+    __shared__ unsigned long long barrier;
+    __shared__ bf16 from[64];
+    TensorMap map;
+    const EmulateTensor tensor = {from, {64, 1, 1}, {64, 0}};
+    memcpy(map.bytes, &tensor, sizeof(tensor));
+    if (threadIdx.x == 0) {
+        barrier_init(shared_address(&barrier), 1);
+        if (fence_barrier) barrier_fence();
+        if (store) tile[5] = __float2bfloat16_rn(0.0f);
+        barrier_expect(shared_address(&barrier), 64 * 128);
+        load_box(shared_address(tile), map, shared_address(&barrier), 0, 0);
+        barrier_wait(shared_address(&barrier), 0);
+    }
+}
+extern "C" __global__ void untold_barrier(int*) {
+    DYNAMIC_SHARED(bf16, tile);
+    ask_for_box(tile, false, false);
+}
+extern "C" __global__ void box_over_stores(int*) {
+    DYNAMIC_SHARED(bf16, tile);
+    ask_for_box(tile, true, true);
+}
+extern "C" __global__ void box(int*) {
+    DYNAMIC_SHARED(bf16, tile);
+    ask_for_box(tile, true, false);
+}
 // With the tile used again before the product is waited for, or after it.
 extern "C" __global__ void tile_used_again(int* out, int too_early) {
     DYNAMIC_SHARED(bf16, tile);
@@ -168,7 +251,8 @@ extern "C" __global__ void tile_used_again(int* out, int too_early) {
     begin_product(c, tile);
     if (!too_early) wgmma_wait<0>();
     __syncthreads();
-    for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) tile[i] = __float2bfloat16_rn(0.0f);
+    fill(tile, 0.0f);
+    shared_fence();
     __syncthreads();
     wgmma_wait<0>();
     settle(c);
@@ -327,6 +411,17 @@ int main(int count, char** arguments) {
         if (name == "some_lanes") launch(some_lanes, 1, 1, 1, 32, 1, 0, {at(out)}, {});
         if (name == "used_too_early") launch(used_too_early, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
         if (name == "never_waited_for") launch(never_waited_for, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
+        if (name == "unknown_tile") launch(unknown_tile, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
+        if (name == "unfenced_sums") launch(unfenced_sums, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
+        if (name == "operand_used_again") launch(operand_used_again, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
+        if (name == "untold_barrier") launch(untold_barrier, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
+        if (name == "box_over_stores") launch(box_over_stores, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
+        if (name == "unknown_copy") {
+            struct alignas(16) {
+                bf16 values[64 * 64];
+            } from = {};
+            launch(unknown_copy, 1, 1, 1, 128, 1, 64 * 128, {(long long)&from}, {});
+        }
         if (name == "never_copied") launch(never_copied, 1, 1, 1, 32, 1, 512, {at(out)}, {});
         return 2;
     }
@@ -337,5 +432,6 @@ int main(int count, char** arguments) {
     test_race();
     test_tiles_used_again();
     test_copies();
+    launch(box, 1, 1, 1, 128, 1, 64 * 128, {at(out)}, {});
     return failures > 0;
 }
