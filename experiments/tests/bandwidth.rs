@@ -27,6 +27,13 @@ fn measured(folder: &Path) -> Vec<serde_json::Value> {
 #[test]
 fn updates_are_measured_over_a_relay_and_kept() {
     let folder = tempfile::tempdir().unwrap();
+    // What is measured by itself depends on no seeds, so that it replaces nothing of a report that does.
+    for (name, content) in [
+        ("reproduction.txt", "bandwidth --quick --compute-ms 5"),
+        ("README.md", "seeds 1337, 1338, of both parts"),
+    ] {
+        fs::write(folder.path().join(name), content).unwrap();
+    }
     let run = || {
         let output = bandwidth(folder.path(), &MEASURED).arg("5").output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -247,6 +247,35 @@ fn run_files_are_compared_with_the_first() {
     assert!(said.contains("cannot read the run file absent.toml"), "{said}");
 }
 
+/// Its runs would be kept as those of the text that was there before.
+#[cfg(unix)]
+#[test]
+fn a_text_that_is_changed_meanwhile_is_refused() {
+    let files = tempfile::tempdir().unwrap();
+    let text = files.path().join("own.txt");
+    let write = |line: &str| {
+        let beside = files.path().join("beside.txt");
+        fs::write(&beside, line.repeat(60)).unwrap();
+        fs::rename(beside, &text).unwrap();
+    };
+    write("To be, or not to be, that is the question. ");
+    let settings = format!("[training]\nsteps = 8\n[data]\ntext = '{}'\n", text.display());
+    let config = run_file(files.path(), "own.toml", &settings);
+    let folder = tempfile::tempdir().unwrap();
+    // Hundreds of runs.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sanderling"));
+    command.args(["reproduce", "compare", &config, "--workers", "2,4", "--seeds", "100", "--out"]);
+    let child = command.arg(folder.path()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    wait_until(|| fs::metadata(folder.path().join("results.jsonl")).is_ok_and(|file| file.len() > 0));
+    write("Whether 'tis nobler in the mind to suffer. ");
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("own.txt was changed meanwhile"), "{said}");
+    let made = results(folder.path());
+    let of = |run: &serde_json::Value| run["spec"]["contents"]["text_sha256"].clone();
+    assert!(made.len() < 200 && made.iter().all(|run| of(run) == of(&made[0])), "{} runs", made.len());
+}
+
 /// A worker that leaves updates out for want of a finite gradient sends fewer bytes, which is no merit.
 #[test]
 fn updates_that_changed_nothing_are_told_and_save_nothing() {
@@ -308,6 +337,11 @@ fn the_time_to_a_loss_is_simulated_for_every_rate() {
     }
     assert_eq!(pictures(folder.path(), &report).len(), 4);
     assert!(!report.contains("measured over QUIC"));
+    // Both parts with more seeds are not replaced by one with fewer; what is measured depends on none (`tests/bandwidth.rs`).
+    fs::write(folder.path().join("README.md"), "seeds 1337, 1338, of both parts").unwrap();
+    let output = command(folder.path(), &arguments).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && said.contains("holds a report of 2 seeds"), "{said}");
 }
 
 #[test]
