@@ -46,6 +46,8 @@ pub(super) struct Graphs {
     kept: VecDeque<Kept>,
     /// Times in a row that the driver refused one.
     refusals: u32,
+    /// Why it did the last time.
+    refusal: Option<String>,
     counts: GraphCounts,
 }
 
@@ -130,6 +132,7 @@ impl Graphs {
 
     fn refuse(&mut self, error: &CudaError) {
         (self.counts.refused, self.refusals) = (self.counts.refused + 1, self.refusals + 1);
+        self.refusal = Some(error.to_string());
         if self.refusals < REFUSALS_MAX {
             tracing::debug!("a step is queued without a graph: {error}");
         } else {
@@ -147,6 +150,11 @@ impl Cuda {
     /// How often graphs were made and used.
     pub fn graph_counts(&self) -> GraphCounts {
         self.graphs.counts
+    }
+
+    /// Why the last graph that was refused was.
+    pub fn graph_refusal(&self) -> Option<&str> {
+        self.graphs.refusal.as_deref()
     }
 
     /// Operations are written down from here on.

@@ -43,7 +43,12 @@ const PLANS_MAX: usize = 4096;
 pub(super) fn major_version() -> i32 {
     // SAFETY: it takes nothing, and only reads.
     let version = unsafe { sys::cublasLtGetVersion() };
-    i32::try_from(version / 10_000).unwrap_or(i32::MAX)
+    i32::try_from(major_of(version)).unwrap_or(i32::MAX)
+}
+
+/// 13.1.2 is 130102; up to version 11, 11.5.2 was 11502.
+const fn major_of(version: usize) -> usize {
+    if version < 100_000 { version / 1000 } else { version / 10_000 }
 }
 
 /// Everything about a product but its addresses, of which only the alignment matters.
@@ -304,5 +309,15 @@ impl Blas {
             let _ = result::destroy_handle(self.handle);
             let _ = cuda::free_sync(shared.workspace);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::major_of;
+
+    #[test]
+    fn old_and_new_numbers_of_versions_are_told_apart() {
+        assert_eq!([10_203, 11_502, 120_103, 130_200].map(major_of), [10, 11, 12, 13]);
     }
 }
