@@ -87,10 +87,10 @@ __device__ __forceinline__ void as_operand(unsigned (&a)[K][4], const float (&p)
 
 // c += p·b for the 16·K rows of a tile b: begins.
 template <int N, int K>
-__device__ __forceinline__ void accumulate(float (&c)[1][N][4], const unsigned (&p)[K][4], const act* b_tile) {
+__device__ __forceinline__ void accumulate(float (&c)[1][N][4], unsigned (&p)[K][4], const act* b_tile) {
     // The next 64 columns are the next panel, of 16·K rows.
     const Operand b = side_contiguous(shared_address(b_tile), K * 16 * 128);
-    settle(c);
+    settle(c), settle(p);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < K; ++k) wgmma_registers(c, p[k], descriptor(further(b, k * PANEL_16_ROWS)));

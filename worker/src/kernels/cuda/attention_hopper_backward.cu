@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, 1) attention_backward
         if (query >= own_first) {
             // Everything is transposed: rows are keys, columns queries.
             float p[1][PASS_ROWS / 8][4], ds[1][PASS_ROWS / 8][4];
-            unsigned operand[PASS_ROWS / 16][4], ds_operand[PASS_ROWS / 16][4];
+            unsigned operand[PASS_ROWS / 16][4], rounded[PASS_ROWS / 16][4], ds_operand[PASS_ROWS / 16][4];
             scores(p, own_keys, queries);
             scores(ds, own_values, gradients);
             wgmma_wait<1>();
@@ -109,6 +109,7 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, 1) attention_backward
                 }
             }
             as_operand(operand, p);
+            copy_operand(rounded, operand);
             accumulate(dv, operand, gradients);
             wgmma_wait<1>();
             settle(ds);
@@ -117,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(KEYS_THREADS, 1) attention_backward
                 const float4 pairs = *(const float4*)(row_saved + n * 8);
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                    // The probability as it was rounded, where the registers are short.
-                    const unsigned both = operand[n / 2][n % 2 * 2 + c / 2];
+                    // The probability as it was rounded, where registers are short. The copy takes none.
+                    const unsigned both = rounded[n / 2][n % 2 * 2 + c / 2];
                     const float probability =
                         KEYS_WARPGROUPS == 2 ? p[0][n][c] : c % 2 ? high_bf16(both) : low_bf16(both);
                     ds[0][n][c] = probability * (ds[0][n][c] - (c % 2 ? pairs.w : pairs.y));

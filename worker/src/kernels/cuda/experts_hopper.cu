@@ -18,7 +18,7 @@
 #endif
 
 constexpr int HOPPER_ROWS = 128, HOPPER_COLUMNS = 256, HOPPER_DEPTH = 64, HOPPER_STAGES = 4;
-constexpr int HOPPER_THREADS = 384, HOPPER_CONSUMER_WARPS = 8;
+constexpr int HOPPER_THREADS = 3 * WARPGROUP, HOPPER_CONSUMER_WARPS = 8;
 constexpr int HOPPER_EXPERTS = 256; // the most experts
 // Row tiles that share columns of the right operand in the second-level cache.
 constexpr int HOPPER_GROUP = 16;
@@ -237,7 +237,7 @@ __device__ __forceinline__ void hopper_product(
     HopperTiles<product> tiles(shared, experts, rows, columns);
     HopperTile tile;
     int stage = 0, parity = 0;
-    if (threadIdx.x < 128) {
+    if (threadIdx.x < WARPGROUP) {
         fewer_registers<40>();
         if (threadIdx.x == 0) {
             while (tiles.next(tile)) {
@@ -273,7 +273,7 @@ __device__ __forceinline__ void hopper_product(
         }
     } else {
         more_registers<232>();
-        const int consumer = threadIdx.x / 128 - 1, lane = threadIdx.x % WARP;
+        const int consumer = threadIdx.x / WARPGROUP - 1, lane = threadIdx.x % WARP;
         const unsigned long long lefts = box<left_side_contiguous>(ring + consumer * BOX_BYTES);
         const unsigned long long rights = box<right_side_contiguous>(ring + LEFT_BYTES);
         float c[1][32][4];
@@ -290,10 +290,10 @@ __device__ __forceinline__ void hopper_product(
                     // Rows of the next expert, in all six boxes.
                     const int rest = (HOPPER_DEPTH - (length - at)) * (BOX * 2 / 16);
                     uint4* slice = (uint4*)(ring_bytes + stage * RING_STAGE_BYTES);
-                    for (int i = threadIdx.x - 128; i < rest * (RING_STAGE_BYTES / BOX_BYTES); i += 256)
+                    for (int i = threadIdx.x - WARPGROUP; i < rest * (RING_STAGE_BYTES / BOX_BYTES); i += 2 * WARPGROUP)
                         slice[(i / rest + 1) * (BOX_BYTES / 16) - 1 - i % rest] = make_uint4(0, 0, 0, 0);
                     shared_fence();
-                    sync_some<256>(1);
+                    sync_some<2 * WARPGROUP>(1);
                 }
                 const unsigned long long left = lefts + stage * (RING_STAGE_BYTES / 16);
                 const unsigned long long right = rights + stage * (RING_STAGE_BYTES / 16);
@@ -316,7 +316,7 @@ __device__ __forceinline__ void hopper_product(
             wgmma_wait<0>();
             settle(c);
             if (length > 0 && lane == 0) barrier_arrive(empty + last * 8);
-            const int row = tile.row + consumer * 64 + threadIdx.x % 128 / WARP * 16 + lane / 4;
+            const int row = tile.row + consumer * 64 + threadIdx.x % WARPGROUP / WARP * 16 + lane / 4;
             const int rows_here = product == WEIGHT_GRADIENT ? rows : tile.slots;
             const long long offset = product == WEIGHT_GRADIENT ? tile.expert * output.stride
                                                                 : (long long)tile.first_slot * columns;

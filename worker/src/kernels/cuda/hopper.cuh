@@ -140,6 +140,19 @@ __device__ __forceinline__ void settle(float (&c)[1][N][4]) {
     for (int n = 0; n < N; ++n) asm volatile("" : SUMS_1(n)::"memory");
 }
 
+// The same for an operand in registers.
+template <int K>
+__device__ __forceinline__ void settle(unsigned (&a)[K][4]) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3])::"memory");
+}
+// A copy in registers of its own: until a product is waited for, those of its operand may not even be read.
+template <int K>
+__device__ __forceinline__ void copy_operand(unsigned (&to)[K][4], const unsigned (&a)[K][4]) {
+#pragma unroll
+    for (int i = 0; i < K * 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(to[i / 4][i % 4]) : "r"(a[i / 4][i % 4]));
+}
+
 // c (64 × 8·N) = left (64 × 16, shared) · right (16 × 8·N, shared), added to c or not; both by their descriptors. A thread's
 // c[0][n][{0, 1}] are row 16 · warp + lane / 4 and columns 8·n + 2·(lane % 4) + {0, 1}; c[0][n][{2, 3}] are 8 rows below.
 template <bool left_side_contiguous, bool right_side_contiguous>

@@ -256,6 +256,12 @@ void settle(float (&c)[1][N][4]) {
     for (const EmulateProduct& product : emulate_mine().begun)
         if (product.c == &c[0][0][0]) emulate_fail("sums of products that were not waited for");
 }
+template <int K>
+void settle(unsigned (&)[K][4]) {}
+template <int K>
+void copy_operand(unsigned (&to)[K][4], const unsigned (&a)[K][4]) {
+    memcpy(to, a, sizeof(to));
+}
 template <bool left_side_contiguous, bool right_side_contiguous, int N>
 void wgmma(float (&c)[1][N][4], unsigned long long left, unsigned long long right, bool add) {
     emulate_begin({&c[0][0][0], N * 8, left, right, left_side_contiguous, right_side_contiguous, false, add});
