@@ -40,7 +40,8 @@ pub use self::buffer::{Buffer, Tokens};
 pub use self::driver::Emulated;
 use self::driver::{Argument, Driver, Kernel, Launch, Module, Operation, Scalar};
 pub use self::driver::{
-    CompileError, Library, Properties, architecture, compile_to_cubin, compile_to_ptx, missing_library,
+    CompileError, Compiled, Library, Properties, architecture, compile_to_cubin, compile_to_ptx,
+    missing_library,
 };
 pub use self::error::CudaError;
 pub use self::graphs::GraphCounts;

@@ -20,6 +20,15 @@ pub struct CompileError {
     pub log: String,
 }
 
+/// What became of a translation unit.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    /// Machine code, or text for a driver to compile further.
+    pub code: Vec<u8>,
+    /// Warnings.
+    pub log: String,
+}
+
 /// The compiler's version, as a part of what names a compiled unit in the cache.
 pub(super) fn version() -> (i32, i32) {
     let (mut major, mut minor) = (0, 0);
@@ -37,7 +46,7 @@ pub(super) fn version() -> (i32, i32) {
 ///
 /// # Panics
 /// If NVRTC cannot be loaded: ask [`missing_library`](super::missing_library) before.
-pub fn compile_to_ptx(source: &Source, architecture: &str) -> Result<Vec<u8>, CompileError> {
+pub fn compile_to_ptx(source: &Source, architecture: &str) -> Result<Compiled, CompileError> {
     compile(source, architecture, Form::Ptx)
 }
 
@@ -57,7 +66,7 @@ pub fn architecture(capability: u32) -> String {
 ///
 /// # Panics
 /// If NVRTC cannot be loaded: ask [`missing_library`](super::missing_library) before.
-pub fn compile_to_cubin(source: &Source, architecture: &str) -> Result<Vec<u8>, CompileError> {
+pub fn compile_to_cubin(source: &Source, architecture: &str) -> Result<Compiled, CompileError> {
     compile(source, architecture, Form::Cubin)
 }
 
@@ -74,7 +83,7 @@ pub(super) fn options(source: &Source, architecture: &str) -> Vec<String> {
     options
 }
 
-fn compile(source: &Source, architecture: &str, form: Form) -> Result<Vec<u8>, CompileError> {
+fn compile(source: &Source, architecture: &str, form: Form) -> Result<Compiled, CompileError> {
     let error = |status: String, log: String| CompileError {
         name: source.name,
         architecture: architecture.to_owned(),
@@ -87,12 +96,14 @@ fn compile(source: &Source, architecture: &str, form: Form) -> Result<Vec<u8>, C
         .map_err(|status| error(format!("{:?}", status.0), String::new()))?;
     // SAFETY: the program was just created; it is destroyed below, once.
     let compiled = unsafe { result::compile_program(program, &options(source, architecture)) };
-    let outcome = compiled.map_err(|status| error(format!("{:?}", status.0), log(program)));
-    let outcome = outcome
-        .and_then(|()| code(program, form).map_err(|status| error(format!("{status:?}"), String::new())));
+    let log = log(program);
+    let outcome = match compiled {
+        Ok(()) => code(program, form).map_err(|status| (format!("{status:?}"), String::new())),
+        Err(status) => Err((format!("{:?}", status.0), log.clone())),
+    };
     // SAFETY: nothing uses the program from here on. That it cannot be destroyed would be of no consequence.
     let _ = unsafe { result::destroy_program(program) };
-    outcome
+    outcome.map(|code| Compiled { code, log }).map_err(|(status, log)| error(status, log))
 }
 
 fn log(program: sys::nvrtcProgram) -> String {

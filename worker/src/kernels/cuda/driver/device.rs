@@ -19,11 +19,12 @@ use super::{
 /// The most arguments of a kernel.
 const ARGUMENTS_MAX: usize = 24;
 
-/// Held while a graph is recorded, and while a GPU is opened or closed: cuBLASLt then waits for the whole device, which CUDA
-/// forbids while any of its queues records, and which ends the recording.
+/// Held while a graph is recorded, and while a GPU is opened or closed, for which cuBLASLt waits for the whole device, or kernels
+/// are loaded, for which the driver may: CUDA forbids that while any of a device's queues records, and it ends the recording.
+/// Locked after `Device::modules`, and before what products share.
 static RECORDING: Mutex<()> = Mutex::new(());
 
-/// Waits until nobody records, opens or closes, and has others wait.
+/// Waits until nobody records, opens, loads or closes, and has others wait.
 fn record_or_open_alone() -> MutexGuard<'static, ()> {
     RECORDING.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -187,6 +188,7 @@ impl Device {
     }
 
     fn load_code(code: &[u8]) -> Result<Module, CudaError> {
+        let _none = record_or_open_alone();
         // SAFETY: the code is what NVRTC made, whole (its hash was compared), and is copied by the call.
         let module = unsafe { result::module::load_data(code.as_ptr().cast()) };
         Ok(Module(module.map_err(failed("loading kernels"))? as usize))
@@ -198,13 +200,13 @@ impl Device {
             return Ok(module);
         }
         match compile::compile_to_cubin(source, architecture) {
-            Ok(code) => {
-                entry.write(&code);
-                Self::load_code(&code)
+            Ok(compiled) => {
+                entry.write(&compiled.code);
+                Self::load_code(&compiled.code)
             }
             // A GPU that is newer than the compiler runs what the driver makes of the newest it knows.
             Err(error) if error.status.contains("INVALID_OPTION") => {
-                let mut code = compile::compile_to_ptx(source, "compute_90")?;
+                let mut code = compile::compile_to_ptx(source, "compute_90")?.code;
                 code.push(0);
                 entry.write(&code);
                 Self::load_code(&code)
@@ -253,13 +255,13 @@ fn check_versions() -> Result<(), CudaError> {
     unsafe { sys::cuDriverGetVersion(&raw mut driver) }
         .result()
         .map_err(failed("asking for the driver's version"))?;
-    let (nvrtc, _) = compile::version();
-    for (library, major) in [("libnvrtc", nvrtc), ("libcublasLt", blas::major_version())] {
+    let libraries = [("libnvrtc", compile::version().0), ("libcublasLt", blas::major_version())];
+    for (library, major) in libraries {
         if major < CUDA_MAJOR {
             return Err(CudaError::OldLibrary { library, major, needed: CUDA_MAJOR });
         }
     }
-    let needed = nvrtc.max(CUDA_MAJOR);
+    let needed = libraries.iter().map(|&(_, major)| major).max().expect("there are two");
     if driver / 1000 < needed { Err(CudaError::OldDriver { driver, needed }) } else { Ok(()) }
 }
 
@@ -311,10 +313,11 @@ impl Driver for Device {
     }
 
     fn free(&self, address: Address, _bytes: usize) {
-        if address == 0 || self.bind().is_err() {
+        // That freeing waits for what uses the memory is not promised. If the wait fails, so did what used it.
+        if address == 0 || (self.wait().is_err() && self.bind().is_err()) {
             return;
         }
-        // SAFETY: the address came from `allocate`, and its owner is being dropped. Freeing waits for what uses it.
+        // SAFETY: the address came from `allocate`, its owner is being dropped, and nothing that was queued uses it any more.
         if let Err(error) = unsafe { result::free_sync(address) } {
             tracing::debug!("memory of the GPU was not given back: {error}");
         }
@@ -385,6 +388,7 @@ impl Driver for Device {
         self.bind()?;
         let no_kernel = |reason: String| CudaError::NoKernel { name: name.to_owned(), reason };
         let c_name = CString::new(name).map_err(|error| no_kernel(error.to_string()))?;
+        let _none = record_or_open_alone();
         // SAFETY: modules are never unloaded before the context goes.
         let function = unsafe { result::module::get_function(module.0 as sys::CUmodule, c_name) };
         function.map(|function| Kernel(function as usize)).map_err(|error| match error.0 {
@@ -510,14 +514,16 @@ impl Drop for Device {
             return;
         }
         let _none = record_or_open_alone();
-        self.blas.destroy();
-        // SAFETY: nothing uses the queue or the context from here on.
-        let released = unsafe {
-            result::stream::synchronize(self.stream)
-                .and_then(|()| result::stream::destroy(self.stream))
-                .and_then(|()| result::primary_ctx::release(self.device))
+        // SAFETY: nothing uses the queue or the context from here on. All of it is given back whatever fails of it: a context that
+        // is broken is made anew only when nobody holds it any more.
+        let closed = unsafe {
+            let waited = result::stream::synchronize(self.stream);
+            self.blas.destroy();
+            let destroyed = result::stream::destroy(self.stream);
+            let released = result::primary_ctx::release(self.device);
+            waited.and(destroyed).and(released)
         };
-        if let Err(error) = released {
+        if let Err(error) = closed {
             tracing::debug!("the GPU was not closed in order: {error}");
         }
     }
