@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 
 use sanderling_common::init::{Purpose, stream, uniform};
 use sanderling_common::model_config::ModelConfig;
+use sanderling_worker::kernels::Kernels;
 use sanderling_worker::kernels::cpu::Cpu;
 use sanderling_worker::model::{Cache, Model, ModelError};
 
@@ -41,19 +42,29 @@ pub enum Ending {
 /// What it sees is held in a cache of the context's length, at most [`SIGHT_MAX`]. When the cache is full, the last
 /// half of it is kept and computed anew as the beginning of a sequence, so the model always sees at least half of the
 /// cache's length of what came before.
-pub struct Generator<'a> {
-    model: Model<Cpu>,
-    parameters: &'a [f32],
-    cache: Cache<Cpu>,
+pub struct Generator<'a, K: Kernels = Cpu> {
+    model: Model<K>,
+    parameters: &'a K::Buffer,
+    cache: Cache<K>,
 }
 
 impl<'a> Generator<'a> {
-    /// A generator for a model with these flat parameters.
+    /// A generator on the CPU for a model with these flat parameters.
     ///
     /// # Errors
     /// A [`ModelError`] if the configuration makes no model.
     pub fn new(config: &ModelConfig, parameters: &'a [f32]) -> Result<Self, ModelError> {
-        let mut model = Model::new(config.clone(), Cpu::default())?;
+        Self::with(Cpu::default(), config, parameters)
+    }
+}
+
+impl<'a, K: Kernels> Generator<'a, K> {
+    /// A generator for a model whose flat parameters are where the kernels compute.
+    ///
+    /// # Errors
+    /// A [`ModelError`] if the configuration makes no model, or the device has no room for it.
+    pub fn with(kernels: K, config: &ModelConfig, parameters: &'a K::Buffer) -> Result<Self, ModelError> {
+        let mut model = Model::new(config.clone(), kernels)?;
         let cache = model.new_cache(config.context.min(SIGHT_MAX))?;
         Ok(Self { model, parameters, cache })
     }

@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "../../worker/tests/skip/mod.rs"]
+mod skip;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -346,6 +349,39 @@ fn what_cannot_be_tokenized_is_named_and_nothing_is_left() {
 
 /// A full disk, as a limit on the size of files: what was begun is taken away, and what was there stays.
 #[cfg(unix)]
+/// A file of the right name that is not the library is no reason to panic.
+#[cfg(target_os = "linux")]
+#[test]
+fn libraries_that_are_not_cudas_are_told_in_a_sentence() {
+    let Some(compiler) = skip::compiler() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let fakes = ["cuda", "nvrtc", "cublasLt"].map(|name| folder.path().join(format!("lib{name}.so")));
+    let source = folder.path().join("empty.c");
+    fs::write(&source, "int nothing;").unwrap();
+    for fake in &fakes {
+        let compile =
+            Command::new(&compiler).arg("-shared").arg("-xc").arg(&source).arg("-o").arg(fake).status();
+        assert!(compile.unwrap().success());
+    }
+    let bench = |device: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sanderling"));
+        command.args(["bench", "model", "--context", "8", "--layers", "1", "--batch", "1", "--steps", "1"]);
+        command.args(["--device", device]).env("LD_LIBRARY_PATH", folder.path()).output().unwrap()
+    };
+    let said = |output: &Output| String::from_utf8(output.stderr.clone()).unwrap();
+    let refused = bench("cuda");
+    assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+    let sentence = "NVIDIA's driver (libcuda) has no function cuInit, so that it is too old or something else of that name";
+    assert!(said(&refused).contains(sentence) && said(&refused).lines().count() == 1, "{}", said(&refused));
+    let on_cpu = bench("auto");
+    assert!(on_cpu.status.success(), "{}", said(&on_cpu));
+    assert!(said(&on_cpu).contains("computing on the CPU, since no GPU can be used: NVIDIA's driver"));
+    // And where there is nothing but the name, unless the loader finds CUDA's own elsewhere.
+    fakes.iter().for_each(|fake| fs::write(fake, "").unwrap());
+    let refused = bench("cuda");
+    assert!(refused.status.success() || said(&refused).lines().count() == 1, "{}", said(&refused));
+}
+
 #[test]
 fn a_full_disk_leaves_nothing_half_written() {
     let folder = tempfile::tempdir().unwrap();

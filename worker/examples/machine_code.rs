@@ -11,9 +11,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use sanderling_worker::kernels::cuda::{
-    Library, Precision, Target, Unit, architecture, compile_to_cubin, missing_library,
+    Library, Precision, Target, Unit, architecture, compile_to_cubin, require,
 };
 use sha2::{Digest, Sha256};
 
@@ -38,9 +38,7 @@ fn main() -> ExitCode {
 
 /// Whether all kernels are in the list, if there is one.
 fn run(list: Option<&str>) -> anyhow::Result<bool> {
-    if let Some(library) = missing_library(&[Library::Nvrtc]) {
-        bail!("{library} is not there");
-    }
+    require(&[Library::Nvrtc])?;
     let kernels = kernels()?;
     let Some(list) = list else {
         kernels.iter().for_each(|kernel| println!("{kernel}"));

@@ -2,17 +2,20 @@
 
 use std::io::Write;
 
-use anyhow::{bail, ensure};
+use anyhow::{anyhow, bail, ensure};
 use sanderling_common::config::RunConfig;
 use sanderling_common::model_config::ModelConfig;
-use sanderling_worker::kernels::cuda::{Cuda, MemoryNeeded, Precision, RESERVE_BYTES};
+use sanderling_worker::kernels::cuda::{
+    Cuda, CudaError, MemoryNeeded, Precision, RESERVE_BYTES, smaller_batch,
+};
 use sanderling_worker::kernels::timed::{Clocked, TimedCpu};
-use sanderling_worker::model::forward_flops_per_token;
+use sanderling_worker::model::{bytes_text, forward_flops_per_token};
 use sanderling_worker::site::{DeviceOptions, Place};
 
 use super::report::{Peak, Report};
 use super::shape::{Shape, expert_layer};
 use super::step::{Measured, measure_layer, measure_model};
+use crate::commands::device::ran_out;
 use crate::commands::{UsageError, say};
 
 /// The most sequences that a batch is tried with.
@@ -37,20 +40,20 @@ pub struct Arguments {
     /// What is measured, several times for several [default: on the CPU default, on a GPU dense, e8t2 and layer]
     #[arg(long, value_enum)]
     shape: Vec<Shape>,
-    /// Sequences of a batch [default: on the CPU as many as `train` has, or 1; on a GPU as many as fit; 4 for layer]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    /// Sequences of a batch [default: on the CPU as many as `train` has, or 1; on a GPU as many as fit, up to 1024; 4 for layer]
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: Option<u16>,
     /// Tokens of a sequence [default: 128 for default, 4096 for the others]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     context: Option<u32>,
     /// Layers of the model [default: 4 for default, 16 for dense and e8t2]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     layers: Option<u16>,
     /// Steps that are measured, after two that are not
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// The device's peak in TFLOP/s, where it is not known [default: NVIDIA's figure for A100, H100 and H200, but NVL]
-    #[arg(long, value_name = "TFLOPS")]
+    #[arg(long, value_name = "TFLOPS", allow_negative_numbers = true)]
     peak: Option<f64>,
     /// Where and how precisely.
     #[command(flatten)]
@@ -77,14 +80,28 @@ pub fn model(arguments: &Arguments) -> anyhow::Result<()> {
         ([], Place::Gpu(_)) => &[Shape::Dense, Shape::E8t2, Shape::Layer],
         (shapes, _) => shapes,
     };
+    let mut failed = Ok(());
     for &shape in shapes {
-        match &place {
-            Place::Cpu => on_cpu(arguments, shape)?,
-            Place::Gpu(gpu) => on_gpu(arguments, shape, gpu.kernels())?,
+        let measured = match &place {
+            Place::Cpu => on_cpu(arguments, shape),
+            Place::Gpu(gpu) => on_gpu(arguments, shape, gpu.kernels()),
+        };
+        // One of several that has no room keeps nobody from the others.
+        match measured {
+            Err(error) if error.is::<NoRoom>() && shapes.len() > 1 => {
+                let _ = writeln!(std::io::stderr(), "{error}");
+                failed = Err(anyhow!("not all of the shapes have room"));
+            }
+            measured => measured?,
         }
     }
-    Ok(())
+    failed
 }
+
+/// A shape that does not fit the memory, in a sentence.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct NoRoom(String);
 
 impl Arguments {
     fn context(&self, shape: Shape) -> usize {
@@ -118,13 +135,13 @@ fn on_cpu(arguments: &Arguments, shape: Shape) -> anyhow::Result<()> {
     let available_bytes = available_bytes();
     announce(shape, batch, needed_bytes, available_bytes);
     if let Some(available_bytes) = available_bytes.filter(|&available| available < needed_bytes) {
-        bail!(
+        bail!(NoRoom(format!(
             "{} with a batch of {batch} needs about {:.1} GB of memory, and {:.1} GB are available; --layers, --context and \
              --batch make it smaller",
             shape.name(),
             needed_bytes as f64 / GB,
             available_bytes as f64 / GB
-        );
+        )));
     }
     let measured = step(arguments, shape, batch, TimedCpu::default())?;
     let device = "one core of the CPU".to_owned();
@@ -150,17 +167,33 @@ fn on_gpu(arguments: &Arguments, shape: Shape, cuda: Cuda) -> anyhow::Result<()>
         let remedy = largest().map_or("not even --batch 1 would fit".to_owned(), |largest| {
             format!("--batch {largest} would fit")
         });
-        bail!(
+        bail!(NoRoom(format!(
             "{} with a batch of {batch} needs about {:.1} GB of the GPU's memory, and {:.1} GB are free; {remedy}",
             shape.name(),
             needed_bytes as f64 / GB,
             free_bytes as f64 / GB
-        );
+        )));
     }
     let device = cuda.properties().name.clone();
     let peak = arguments.peak.map(given).or_else(|| known_peak(&device, precision));
-    let measured = step(arguments, shape, batch, cuda)?;
+    let measured = step(arguments, shape, batch, cuda)
+        .map_err(|error| with_a_batch_to_try(error, batch, |batch| needed(batch).ok()))?;
     tell(arguments, shape, batch, (device, precision), peak, needed_bytes, &measured)
+}
+
+/// Memory that ran out although the estimate says that it does not, with a batch to try.
+fn with_a_batch_to_try(
+    error: anyhow::Error,
+    batch: usize,
+    needed: impl Fn(usize) -> Option<usize>,
+) -> anyhow::Error {
+    let Some(CudaError::OutOfMemory { asked, .. }) = ran_out(&error) else { return error };
+    match smaller_batch(batch, asked.unwrap_or(0), needed) {
+        Some((batch, less_bytes)) => {
+            NoRoom(format!("{error}; --batch {batch} needs about {} less", bytes_text(less_bytes))).into()
+        }
+        None => error,
+    }
 }
 
 /// Memory that the host has for more, in bytes, where the system says so.
@@ -264,7 +297,27 @@ fn known_peak(name: &str, precision: Precision) -> Option<Peak> {
 
 #[cfg(test)]
 mod tests {
+    use sanderling_worker::model::ModelError;
+
     use super::*;
+
+    #[test]
+    fn memory_that_ran_out_is_told_with_a_batch_to_try() {
+        let ran_out = || CudaError::OutOfMemory {
+            operation: "a buffer",
+            asked: Some(3_000_000),
+            free: 1_000_000,
+            total: 9_000_000,
+        };
+        let needed = |batch| Some(1_000_000 * batch);
+        let told = |error: anyhow::Error, batch| with_a_batch_to_try(error, batch, needed).to_string();
+        assert!(told(ran_out().into(), 16).ends_with("are free; --batch 8 needs about 8.0 MB less"));
+        let in_model = ModelError::Device(Box::new(ran_out()));
+        let told_of_model = told(in_model.into(), 4);
+        assert!(told_of_model.ends_with("; --batch 1 needs about 3.0 MB less"), "{told_of_model}");
+        assert_eq!(told(ran_out().into(), 1), ran_out().to_string());
+        assert_eq!(told(anyhow!("something else"), 16), "something else");
+    }
 
     #[test]
     fn peaks_are_known_of_some_cards() {

@@ -1,17 +1,22 @@
 //! `sanderling eval`: loss over a text, or accuracy on multiple-choice questions.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use sanderling_common::checkpoint::{Checkpoint, TOKENIZER_FILE};
 use sanderling_common::config::BUNDLED_TEXT;
 use sanderling_common::corpus::SHAKESPEARE;
 use sanderling_common::mapped::MappedFile;
+use sanderling_common::model_config::ModelConfig;
 use sanderling_common::tokenizer::Tokenizer;
 use sanderling_common::tokens::{TokenFile, Tokens};
+use sanderling_worker::kernels::cpu::Cpu;
+use sanderling_worker::site::DeviceOptions;
 use serde_json::json;
 
+use super::device::{Held, hold, open, ran_out};
 use super::{UsageError, say};
 use crate::evaluation::{
     FileScore, LanguageScore, Question, Scoring, Windows, accuracy, answer_all, language_loss, read_questions,
@@ -46,7 +51,7 @@ Examples:
   sanderling eval --model runs/NAME/checkpoint --data shakespeare
   sanderling eval --model mixtral --data novel.txt --window 512 --stride 256
   sanderling eval --model mixtral --data held-out.tokens --json
-  sanderling eval --model mixtral --data mmlu/test --task multiple-choice")]
+  sanderling eval --model mixtral --data mmlu/test --task multiple-choice --device cuda")]
 pub struct Arguments {
     /// The checkpoint
     #[arg(long, value_name = "DIR")]
@@ -66,12 +71,15 @@ pub struct Arguments {
     /// Sequences computed together by each thread
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     batch_size: u16,
-    /// Threads [default: one per core]
+    /// Threads [default: one per core, and one on a GPU]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
     /// Another tokenizer.json than the checkpoint's
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
+    /// Where and how precisely.
+    #[command(flatten)]
+    device: DeviceOptions,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -89,9 +97,76 @@ pub fn eval(arguments: &Arguments) -> anyhow::Result<()> {
     }
 }
 
-fn threads(arguments: &Arguments) -> usize {
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    arguments.threads.map_or_else(cores, usize::from)
+impl Arguments {
+    fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.map_or_else(cores, usize::from)
+    }
+
+    /// Threads share a GPU's queue, so that more of them only take memory.
+    fn threads_of_gpu(&self) -> usize {
+        self.threads.map_or(1, usize::from)
+    }
+}
+
+/// What needs less where a GPU's memory ran out.
+fn with_remedy(error: anyhow::Error) -> anyhow::Error {
+    match ran_out(&error) {
+        Some(_) => anyhow!("{error}; a smaller --batch-size or --window needs less"),
+        None => error,
+    }
+}
+
+/// The loss over a text, wherever it is computed.
+fn language_of(
+    arguments: &Arguments,
+    config: &ModelConfig,
+    held: &Held,
+    (tokens, windows): (&Tokens, &Windows),
+) -> anyhow::Result<LanguageScore> {
+    let mut work = Work::begin("evaluating", 0, Unit::Count("batches"))?;
+    let mut progress = |done: usize, total: usize| {
+        work.of(total as u64);
+        work.at(done as u64)
+    };
+    let score = match held {
+        Held::Cpu(parameters) => {
+            let (kernels, threads) = (&Cpu::default, arguments.threads());
+            let scoring = Scoring { config, parameters: parameters.as_slice(), kernels, threads };
+            language_loss(&scoring, tokens, windows, &mut progress)?
+        }
+        Held::Gpu(gpu) => {
+            let (kernels, threads) = (&|| gpu.kernels(), arguments.threads_of_gpu());
+            let scoring = Scoring { config, parameters: &*gpu.parameters, kernels, threads };
+            language_loss(&scoring, tokens, windows, &mut progress).map_err(with_remedy)?
+        }
+    };
+    work.end();
+    Ok(score)
+}
+
+/// The answers to the questions on a subject, wherever they are computed.
+fn answers_of(
+    arguments: &Arguments,
+    config: &ModelConfig,
+    held: &Held,
+    asked: (&str, &[Question]),
+    tokenizer: &Tokenizer,
+    progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
+) -> anyhow::Result<FileScore> {
+    let batch = arguments.batch_size.into();
+    match held {
+        Held::Cpu(parameters) => {
+            let (kernels, threads) = (&Cpu::default, arguments.threads());
+            let scoring = Scoring { config, parameters: parameters.as_slice(), kernels, threads };
+            answer_all(&scoring, asked, tokenizer, batch, progress)
+        }
+        Held::Gpu(gpu) => {
+            let (kernels, threads) = (&|| gpu.kernels(), arguments.threads_of_gpu());
+            let scoring = Scoring { config, parameters: &*gpu.parameters, kernels, threads };
+            answer_all(&scoring, asked, tokenizer, batch, progress).map_err(with_remedy)
+        }
+    }
 }
 
 /// The tokenizer asked for, or the checkpoint's; it must not have more tokens than the model.
@@ -168,6 +243,7 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
         stride >= 1 && stride <= length,
         UsageError(format!("--stride {stride} must lie between 1 and the window, {length}"))
     );
+    let (place, device) = open(arguments.device)?;
     let (tokens, text_bytes) = tokens(arguments, checkpoint)?;
     ensure!(
         tokens.len() >= 2,
@@ -175,16 +251,10 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
         arguments.data.display(),
         tokens.len()
     );
-    let parameters = checkpoint.load()?;
+    let held = hold(place, config, checkpoint.load()?)?;
     let windows = Windows { length, stride, batch: arguments.batch_size.into() };
-    let scoring = Scoring { config, parameters: &parameters, threads: threads(arguments) };
     let started = Instant::now();
-    let mut work = Work::begin("evaluating", 0, Unit::Count("batches"))?;
-    let score = language_loss(&scoring, &tokens, &windows, &mut |done, total| {
-        work.of(total as u64);
-        work.at(done as u64)
-    })?;
-    work.end();
+    let score = language_of(arguments, config, &held, (&tokens, &windows))?;
     ensure!(
         score.loss().is_finite(),
         "the loss of {} is not a number: its computation overflows",
@@ -200,7 +270,7 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
                 "task": "lm", "model": arguments.model.display().to_string(),
                 "data": arguments.data.display().to_string(), "loss": score.loss(),
                 "perplexity": score.perplexity(), "bits_per_byte": bits_per_byte, "tokens": tokens,
-                "window": length, "stride": stride, "seconds": seconds,
+                "window": length, "stride": stride, "device": device, "seconds": seconds,
             })
         ));
     }
@@ -212,6 +282,7 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
         ("perplexity", format!("{:.4}", score.perplexity())),
     ];
     rows.extend(bits_per_byte.map(|bits| ("bits per byte", format!("{bits:.4}"))));
+    rows.push(("computed on", device));
     rows.push(("time", format!("{seconds:.1} s, {:.2} k tokens/s", tokens as f64 / seconds / 1e3)));
     say(&table(&rows))
 }
@@ -247,18 +318,16 @@ fn multiple_choice(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Re
         .map(|path| anyhow::Ok((path.clone(), subject(&path), read_questions(&path)?)))
         .collect::<Result<_, _>>()?;
     let tokenizer = tokenizer(arguments, checkpoint)?;
-    let parameters = checkpoint.load()?;
-    let scoring =
-        Scoring { config: checkpoint.config(), parameters: &parameters, threads: threads(arguments) };
+    let config = checkpoint.config();
+    let (place, device) = open(arguments.device)?;
+    let held = hold(place, config, checkpoint.load()?)?;
     let total: usize = files.iter().map(|(_, _, questions)| questions.len()).sum();
     let started = Instant::now();
     let mut work = Work::begin("asking", total as u64, Unit::Count("questions"))?;
     let (mut scores, mut before) = (Vec::<FileScore>::new(), 0);
     for (path, subject, questions) in &files {
-        let batch = arguments.batch_size.into();
-        let score = answer_all(&scoring, (subject, questions), &tokenizer, batch, &mut |done| {
-            work.at((before + done) as u64)
-        });
+        let mut progress = |done: usize| work.at((before + done) as u64);
+        let score = answers_of(arguments, config, &held, (subject, questions), &tokenizer, &mut progress);
         scores.push(score.with_context(|| format!("{}: cannot ask about {subject}", path.display()))?);
         before += questions.len();
     }
@@ -279,7 +348,7 @@ fn multiple_choice(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Re
             json!({
                 "task": "multiple-choice", "model": arguments.model.display().to_string(),
                 "data": arguments.data.display().to_string(), "accuracy": overall,
-                "standard_error": error, "questions": total, "right": right, "seconds": seconds,
+                "standard_error": error, "questions": total, "right": right, "device": device, "seconds": seconds,
                 "files": files.collect::<Vec<_>>(),
             })
         ));
@@ -291,5 +360,6 @@ fn multiple_choice(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Re
     let mut rows: Vec<(&str, String)> =
         scores.iter().map(|score| (score.subject.as_str(), row(score.right, score.questions))).collect();
     rows.push(("overall", row(right, total)));
+    rows.push(("computed on", device));
     say(&table(&rows))
 }

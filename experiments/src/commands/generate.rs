@@ -8,9 +8,12 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use sanderling_common::checkpoint::{Checkpoint, TOKENIZER_FILE};
 use sanderling_common::tokenizer::Tokenizer;
+use sanderling_worker::kernels::Kernels;
+use sanderling_worker::site::DeviceOptions;
 use serde_json::json;
 use tracing::warn;
 
+use super::device::{Held, hold, open};
 use super::{UsageError, say};
 use crate::generate::{Generator, Sampling};
 use crate::work::Stop;
@@ -18,14 +21,14 @@ use crate::work::Stop;
 /// Write text that goes on from a prompt, shown as it is made
 ///
 /// The prompt is tokenised as `transformers` would, with the special tokens that tokenizer.json says to put around a text.
-/// The same model, prompt, options and seed give the same text. At the end of the model's context the older half of the
+/// The same model, prompt, options and seed give the same text on the same device. At the end of the model's context the older half of the
 /// text is forgotten; at most 8192 tokens are seen. Generation ends at the model's end-of-text token, if it has one, or after --max-new-tokens.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   sanderling generate --model runs/NAME/checkpoint --prompt 'ROMEO:'
   sanderling generate --model mixtral --prompt 'Once' --temperature 0            # the likeliest token each time
-  sanderling generate --model mixtral --prompt 'Once' --top-p 0.9 --seed 7 --max-new-tokens 500")]
+  sanderling generate --model mixtral --prompt 'Once' --top-p 0.9 --seed 7 --max-new-tokens 500 --device cuda")]
 pub struct Arguments {
     /// The checkpoint
     #[arg(long, value_name = "DIR")]
@@ -48,9 +51,19 @@ pub struct Arguments {
     /// Another tokenizer.json than the checkpoint's
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
+    /// Where and how precisely.
+    #[command(flatten)]
+    device: DeviceOptions,
     /// Print the whole as JSON instead, with the tokens and the speed
     #[arg(long)]
     json: bool,
+}
+
+/// What was made.
+#[derive(Default)]
+struct Made {
+    text: String,
+    tokens: Vec<u32>,
 }
 
 /// Runs the command.
@@ -64,68 +77,79 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
         UsageError(format!("--temperature {temperature} must be zero or a positive number"))
     );
     ensure!(top_p > 0.0 && top_p <= 1.0, UsageError(format!("--top-p {top_p} must lie in (0, 1]")));
+    let (place, device) = open(arguments.device)?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let config = checkpoint.config();
     let path = arguments.tokenizer.clone().unwrap_or_else(|| checkpoint.directory().join(TOKENIZER_FILE));
     let tokenizer = Tokenizer::load(&path)?;
     tokenizer.check_fits(config.vocab_size)?;
-    let special = checkpoint.special_tokens();
     let prompt = tokenizer.encode_prompt(&arguments.prompt)?;
     ensure!(!prompt.is_empty(), "the prompt has no tokens; give at least one character with --prompt");
-    let parameters = checkpoint.load()?;
-    let mut generator = Generator::new(config, &parameters)?;
-
-    let stop = Stop::listen()?;
-    let mut out = std::io::stdout().lock();
-    let mut decoder = tokenizer.stream_decoder();
-    let (mut text, mut tokens, mut failure) = (String::new(), Vec::new(), None);
-    if !arguments.json {
-        failure = out.write_all(arguments.prompt.as_bytes()).and_then(|()| out.flush()).err();
-    }
+    let ends = &checkpoint.special_tokens().eos;
+    let held = hold(place, config, checkpoint.load()?)?;
     let started = Instant::now();
-    let sampling = Sampling { temperature, top_p, seed: arguments.seed };
-    let mut decoding = Ok(());
-    if prompt.len() > generator.sight() {
-        let (most, all) = (generator.sight(), prompt.len());
-        warn!("the prompt has {all} tokens; only its last {most} are seen");
-    }
-    generator.stream(&prompt, &sampling, arguments.max_new_tokens, &special.eos, |token| {
-        let Some(token) = token else {
-            return if stop.is_asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-        };
-        tokens.push(token);
-        let piece = match decoder.push(token) {
-            Ok(piece) => piece,
-            Err(error) => {
-                decoding = Err(error);
-                return ControlFlow::Break(());
-            }
-        };
-        text.push_str(&piece);
-        if !arguments.json {
-            failure = out.write_all(piece.as_bytes()).and_then(|()| out.flush()).err();
+    let made = match &held {
+        Held::Cpu(parameters) => {
+            let generator = Generator::new(config, parameters)?;
+            stream(arguments, generator, &prompt, (&tokenizer, ends))
         }
-        if failure.is_some() || stop.is_asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
-    decoding?;
+        Held::Gpu(gpu) => {
+            let generator = Generator::with(gpu.kernels(), config, &gpu.parameters)?;
+            stream(arguments, generator, &prompt, (&tokenizer, ends))
+        }
+    }?;
     let seconds = started.elapsed().as_secs_f64();
-    let rest = decoder.finish()?;
-    text.push_str(&rest);
-    if let Some(error) = failure {
-        // A reader that has seen enough, such as `head`, is no failure.
-        let closed = error.kind() == std::io::ErrorKind::BrokenPipe;
-        return if closed { Ok(()) } else { Err(error).context("cannot print the text") };
-    }
-    drop(out);
-    if !arguments.json {
-        return say(&format!("{rest}\n"));
-    }
+    let Some(Made { text, tokens }) = made.filter(|_| arguments.json) else { return Ok(()) };
     say(&format!(
         "{:#}\n",
         json!({
             "prompt": arguments.prompt, "text": text, "tokens": tokens, "seed": arguments.seed,
-            "temperature": temperature, "top_p": top_p, "seconds": seconds,
+            "temperature": temperature, "top_p": top_p, "device": device, "seconds": seconds,
             "tokens_per_second": tokens.len() as f64 / seconds,
         })
     ))
+}
+
+/// Makes the text, and shows it as it is made unless it is to be JSON; `None` if the reader has seen enough.
+fn stream<K: Kernels>(
+    arguments: &Arguments,
+    mut generator: Generator<'_, K>,
+    prompt: &[u32],
+    (tokenizer, ends): (&Tokenizer, &[u32]),
+) -> anyhow::Result<Option<Made>> {
+    let stop = Stop::listen()?;
+    let mut out = std::io::stdout().lock();
+    let mut show = |piece: &str| {
+        if arguments.json { Ok(()) } else { out.write_all(piece.as_bytes()).and_then(|()| out.flush()) }
+    };
+    let mut decoder = tokenizer.stream_decoder();
+    let (mut made, mut shown, mut decoding) = (Made::default(), show(&arguments.prompt), Ok(()));
+    if prompt.len() > generator.sight() {
+        let (most, all) = (generator.sight(), prompt.len());
+        warn!("the prompt has {all} tokens; only its last {most} are seen");
+    }
+    let Arguments { temperature, top_p, seed, .. } = *arguments;
+    let sampling = Sampling { temperature, top_p, seed };
+    generator.stream(prompt, &sampling, arguments.max_new_tokens, ends, |token| {
+        if let Some(token) = token {
+            made.tokens.push(token);
+            match decoder.push(token) {
+                Ok(piece) => {
+                    made.text.push_str(&piece);
+                    shown = show(&piece);
+                }
+                Err(error) => decoding = Err(error),
+            }
+        }
+        let is_over = shown.is_err() || decoding.is_err() || stop.is_asked();
+        if is_over { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    decoding?;
+    let rest = decoder.finish()?;
+    made.text.push_str(&rest);
+    match shown.and_then(|()| show(&format!("{rest}\n"))) {
+        // A reader that has seen enough, such as `head`, is no failure.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(None),
+        shown => shown.map(|()| Some(made)).context("cannot print the text"),
+    }
 }

@@ -1,6 +1,7 @@
 //! One module per command.
 
 pub mod chaos;
+pub(crate) mod device;
 pub mod eval;
 pub mod export;
 pub mod generate;

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 
 use ndarray::Array2;
 use sanderling_common::tokens::Tokens;
+use sanderling_worker::kernels::Kernels;
 
 use super::Scoring;
 
@@ -83,12 +84,15 @@ impl Windows {
 ///
 /// # Panics
 /// If length, stride or batch is zero, or the stride larger than the length.
-pub fn language_loss(
-    scoring: &Scoring<'_>,
+pub fn language_loss<K: Kernels>(
+    scoring: &Scoring<'_, K>,
     tokens: &Tokens,
     windows: &Windows,
     progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
-) -> anyhow::Result<LanguageScore> {
+) -> anyhow::Result<LanguageScore>
+where
+    K::Buffer: Sync,
+{
     let Windows { length, stride, batch } = *windows;
     assert!(stride >= 1 && stride <= length && batch >= 1, "windows of {length} tokens, {stride} apart");
     let batches = windows.batches(tokens.len());

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use ndarray::Array2;
 use sanderling_common::tokenizer::{Tokenizer, TokenizerError};
+use sanderling_worker::kernels::Kernels;
+use sanderling_worker::model::{Model, ModelError};
 
 use super::Scoring;
 
@@ -204,13 +206,16 @@ impl Asked {
 ///
 /// # Errors
 /// A [`QuestionError`] if a question does not fit, an error of the model, or [`super::Stopped`].
-pub fn answer_all(
-    scoring: &Scoring<'_>,
+pub fn answer_all<K: Kernels>(
+    scoring: &Scoring<'_, K>,
     (subject, questions): (&str, &[Question]),
     tokenizer: &Tokenizer,
     batch: usize,
     progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
-) -> anyhow::Result<FileScore> {
+) -> anyhow::Result<FileScore>
+where
+    K::Buffer: Sync,
+{
     let mut asked = Vec::with_capacity(questions.len());
     for question in questions {
         let one = Asked::new(question, subject, tokenizer).map_err(QuestionError::from)?;
@@ -247,11 +252,11 @@ pub fn answer_all(
 }
 
 /// The log-likelihood of each answer of each question.
-fn log_likelihoods(
-    model: &mut sanderling_worker::model::Model<sanderling_worker::kernels::cpu::Cpu>,
-    parameters: &[f32],
+fn log_likelihoods<K: Kernels>(
+    model: &mut Model<K>,
+    parameters: &K::Buffer,
     batch: &[(Asked, usize)],
-) -> Result<Vec<[f64; CHOICES]>, sanderling_worker::model::ModelError> {
+) -> Result<Vec<[f64; CHOICES]>, ModelError> {
     let single = batch
         .iter()
         .all(|(one, _)| one.endings.iter().all(|ending| ending.len() == 1) && !one.shared.is_empty());
@@ -279,11 +284,11 @@ fn log_likelihoods(
 }
 
 /// The same where the answers differ in one token only: one sequence per question, and its last logits.
-fn last_token_likelihoods(
-    model: &mut sanderling_worker::model::Model<sanderling_worker::kernels::cpu::Cpu>,
-    parameters: &[f32],
+fn last_token_likelihoods<K: Kernels>(
+    model: &mut Model<K>,
+    parameters: &K::Buffer,
     batch: &[(Asked, usize)],
-) -> Result<Vec<[f64; CHOICES]>, sanderling_worker::model::ModelError> {
+) -> Result<Vec<[f64; CHOICES]>, ModelError> {
     let time = batch.iter().map(|(one, _)| one.shared.len()).max().unwrap_or(1);
     let at = |(row, place): (usize, usize)| batch[row].0.shared.get(place).copied().unwrap_or(0);
     let inputs = Array2::from_shape_fn((batch.len(), time), at);

@@ -1,11 +1,11 @@
-//! Batches of an evaluation on all cores: each thread has a model of its own and all read the same parameters.
+//! Batches of an evaluation on all cores, or on a GPU: each thread has a model of its own and all read the same parameters.
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 
 use sanderling_common::model_config::ModelConfig;
-use sanderling_worker::kernels::cpu::Cpu;
+use sanderling_worker::kernels::Kernels;
 use sanderling_worker::model::{Model, ModelError};
 
 /// Ctrl-C was pressed.
@@ -14,17 +14,21 @@ use sanderling_worker::model::{Model, ModelError};
 pub struct Stopped;
 
 /// A model to be evaluated.
-#[derive(Clone, Copy)]
-pub struct Scoring<'a> {
+pub struct Scoring<'a, K: Kernels> {
     /// Its architecture.
     pub config: &'a ModelConfig,
-    /// Its parameters, flat.
-    pub parameters: &'a [f32],
+    /// Its parameters, flat, where the kernels compute.
+    pub parameters: &'a K::Buffer,
+    /// Makes kernels for a thread.
+    pub kernels: &'a (dyn Fn() -> K + Sync),
     /// Threads to use, as far as there are items for them; at least 1.
     pub threads: usize,
 }
 
-impl Scoring<'_> {
+impl<K: Kernels> Scoring<'_, K>
+where
+    K::Buffer: Sync,
+{
     /// Does `score` to every item, and returns the results in the order of the items, which does not depend on the
     /// number of threads. `progress` is told how many are done.
     ///
@@ -33,13 +37,13 @@ impl Scoring<'_> {
     pub(super) fn each<I: Sync, R: Send>(
         &self,
         items: &[I],
-        score: impl Fn(&mut Model<Cpu>, &[f32], &I) -> Result<R, ModelError> + Sync,
+        score: impl Fn(&mut Model<K>, &K::Buffer, &I) -> Result<R, ModelError> + Sync,
         progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> anyhow::Result<Vec<R>> {
         let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
         let (sender, results) = channel();
         let work = || -> Result<(), ModelError> {
-            let mut model = Model::new(self.config.clone(), Cpu::default())?;
+            let mut model = Model::new(self.config.clone(), (self.kernels)())?;
             let sender = sender.clone();
             while !stop.load(Ordering::Relaxed) {
                 let number = next.fetch_add(1, Ordering::Relaxed);

@@ -19,9 +19,12 @@ import statistics
 import sys
 import time
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing}: this measures PyTorch, which `pip install torch` installs")
 
 # Bytes that stay free beside what is estimated.
 RESERVE_BYTES = 3 << 30
@@ -508,7 +511,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="the most sequences of a step; fewer if they do not fit")
     parser.add_argument("--time", type=int, default=4096, help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens of the layer alone")
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="what MFU is a share of")
+    parser.add_argument("--peak-tflops", type=float, default=989.4, help="what MFU is a share of")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="few steps, and no new way after 75 seconds")
     parser.add_argument("--budget-s", type=float, help="no new way after so many seconds")

@@ -20,8 +20,8 @@ use sanderling_common::model_config::{FeedForward, ModelConfig, ModelConfigError
 pub use self::cache::Cache;
 use self::pass::Pass;
 use self::plan::Plan;
-pub use self::too_large::TooLarge;
-pub(crate) use self::too_large::{bytes_text, who_needs};
+pub(crate) use self::too_large::who_needs;
+pub use self::too_large::{TooLarge, bytes_text};
 pub use self::workspace::StepMemory;
 use self::workspace::{Activations, Gradients, LOGITS_MAX, head_rows};
 use crate::kernels::{AttentionShape, HeadGradient, Kernels, RouterStatistics};

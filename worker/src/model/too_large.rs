@@ -3,10 +3,14 @@
 /// Bytes in a gigabyte, as memory is told to people.
 const GB: f64 = 1e9;
 
-/// Bytes of memory as people are told: megabytes below a gigabyte.
-pub(crate) fn bytes_text(bytes: usize) -> String {
+/// Bytes of memory as people are told: megabytes below a gigabyte, and kilobytes where it would be none of these.
+pub fn bytes_text(bytes: usize) -> String {
     let bytes = bytes as f64;
-    if bytes < GB { format!("{:.1} MB", bytes / 1e6) } else { format!("{:.1} GB", bytes / GB) }
+    match bytes {
+        _ if bytes < 1e5 => format!("{:.1} kB", bytes / 1e3),
+        _ if bytes < GB => format!("{:.1} MB", bytes / 1e6),
+        _ => format!("{:.1} GB", bytes / GB),
+    }
 }
 
 /// A run needs more memory than a GPU has free.

@@ -16,7 +16,9 @@ use super::Site;
 use crate::data::Batch;
 use crate::device::{DeviceReplica, piece_bytes};
 use crate::engine::{Compute, Engine};
-use crate::kernels::cuda::{Buffer, Cuda, CudaError, MemoryNeeded, RESERVE_BYTES, selection_bytes};
+use crate::kernels::cuda::{
+    Buffer, Cuda, CudaError, MemoryNeeded, RESERVE_BYTES, selection_bytes, smaller_batch,
+};
 use crate::model::{ModelError, StepLoss, TooLarge, bytes_text, who_needs};
 
 /// An NVIDIA GPU and its memory. Workers that share one share its queue.
@@ -136,34 +138,24 @@ impl Gpu {
         let promised = *self.promised.lock().unwrap_or_else(PoisonError::into_inner);
         match self.fit(run, config, 1, promised - own.bytes) {
             Err(too_large @ ModelError::TooLarge(_)) => too_large,
-            Ok(_) => match self.smaller(run, config, asked.unwrap_or(0)) {
-                Some((batch, less_bytes)) => {
-                    ModelError::device(Underestimated { ran_out: ran_out.clone(), batch, less_bytes })
+            Ok(_) => {
+                let needed = |batch| self.needed(run, config, batch).ok();
+                match smaller_batch(run.data.batch_size as usize, asked.unwrap_or(0), needed) {
+                    Some((batch, less_bytes)) => {
+                        ModelError::device(Underestimated { ran_out: ran_out.clone(), batch, less_bytes })
+                    }
+                    None => error,
                 }
-                None => error,
-            },
+            }
             // The device is in no state to be asked: what it said first says most.
             Err(_) => error,
         }
-    }
-
-    /// Batches to try where the estimate was too low: half of the run's at most, since nobody knows by how much, and so small
-    /// that they need less by what was missing last. With the bytes that they need less; `None` where no batch does.
-    fn smaller(&self, run: &RunConfig, config: &ModelConfig, missing_bytes: usize) -> Option<(usize, usize)> {
-        let batch = run.data.batch_size as usize;
-        let needed = self.needed(run, config, batch).ok()?;
-        let half = std::iter::successors(Some(batch / 2), |&batch| Some(batch / 2));
-        let mut less = half.take_while(|&batch| batch > 0).map_while(|batch| {
-            let of_it = self.needed(run, config, batch).ok()?;
-            Some((batch, needed.saturating_sub(of_it)))
-        });
-        less.find(|&(_, less_bytes)| less_bytes >= missing_bytes.max(1))
     }
 }
 
 /// Memory ran out of a run that fits by its estimate.
 #[derive(Debug, thiserror::Error)]
-#[error("{ran_out}: one of {batch} about {less}", less = bytes_text(*.less_bytes))]
+#[error("{ran_out}; a batch_size of {batch} needs about {less} less", less = bytes_text(*.less_bytes))]
 struct Underestimated {
     /// What the device said.
     ran_out: CudaError,

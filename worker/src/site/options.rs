@@ -87,8 +87,8 @@ impl PlaceError {
 /// Where a worker computes and how precisely, as options of a command line.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
 pub struct DeviceOptions {
-    /// Where to compute: cpu, cuda (an NVIDIA GPU, cuda:1 for the second), or auto: the first GPU if it can be used, else
-    /// the CPU. Model, momentum and selection are on the device too; only what is sent leaves it
+    /// Where to compute: cpu, cuda (an NVIDIA GPU, cuda:1 for the second), or auto: the first GPU if it can be opened, else
+    /// the CPU
     #[arg(long, value_name = "DEVICE", default_value_t)]
     pub device: Device,
     /// What products multiply on a GPU, bf16 by default; sums and parameters are float32 always

@@ -6,7 +6,7 @@ use std::thread;
 
 use sanderling_worker::kernels::cuda::{
     Compiled, Library, Precision, Source, Target, Unit, architecture, compile_to_cubin, compile_to_ptx,
-    missing_library,
+    require,
 };
 
 use crate::skip;
@@ -19,11 +19,11 @@ const DEVICES: [(u32, u32); 5] =
 const COMPILERS: usize = 2;
 
 fn has_nvrtc() -> bool {
-    let missing = missing_library(&[Library::Nvrtc]);
-    if let Some(library) = missing {
-        skip::skip("nvrtc", &format!("no kernel was compiled, as {library} is not there"));
+    let usable = require(&[Library::Nvrtc]);
+    if let Err(missing) = &usable {
+        skip::skip("nvrtc", &format!("no kernel was compiled: {missing}"));
     }
-    missing.is_none()
+    usable.is_ok()
 }
 
 /// What is compiled for these targets and architectures, each source for each architecture once.

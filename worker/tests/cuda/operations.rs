@@ -1,7 +1,8 @@
 //! Every operation against the CPU's, on random numbers.
 //!
-//! Both begin with the same numbers, which bfloat16 has too, drawn from a fixed seed. Shapes are listed: odd ones, for which the
-//! kernels go the slow way, and even ones; a GPU gets larger ones besides, which would take the emulator long.
+//! Both begin with the same numbers, which bfloat16 has too, drawn from a fixed seed. Some shapes are listed: odd ones, for which
+//! the kernels go the slow way, and even ones; others are drawn, by the seed that `SANDERLING_SHAPES_SEED` gives. A GPU gets larger
+//! ones besides, which would take the emulator long.
 
 use ndarray::Array2;
 use sanderling_common::model_config::RouterOrder;
@@ -109,15 +110,47 @@ impl Pair {
     }
 }
 
-/// Small shapes, and on a GPU large ones too.
-fn shapes<T: Copy>(place: Place, small: &[T], large: &[T]) -> Vec<T> {
-    let large = if place == Place::Gpu { large } else { &[] };
-    small.iter().chain(large).copied().collect()
+/// Shapes that are drawn for an operation, and how large each side of them is at most; on a GPU larger ones besides.
+const DRAWN: usize = 4;
+const DRAWN_SIDE: usize = 48;
+const DRAWN_LARGE: usize = 8;
+const DRAWN_LARGE_SIDE: usize = 600;
+
+/// What shapes are drawn from.
+fn drawn_shapes() -> Random {
+    let seed = match std::env::var("SANDERLING_SHAPES_SEED") {
+        Ok(seed) => {
+            seed.parse().unwrap_or_else(|error| panic!("SANDERLING_SHAPES_SEED is {seed:?}: {error}"))
+        }
+        Err(_) => 1,
+    };
+    println!("shapes are drawn with SANDERLING_SHAPES_SEED={seed}");
+    Random::new(seed)
+}
+
+/// Small shapes and drawn ones, and on a GPU large ones too. What draws them gets the most that a side may be.
+fn shapes<T: Copy>(place: Place, small: &[T], large: &[T], draw: impl Fn(&mut Random, usize) -> T) -> Vec<T> {
+    let mut random = drawn_shapes();
+    let mut all = small.to_vec();
+    all.extend((0..DRAWN).map(|_| draw(&mut random, DRAWN_SIDE)));
+    if place == Place::Gpu {
+        all.extend_from_slice(large);
+        all.extend((0..DRAWN_LARGE).map(|_| draw(&mut random, DRAWN_LARGE_SIDE)));
+    }
+    all
+}
+
+fn two_sides(random: &mut Random, most: usize) -> (usize, usize) {
+    (random.up_to(most), random.up_to(most))
+}
+
+fn three_sides(random: &mut Random, most: usize) -> (usize, usize, usize) {
+    (random.up_to(most), random.up_to(most), random.up_to(most))
 }
 
 fn sums(place: Place, precision: Precision) {
     let Some(mut pair) = Pair::new(place, precision) else { return };
-    for len in shapes(place, &[1, 7, 4096, 5003], &[3_000_001]) {
+    for len in shapes(place, &[1, 7, 4096, 5003], &[3_000_001], |random, most| random.up_to(most * most)) {
         let (a, b, c) = (pair.floats(len, 1.0), pair.activations(len, 1.0), pair.floats(len, 1.0));
         let mut out = pair.floats(len, 1.0);
         pair.cuda.add(len, &a.cuda, &b.cuda, &mut out.cuda);
@@ -139,7 +172,7 @@ fn products(place: Place, precision: Precision) {
     let Some(mut pair) = Pair::new(place, precision) else { return };
     let small = [(1, 1, 1), (5, 3, 7), (33, 65, 24), (70, 16, 40), (130, 136, 8)];
     let large = [(300, 512, 256), (1024, 4096, 1024), (1000, 77, 513), (4096, 8, 2048)];
-    for (rows, outputs, inputs) in shapes(place, &small, &large) {
+    for (rows, outputs, inputs) in shapes(place, &small, &large, three_sides) {
         let name = format!("{rows} × {inputs} to {outputs}");
         let offset = 3;
         let weights = Weights { offset, outputs, inputs };
@@ -190,7 +223,7 @@ fn changed_parameters(place: Place, precision: Precision) {
 
 fn biases(place: Place, precision: Precision) {
     let Some(mut pair) = Pair::new(place, precision) else { return };
-    for (rows, width) in shapes(place, &[(1, 1), (7, 5), (70, 264), (300, 40)], &[(5000, 3072)]) {
+    for (rows, width) in shapes(place, &[(1, 1), (7, 5), (70, 264), (300, 40)], &[(5000, 3072)], two_sides) {
         let params = pair.floats(width + 9, 1.0);
         let mut y = pair.activations(rows * width, 1.0);
         pair.cuda.add_bias(&params.cuda, 4..4 + width, rows, &mut y.cuda);
@@ -206,7 +239,7 @@ fn biases(place: Place, precision: Precision) {
 fn norms(place: Place, precision: Precision) {
     let Some(mut pair) = Pair::new(place, precision) else { return };
     let small = [(1, 1), (5, 7), (9, 65), (3, 128), (20, 520), (2, 2052)];
-    for (rows, width) in shapes(place, &small, &[(3000, 2048), (700, 4096), (100, 9001)]) {
+    for (rows, width) in shapes(place, &small, &[(3000, 2048), (700, 4096), (100, 9001)], two_sides) {
         let name = format!("{rows} × {width}");
         let norm = RmsNorm { offset: 3, rows, width, eps: 1e-5 };
         let params = pair.floats(width + 5, 1.0);
@@ -260,7 +293,17 @@ fn attention_shapes(place: Place) -> Vec<AttentionShape> {
         (3, 64, 32, 8, 64),
         (1, 333, 4, 4, 80),
     ];
-    shapes(place, &small, &large).into_iter().map(attention_shape).collect()
+    let draw = |random: &mut Random, most: usize| {
+        let head_dim = 2 * random.up_to(most.min(80));
+        drawn_attention(random, most, head_dim)
+    };
+    shapes(place, &small, &large, draw).into_iter().map(attention_shape).collect()
+}
+
+/// Of heads of that width.
+fn drawn_attention(random: &mut Random, most: usize, head_dim: usize) -> (usize, usize, usize, usize, usize) {
+    let (kv_heads, shared_by) = (random.up_to(3), random.up_to(3));
+    (random.up_to(2), random.up_to(2 * most), kv_heads * shared_by, kv_heads, head_dim)
 }
 
 fn attention_shape(
@@ -317,8 +360,10 @@ fn wide_heads_attend_with_any_shared_memory() {
 fn attention_for_hopper_is_the_cpus() {
     let emulated = Emulated { architecture: 90, ..Emulated::default() };
     let Some(cuda) = skip::kernels(Cuda::emulated_as(Precision::Bf16, emulated)) else { return };
-    let shapes = [(2, 70, 2, 1, 64), (1, 450, 1, 1, 64), (1, 300, 2, 1, 128), (1, 1, 1, 1, 128)];
-    attends_like_the_cpu(&mut Pair::of(cuda), shapes.into_iter().map(attention_shape));
+    let mut random = drawn_shapes();
+    let drawn = [64, 128, 64, 128].map(|head_dim| drawn_attention(&mut random, 100, head_dim));
+    let listed = [(2, 70, 2, 1, 64), (1, 450, 1, 1, 64), (1, 300, 2, 1, 128), (1, 1, 1, 1, 128)];
+    attends_like_the_cpu(&mut Pair::of(cuda), listed.into_iter().chain(drawn).map(attention_shape));
 }
 
 fn attends_like_the_cpu(pair: &mut Pair, shapes: impl IntoIterator<Item = AttentionShape>) {
@@ -370,7 +415,8 @@ fn cached_attention(place: Place, precision: Precision) {
 
 fn gates(place: Place, precision: Precision) {
     let Some(mut pair) = Pair::new(place, precision) else { return };
-    for (rows, width) in shapes(place, &[(1, 1), (9, 5), (33, 64), (4, 300)], &[(3000, 4096), (100, 14_336)])
+    for (rows, width) in
+        shapes(place, &[(1, 1), (9, 5), (33, 64), (4, 300)], &[(3000, 4096), (100, 14_336)], two_sides)
     {
         let name = format!("{rows} × {width}");
         let (gate_up, dout) = (pair.activations(rows * 2 * width, 1.0), pair.activations(rows * width, 1.0));
@@ -451,7 +497,11 @@ fn router_shapes(place: Place) -> Vec<RouterShape> {
         [(1, 1, 1), (5, 3, 2), (40, 8, 2), (130, 16, 4), (33, 40, 3), (300, 4, 1)];
     let large = [(5000, 8, 2), (3000, 64, 8), (2000, 200, 4)];
     let mut all = Vec::new();
-    for (rows, experts, top_k) in shapes(place, &small, &large) {
+    let draw = |random: &mut Random, most: usize| {
+        let experts = random.up_to(most.min(200));
+        (random.up_to(4 * most), experts, random.up_to(experts.min(8)))
+    };
+    for (rows, experts, top_k) in shapes(place, &small, &large, draw) {
         for order in [RouterOrder::SoftmaxThenTopk, RouterOrder::TopkThenSoftmax] {
             let even = (rows * top_k).div_ceil(experts);
             for capacity in [None, Some(even), Some((even / 2).max(1))] {
@@ -516,7 +566,11 @@ fn expert_products(place: Place, precision: Precision) {
     let small = [(5, 3, 2, 7, 5), (40, 4, 2, 24, 16), (150, 2, 1, 136, 40), (3, 40, 2, 8, 16)];
     let large =
         [(500, 8, 2, 512, 256), (2000, 8, 2, 1000, 264), (300, 64, 4, 128, 384), (4096, 4, 2, 2048, 1024)];
-    for (rows, experts, top_k, outputs, inputs) in shapes(place, &small, &large) {
+    let draw = |random: &mut Random, most: usize| {
+        let (experts, (rows, outputs, inputs)) = (random.up_to(most.min(60)), three_sides(random, most));
+        (rows, experts, random.up_to(experts.min(4)), outputs, inputs)
+    };
+    for (rows, experts, top_k, outputs, inputs) in shapes(place, &small, &large, draw) {
         let even = rows * top_k / experts;
         for capacity in [None, Some(even.max(1))] {
             let order = RouterOrder::TopkThenSoftmax;
@@ -553,7 +607,9 @@ fn expert_products(place: Place, precision: Precision) {
 fn embeddings(place: Place, precision: Precision) {
     let Some(mut pair) = Pair::new(place, precision) else { return };
     let small = [(1, 1, 1), (7, 5, 3), (100, 3, 24), (70, 300, 65), (33, 1000, 520)];
-    for (rows, vocabulary, width) in shapes(place, &small, &[(20_000, 32_000, 256), (9000, 7, 2048)]) {
+    for (rows, vocabulary, width) in
+        shapes(place, &small, &[(20_000, 32_000, 256), (9000, 7, 2048)], three_sides)
+    {
         let name = format!("{rows} of {vocabulary} × {width}");
         let table = Weights { offset: 4, outputs: vocabulary, inputs: width };
         let ids = Array2::from_shape_fn((1, rows), |_| pair.random.below(vocabulary) as u32);
@@ -579,6 +635,7 @@ fn losses(place: Place, precision: Precision) {
         place,
         &[(1, 2), (5, 65), (3, 1000), (2, 9001), (2, 12_288), (2, 24_576)],
         &[(500, 32_000), (40, 128_256)],
+        |random, most| (random.up_to(most), 1 + random.up_to(most * most)),
     ) {
         let name = format!("{rows} × {vocabulary}");
         let ids = Array2::from_shape_fn((1, rows), |_| pair.random.below(vocabulary) as u32);
@@ -603,7 +660,11 @@ fn heads(place: Place, precision: Precision) {
     let Some(mut pair) = Pair::new(place, precision) else { return };
     let small = [(1, 2, 3, 1), (7, 65, 24, 3), (33, 40, 16, 33), (40, 65, 8, 16)];
     let large = [(3000, 32_000, 512, 1024), (600, 128_256, 256, 256)];
-    for (rows, vocabulary, width, block_rows) in shapes(place, &small, &large) {
+    let draw = |random: &mut Random, most: usize| {
+        let (rows, vocabulary, width) = three_sides(random, most);
+        (rows, vocabulary + 1, width, random.up_to(rows))
+    };
+    for (rows, vocabulary, width, block_rows) in shapes(place, &small, &large, draw) {
         let name = format!("{rows} × {width} to {vocabulary} by {block_rows}");
         let weights = Weights { offset: 8, outputs: vocabulary, inputs: width };
         let head = Head { weights, rows, block_rows };

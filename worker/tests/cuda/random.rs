@@ -25,6 +25,11 @@ impl Random {
         (self.next() % end as u64) as usize
     }
 
+    /// From 1 to that.
+    pub(crate) fn up_to(&mut self, most: usize) -> usize {
+        1 + self.below(most)
+    }
+
     /// Roughly normal, of that standard deviation.
     pub(crate) fn values(&mut self, len: usize, deviation: f64) -> Vec<f32> {
         let mut value = || ((0..6).map(|_| self.unit()).sum::<f64>() - 3.0) * (2.0f64).sqrt() * deviation;

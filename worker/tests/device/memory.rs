@@ -16,7 +16,7 @@ use sanderling_worker::device::DeviceFailure;
 use sanderling_worker::engine::Compute;
 use sanderling_worker::kernels::Kernels;
 use sanderling_worker::kernels::cuda::{Cuda, CudaError, Emulated, Precision, RESERVE_BYTES};
-use sanderling_worker::model::{Balancing, Model, ModelError, TooLarge};
+use sanderling_worker::model::{Balancing, Model, ModelError, TooLarge, bytes_text};
 use sanderling_worker::site::{Gpu, Site};
 
 use crate::exchange::{corpus, live, run};
@@ -214,7 +214,7 @@ fn memory_that_others_take_is_told_and_missed_no_longer_than_it_is() {
     let larger = Batch { inputs: ids.clone(), targets: ids };
     let error = engine.take_gradient(&params, &larger).err().unwrap();
     let ModelError::Device(source) = &error else { panic!("{error:?}") };
-    assert!(source.to_string().ends_with("a smaller batch_size needs less"), "{source}");
+    assert!(source.to_string().ends_with(" are free"), "{source}");
     drop(taken);
 }
 
@@ -239,8 +239,7 @@ fn memory_that_runs_out_of_a_run_that_fits_is_told_with_a_batch_that_needs_less(
     let ids = Array2::zeros((16, 8));
     let error = engine.take_gradient(&params, &Batch { inputs: ids.clone(), targets: ids }).err().unwrap();
     let ModelError::Device(source) = &error else { panic!("{error:?}") };
-    let less = (of_eight - of_four) as f64 / 1e6;
-    let told = format!("; a smaller batch_size needs less: one of 4 about {less:.1} MB");
+    let told = format!("; a batch_size of 4 needs about {} less", bytes_text(of_eight - of_four));
     assert!(source.to_string().ends_with(&told), "{source}");
     drop(taken);
 }

@@ -49,7 +49,7 @@ pub(crate) fn kernels(made: Result<Cuda, CudaError>) -> Option<Cuda> {
         Err(error) => error,
     };
     match error {
-        CudaError::MissingLibrary(_)
+        CudaError::Library(_)
         | CudaError::NoDevice { .. }
         | CudaError::TooOld { .. }
         | CudaError::OldDriver { .. }

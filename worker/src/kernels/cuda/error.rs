@@ -1,16 +1,25 @@
 //! What can go wrong on a GPU.
 
-use super::driver::{CompileError, Library};
+use super::driver::{CompileError, LibraryError};
 use crate::model::bytes_text;
 
 /// Why a GPU cannot be used, or what it failed at.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CudaError {
-    /// A library of CUDA's cannot be loaded.
-    #[error("{0} is not there: {remedy}", remedy = .0.remedy())]
-    MissingLibrary(Library),
+    /// Libraries of CUDA's cannot be used.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+    /// The compiler lacks a file of its own.
+    #[error(
+        "CUDA's run-time compiler (libnvrtc) finds no libnvrtc-builtins, which belongs beside it in the same version: name their \
+         folder in LD_LIBRARY_PATH, or use the CPU"
+    )]
+    NoBuiltins,
     /// There is no such GPU.
-    #[error("there is no GPU {ordinal}: the driver knows of {count}")]
+    #[error(
+        "there is no GPU {ordinal}: the driver knows of {count}, which CUDA_VISIBLE_DEVICES and a container's options \
+         (docker run --gpus all) decide too"
+    )]
     NoDevice {
         /// The one asked for.
         ordinal: usize,
@@ -75,7 +84,7 @@ pub enum CudaError {
     UnknownKernels(String),
     /// Memory ran out.
     #[error(
-        "the GPU has no {} for {operation}: {} of {} are free; a smaller batch_size needs less",
+        "the GPU has no {} for {operation}: {} of {} are free",
         asked.map_or("memory left".to_owned(), |asked| format!("{} more of memory", bytes_text(asked))),
         bytes_text(*.free), bytes_text(*.total)
     )]
@@ -127,11 +136,11 @@ mod tests {
         };
         assert_eq!(
             told("a buffer", Some(1_500_000_000)),
-            "the GPU has no 1.5 GB more of memory for a buffer: 64.0 MB of 80.0 GB are free; a smaller batch_size needs less"
+            "the GPU has no 1.5 GB more of memory for a buffer: 64.0 MB of 80.0 GB are free"
         );
         assert_eq!(
             told("loading kernels", None),
-            "the GPU has no memory left for loading kernels: 64.0 MB of 80.0 GB are free; a smaller batch_size needs less"
+            "the GPU has no memory left for loading kernels: 64.0 MB of 80.0 GB are free"
         );
     }
 }

@@ -2,7 +2,8 @@
 // tensor copy engine, and wgmma, by which the four warps of a warpgroup multiply 64 rows together, one operand or both
 // straight from shared memory. On the CPU emulator/hopper.hpp stands in for them.
 
-constexpr int WARPGROUP = 4 * WARP;
+// Unused where Hopper's attention is left out.
+[[maybe_unused]] constexpr int WARPGROUP = 4 * WARP;
 
 // ---- Operands ----
 

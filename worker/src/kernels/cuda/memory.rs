@@ -65,6 +65,22 @@ impl MemoryNeeded {
     }
 }
 
+/// A batch to try where so many bytes were missing although `needed` of this batch was there: half of it at most, since nobody
+/// knows by how much the estimate is too low, and so small that it needs less by what was missing last. With the bytes that it
+/// needs less; `None` where no batch does.
+pub fn smaller_batch(
+    batch: usize,
+    missing_bytes: usize,
+    needed: impl Fn(usize) -> Option<usize>,
+) -> Option<(usize, usize)> {
+    let whole = needed(batch)?;
+    let half = std::iter::successors(Some(batch / 2), |&batch| Some(batch / 2));
+    let mut less = half
+        .take_while(|&batch| batch > 0)
+        .map_while(|batch| Some((batch, whole.saturating_sub(needed(batch)?))));
+    less.find(|&(_, less_bytes)| less_bytes >= missing_bytes.max(1))
+}
+
 /// The most that any operation's partial sums take.
 fn partials_bytes(config: &ModelConfig, rows: usize) -> usize {
     let (d, heads) = (config.hidden_size, config.heads);

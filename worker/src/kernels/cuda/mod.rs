@@ -40,13 +40,13 @@ pub use self::buffer::{Buffer, Tokens};
 pub use self::driver::Emulated;
 use self::driver::{Argument, Driver, Kernel, Launch, Module, Operation, Scalar};
 pub use self::driver::{
-    CompileError, Compiled, Library, Properties, architecture, compile_to_cubin, compile_to_ptx,
-    missing_library,
+    CompileError, Compiled, Library, LibraryError, Properties, architecture, compile_to_cubin,
+    compile_to_ptx, require,
 };
 pub use self::error::CudaError;
 pub use self::graphs::GraphCounts;
 use self::graphs::Graphs;
-pub use self::memory::{MemoryNeeded, RESERVE_BYTES};
+pub use self::memory::{MemoryNeeded, RESERVE_BYTES, smaller_batch};
 pub use self::method::{Entries, selection_bytes};
 pub use self::routing::Routing;
 use self::scratch::Scratch;

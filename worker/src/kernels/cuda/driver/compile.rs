@@ -45,7 +45,7 @@ pub(super) fn version() -> (i32, i32) {
 /// What the compiler says.
 ///
 /// # Panics
-/// If NVRTC cannot be loaded: ask [`missing_library`](super::missing_library) before.
+/// If NVRTC cannot be used: ask [`require`](super::require) before.
 pub fn compile_to_ptx(source: &Source, architecture: &str) -> Result<Compiled, CompileError> {
     compile(source, architecture, Form::Ptx)
 }
@@ -65,7 +65,7 @@ pub fn architecture(capability: u32) -> String {
 /// What the compiler says.
 ///
 /// # Panics
-/// If NVRTC cannot be loaded: ask [`missing_library`](super::missing_library) before.
+/// If NVRTC cannot be used: ask [`require`](super::require) before.
 pub fn compile_to_cubin(source: &Source, architecture: &str) -> Result<Compiled, CompileError> {
     compile(source, architecture, Form::Cubin)
 }

@@ -13,7 +13,7 @@ use super::blas::{self, Blas};
 use super::cache::Entry;
 use super::{
     Address, Argument, Driver, GraphHandle, Kernel, Launch, Library, Mark, Module, Operation, Product,
-    Properties, Tape, Tensor, TensorMap, compile, missing_library,
+    Properties, Tape, Tensor, TensorMap, compile, libraries,
 };
 
 /// The most arguments of a kernel.
@@ -80,9 +80,7 @@ impl Device {
     /// What is missing.
     pub(crate) fn new(ordinal: usize) -> Result<Self, CudaError> {
         let wanted = [Library::Driver, Library::Nvrtc, Library::CublasLt];
-        if let Some(library) = missing_library(&wanted) {
-            return Err(CudaError::MissingLibrary(library));
-        }
+        libraries::loaded(&wanted)?;
         match result::init() {
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => {
                 return Err(CudaError::NoDevice { ordinal, count: 0 });
@@ -90,6 +88,7 @@ impl Device {
             initialised => initialised.map_err(failed("starting CUDA"))?,
         }
         check_versions()?;
+        libraries::complete(&wanted)?;
         let count = result::device::get_count().map_err(failed("counting the GPUs"))?;
         let count = usize::try_from(count).unwrap_or(0);
         let number = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
@@ -211,6 +210,7 @@ impl Device {
                 entry.write(&code);
                 Self::load_code(&code)
             }
+            Err(error) if error.status.contains("BUILTIN_OPERATION_FAILURE") => Err(CudaError::NoBuiltins),
             Err(error) => Err(error.into()),
         }
     }

@@ -1,6 +1,6 @@
-//! Whether CUDA's libraries are there.
+//! Whether CUDA's libraries are there, and have what is called of them.
 //!
-//! cudarc loads each when it is first used and panics if it cannot, so it is asked before.
+//! cudarc loads a library, and looks a function up, when it is first used, and panics if it cannot. So both are asked for before.
 
 use std::fmt;
 
@@ -25,15 +25,118 @@ impl fmt::Display for Library {
     }
 }
 
+/// Why libraries cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LibraryError {
+    /// They are not there, or no libraries for this machine.
+    #[error("{} cannot be loaded: {}, or use the CPU", listed(.0), remedy(.0))]
+    NotLoaded(Vec<Library>),
+    /// One lacks what is called of it.
+    #[error(
+        "{library} has no function {function}, so that it is too old or something else of that name: {}, or use the CPU",
+        remedy(&[*.library])
+    )]
+    Incomplete {
+        /// Which.
+        library: Library,
+        /// What it lacks.
+        function: &'static str,
+    },
+}
+
+/// "a", "a and b", "a, b and c".
+fn listed(libraries: &[Library]) -> String {
+    let names: Vec<String> = libraries.iter().map(Library::to_string).collect();
+    match names.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
+        _ => names.concat(),
+    }
+}
+
+/// What somebody who wants them has to do.
+fn remedy(libraries: &[Library]) -> String {
+    let driver = libraries.contains(&Library::Driver).then_some("the NVIDIA driver, version 580 or later");
+    let toolkit = libraries.iter().any(|&library| library != Library::Driver).then_some(
+        "the CUDA toolkit 13 (or Python's nvidia-cuda-nvrtc and nvidia-cublas, with their folder in LD_LIBRARY_PATH)",
+    );
+    let all: Vec<&str> = driver.into_iter().chain(toolkit).collect();
+    format!("install {}", all.join(" and "))
+}
+
 impl Library {
-    /// What somebody who wants it has to do.
-    pub fn remedy(self) -> &'static str {
+    /// What is called to learn its version. The driver's words for an error are asked for too.
+    fn first_functions(self) -> &'static [&'static str] {
         match self {
-            Self::Driver => "install the NVIDIA driver, version 580 or later, or use the CPU",
-            Self::Nvrtc | Self::CublasLt => {
-                "install the CUDA toolkit 13, or Python's nvidia-cuda-nvrtc and nvidia-cublas, and name their folder in \
-                 LD_LIBRARY_PATH, or use the CPU"
-            }
+            Self::Driver => &["cuInit", "cuGetErrorString", "cuDriverGetVersion"],
+            Self::Nvrtc => &["nvrtcVersion"],
+            Self::CublasLt => &["cublasLtGetVersion"],
+        }
+    }
+
+    /// What else is called, by `device`, `compile` and `blas`.
+    fn functions(self) -> &'static [&'static str] {
+        match self {
+            Self::Driver => &[
+                "cuCtxSetCurrent",
+                "cuDeviceGet",
+                "cuDeviceGetAttribute",
+                "cuDeviceGetCount",
+                "cuDeviceGetName",
+                "cuDevicePrimaryCtxRelease_v2",
+                "cuDevicePrimaryCtxRetain",
+                "cuDeviceTotalMem_v2",
+                "cuEventCreate",
+                "cuEventDestroy_v2",
+                "cuEventElapsedTime_v2",
+                "cuEventRecord",
+                "cuEventSynchronize",
+                "cuFuncSetAttribute",
+                "cuGraphDestroy",
+                "cuGraphExecDestroy",
+                "cuGraphInstantiateWithFlags",
+                "cuGraphLaunch",
+                "cuLaunchKernel",
+                "cuMemAlloc_v2",
+                "cuMemFree_v2",
+                "cuMemGetInfo_v2",
+                "cuMemcpyDtoDAsync_v2",
+                "cuMemcpyDtoHAsync_v2",
+                "cuMemcpyHtoDAsync_v2",
+                "cuMemsetD8Async",
+                "cuModuleGetFunction",
+                "cuModuleLoadData",
+                "cuStreamBeginCapture_v2",
+                "cuStreamCreate",
+                "cuStreamDestroy_v2",
+                "cuStreamEndCapture",
+                "cuStreamSynchronize",
+                "cuTensorMapEncodeTiled",
+            ],
+            Self::Nvrtc => &[
+                "nvrtcCompileProgram",
+                "nvrtcCreateProgram",
+                "nvrtcDestroyProgram",
+                "nvrtcGetCUBIN",
+                "nvrtcGetCUBINSize",
+                "nvrtcGetPTX",
+                "nvrtcGetPTXSize",
+                "nvrtcGetProgramLog",
+                "nvrtcGetProgramLogSize",
+            ],
+            Self::CublasLt => &[
+                "cublasLtCreate",
+                "cublasLtDestroy",
+                "cublasLtMatmul",
+                "cublasLtMatmulAlgoGetHeuristic",
+                "cublasLtMatmulDescCreate",
+                "cublasLtMatmulDescDestroy",
+                "cublasLtMatmulDescSetAttribute",
+                "cublasLtMatmulPreferenceCreate",
+                "cublasLtMatmulPreferenceDestroy",
+                "cublasLtMatmulPreferenceSetAttribute",
+                "cublasLtMatrixLayoutCreate",
+                "cublasLtMatrixLayoutDestroy",
+            ],
         }
     }
 
@@ -47,9 +150,62 @@ impl Library {
             }
         }
     }
+
+    /// Whether it has all of these; it can be loaded.
+    fn has(self, functions: &[&'static str]) -> Result<(), LibraryError> {
+        // SAFETY: the library was found to be present, and is opened for good. Nothing that is looked up is called here.
+        let lacks = unsafe {
+            let library = match self {
+                Self::Driver => cudarc::driver::sys::culib(),
+                Self::Nvrtc => cudarc::nvrtc::sys::culib(),
+                Self::CublasLt => cudarc::cublaslt::sys::culib(),
+            };
+            functions
+                .iter()
+                .find(|function| library.get::<unsafe extern "C" fn()>(function.as_bytes()).is_err())
+        };
+        lacks.map_or(Ok(()), |&function| Err(LibraryError::Incomplete { library: self, function }))
+    }
 }
 
-/// The first of some libraries that cannot be loaded.
-pub fn missing_library(wanted: &[Library]) -> Option<Library> {
-    wanted.iter().copied().find(|library| !library.is_present())
+/// Whether some libraries can be loaded and asked for their versions.
+pub(super) fn loaded(wanted: &[Library]) -> Result<(), LibraryError> {
+    let missing: Vec<Library> = wanted.iter().copied().filter(|library| !library.is_present()).collect();
+    if !missing.is_empty() {
+        return Err(LibraryError::NotLoaded(missing));
+    }
+    wanted.iter().try_for_each(|library| library.has(library.first_functions()))
+}
+
+/// Whether some libraries, which are [`loaded`], have everything that is called of them.
+pub(super) fn complete(wanted: &[Library]) -> Result<(), LibraryError> {
+    wanted.iter().try_for_each(|library| library.has(library.functions()))
+}
+
+/// Whether some libraries can be used.
+///
+/// # Errors
+/// What is missing.
+pub fn require(wanted: &[Library]) -> Result<(), LibraryError> {
+    loaded(wanted).and_then(|()| complete(wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_that_is_missing_is_told_at_once() {
+        let told = |libraries: &[Library]| LibraryError::NotLoaded(libraries.to_vec()).to_string();
+        assert_eq!(
+            told(&[Library::Driver]),
+            "NVIDIA's driver (libcuda) cannot be loaded: install the NVIDIA driver, version 580 or later, or use the CPU"
+        );
+        assert_eq!(
+            told(&[Library::Driver, Library::Nvrtc, Library::CublasLt]),
+            "NVIDIA's driver (libcuda), CUDA's run-time compiler (libnvrtc) and CUDA's matrix products (libcublasLt) cannot be \
+             loaded: install the NVIDIA driver, version 580 or later and the CUDA toolkit 13 (or Python's nvidia-cuda-nvrtc and \
+             nvidia-cublas, with their folder in LD_LIBRARY_PATH), or use the CPU"
+        );
+    }
 }

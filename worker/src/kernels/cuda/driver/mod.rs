@@ -23,7 +23,7 @@ pub(super) use self::device::Device;
 pub use self::emulator::Emulated;
 #[cfg(feature = "emulator")]
 pub(super) use self::emulator::Emulator;
-pub use self::libraries::{Library, missing_library};
+pub use self::libraries::{Library, LibraryError, require};
 pub use self::tape::{Operation, Tape};
 use super::error::CudaError;
 use super::source::Source;
