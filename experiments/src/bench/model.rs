@@ -190,7 +190,7 @@ fn with_a_batch_to_try(
     let Some(CudaError::OutOfMemory { asked, .. }) = ran_out(&error) else { return error };
     match smaller_batch(batch, asked.unwrap_or(0), needed) {
         Some((batch, less_bytes)) => {
-            NoRoom(format!("{error}; --batch {batch} needs about {} less", bytes_text(less_bytes))).into()
+            NoRoom(format!("{error:#}; --batch {batch} needs about {} less", bytes_text(less_bytes))).into()
         }
         None => error,
     }
@@ -315,6 +315,7 @@ mod tests {
         let in_model = ModelError::Device(Box::new(ran_out()));
         let told_of_model = told(in_model.into(), 4);
         assert!(told_of_model.ends_with("; --batch 1 needs about 3.0 MB less"), "{told_of_model}");
+        assert!(told_of_model.contains("the GPU has no 3.0 MB more of memory"), "{told_of_model}");
         assert_eq!(told(ran_out().into(), 1), ran_out().to_string());
         assert_eq!(told(anyhow!("something else"), 16), "something else");
     }

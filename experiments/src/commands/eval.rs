@@ -112,7 +112,7 @@ impl Arguments {
 /// What needs less where a GPU's memory ran out.
 fn with_remedy(error: anyhow::Error) -> anyhow::Error {
     match ran_out(&error) {
-        Some(_) => anyhow!("{error}; a smaller --batch-size or --window needs less"),
+        Some(_) => anyhow!("{error:#}; a smaller --batch-size or --window needs less"),
         None => error,
     }
 }

@@ -18,3 +18,4 @@ mod random;
 mod shared;
 #[path = "../skip/mod.rs"]
 mod skip;
+mod standin;

@@ -7,6 +7,7 @@ use sanderling_worker::kernels::{Kernels, Weights, Write};
 
 use crate::device::{Place, everywhere, kernels};
 use crate::random::Random;
+use crate::standin::is_standin;
 
 /// Rows, outputs and inputs. Small results of long sums are those that cuBLASLt splits: several launches a product, which
 /// share its workspace.
@@ -68,6 +69,7 @@ fn products(mut cuda: Cuda, load: Load) -> (Vec<Vec<f32>>, usize) {
 fn threads_get_the_same_products(place: Place, precision: Precision) {
     let Some(cuda) = kernels(place, precision) else { return };
     let load = match place {
+        _ if is_standin() => Load { shapes: &SHAPES, threads: 3, rounds: 2, repeats: 1 },
         Place::Emulator => Load { shapes: &SHAPES, threads: 3, rounds: 2, repeats: 1 },
         Place::Gpu => Load { shapes: &SHAPES_LARGE, threads: 8, rounds: 40, repeats: 8 },
     };
@@ -84,4 +86,23 @@ fn threads_get_the_same_products(place: Place, precision: Precision) {
     });
 }
 
-everywhere!(threads_get_the_same_products);
+/// What was queued for memory that is given back is done first.
+fn memory_is_given_back_in_time(place: Place, precision: Precision) {
+    let Some(mut cuda) = kernels(place, precision) else { return };
+    const LEN: usize = 5000;
+    let mut out = cuda.allocate(LEN).unwrap();
+    {
+        let (mut a, mut b) = (cuda.allocate(LEN).unwrap(), cuda.allocate(LEN).unwrap());
+        cuda.upload(&[1.0; LEN], &mut a);
+        cuda.upload(&[2.0; LEN], &mut b);
+        cuda.add(LEN, &a, &b, &mut out);
+    }
+    // It may lie where they did.
+    let mut other = cuda.allocate(LEN).unwrap();
+    cuda.upload(&[5.0; LEN], &mut other);
+    let mut values = vec![f32::NAN; LEN];
+    cuda.download(&out, &mut values).unwrap();
+    assert!(values.iter().all(|&value| value == 3.0), "{place:?}");
+}
+
+everywhere!(threads_get_the_same_products, memory_is_given_back_in_time);

@@ -1,0 +1,643 @@
+// CUDA's driver, run-time compiler and matrix products on the CPU, one library under three names: for tests of the code that
+// calls them, on machines without a GPU.
+//
+// It has the functions that worker/src/kernels/cuda/driver calls, and is as unkind as CUDA may be. What is queued is done when
+// somebody waits for it and not before, so that memory that is given back or read too early is seen; new memory is NaNs; a
+// graph is spoilt by what may wait for the device while it is recorded; and every handle, thread and launch is checked. What
+// breaks a rule ends the process with a sentence. Kernels are the emulator's (emulate.hpp), compiled from the text that
+// nvrtcCompileProgram was given by the compiler that $STANDIN_COMPILER names, in the folder $STANDIN_FOLDER.
+
+#include <chrono>
+#include <csignal>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define API extern "C" __attribute__((visibility("default")))
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) static void broken(const char* format, ...) {
+    va_list values;
+    va_start(values, format);
+    fprintf(stderr, "\nCUDA's stand-in: ");
+    vfprintf(stderr, format, values);
+    fprintf(stderr, "\n");
+    va_end(values);
+    _exit(70);
+}
+
+// ---- What there is ----
+
+// CUresult.
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 101, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
+
+// As a card of compute capability 8.0 has them.
+constexpr int SHARED_BYTES = 48 * 1024, SHARED_BYTES_MOST = 163 * 1024, THREADS_MOST = 1024, BLOCKS_ACROSS_MOST = 65535;
+constexpr size_t MEMORY_BYTES = size_t(4) << 30;
+
+using Operation = std::function<void()>;
+
+struct Stream {
+    std::deque<Operation> queued;
+    std::vector<Operation> recorded;
+    bool records = false, spoilt = false;
+};
+struct Graph {
+    std::vector<Operation> operations;
+    // Times that it is queued and not done.
+    int under_way = 0;
+};
+struct Event {
+    Stream* stream = nullptr;
+    double ms = -1.0;
+};
+typedef void (*Launch)(void*, const unsigned*, const unsigned*, unsigned, const long long*, const float*);
+struct Module {
+    void* library;
+    Launch launch;
+    std::string text;
+};
+// A parameter: a float, or an integer or address of so many bytes.
+struct Parameter {
+    bool is_float;
+    int bytes;
+};
+struct Kernel {
+    std::string name;
+    void* code;
+    Launch launch;
+    std::vector<Parameter> parameters;
+    int shared_bytes;
+};
+
+static std::recursive_mutex all;
+static bool is_initialised;
+static int contexts;
+static thread_local void* current;
+static char context;
+static std::map<uintptr_t, size_t> memory;
+static size_t held_bytes;
+static std::set<Stream*> streams;
+static std::set<Graph*> graphs, executables;
+static std::set<Event*> events;
+static std::set<Module*> modules;
+static std::map<std::string, Module*> by_text;
+static std::map<std::string, Kernel*> kernels;
+
+// Every function of the driver's begins so: alone, and in the context of this thread.
+struct Call {
+    std::lock_guard<std::recursive_mutex> alone{all};
+    explicit Call(const char* name, bool in_context = true) {
+        if (!is_initialised) broken("%s before cuInit", name);
+        if (in_context && current != &context) broken("%s in a thread without a context", name);
+    }
+};
+template <typename Kind>
+static Kind* known(const std::set<Kind*>& kinds, void* handle, const char* name) {
+    if (kinds.count((Kind*)handle) == 0) broken("%s of something that is not there, or not any more", name);
+    return (Kind*)handle;
+}
+
+// What waits for the whole device, or may do so, ends every recording.
+static void may_wait_for_the_device() {
+    for (Stream* stream : streams) stream->spoilt |= stream->records;
+}
+
+static void enqueue(Stream* stream, Operation operation) {
+    if (stream->records)
+        stream->recorded.push_back(std::move(operation));
+    else
+        stream->queued.push_back(std::move(operation));
+}
+static int finish(Stream* stream) {
+    if (stream->records) {
+        stream->spoilt = true;
+        return CAPTURE_UNSUPPORTED;
+    }
+    while (!stream->queued.empty()) {
+        const Operation operation = std::move(stream->queued.front());
+        stream->queued.pop_front();
+        operation();
+    }
+    return SUCCESS;
+}
+
+static void no_such_memory(int, siginfo_t* found, void*) {
+    broken("something at %p was read or written: memory that was given back, or never was", found->si_addr);
+}
+
+// ---- The driver ----
+
+API int cuInit(unsigned) {
+    std::lock_guard<std::recursive_mutex> alone(all);
+    is_initialised = true;
+    struct sigaction action = {};
+    action.sa_sigaction = no_such_memory;
+    action.sa_flags = SA_SIGINFO;
+    sigaction(SIGSEGV, &action, nullptr);
+    sigaction(SIGBUS, &action, nullptr);
+    return SUCCESS;
+}
+API int cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
+API int cuGetErrorString(int, const char** words) { return *words = "the stand-in's words", SUCCESS; }
+API int cuDeviceGetCount(int* count) {
+    Call call("cuDeviceGetCount", false);
+    return *count = 1, SUCCESS;
+}
+API int cuDeviceGet(int* device, int number) {
+    Call call("cuDeviceGet", false);
+    return *device = number, number == 0 ? SUCCESS : NO_DEVICE;
+}
+API int cuDeviceGetName(char* name, int bytes, int) {
+    Call call("cuDeviceGetName", false);
+    return snprintf(name, bytes, "stand-in"), SUCCESS;
+}
+API int cuDeviceTotalMem_v2(size_t* bytes, int) {
+    Call call("cuDeviceTotalMem", false);
+    return *bytes = MEMORY_BYTES, SUCCESS;
+}
+API int cuDeviceGetAttribute(int* value, int attribute, int) {
+    Call call("cuDeviceGetAttribute", false);
+    switch (attribute) {
+    case 75: // The compute capability, and its second part.
+        *value = 8;
+        break;
+    case 76:
+        *value = 0;
+        break;
+    case 16: // Multiprocessors.
+        *value = 2;
+        break;
+    case 97: // Shared memory of a block, where it is asked for.
+        *value = SHARED_BYTES_MOST;
+        break;
+    default:
+        broken("nobody knows the device's attribute %d", attribute);
+    }
+    return SUCCESS;
+}
+
+API int cuDevicePrimaryCtxRetain(void** made, int) {
+    Call call("cuDevicePrimaryCtxRetain", false);
+    contexts++;
+    return *made = &context, SUCCESS;
+}
+API int cuDevicePrimaryCtxRelease_v2(int) {
+    Call call("cuDevicePrimaryCtxRelease", false);
+    if (contexts == 0) broken("the context is released more often than it was retained");
+    if (--contexts > 0) return SUCCESS;
+    if (!memory.empty() || !streams.empty() || !graphs.empty() || !executables.empty() || !events.empty())
+        broken(
+            "the last one left the context with %zu pieces of memory, %zu queues, %zu graphs, %zu made of them, %zu events",
+            memory.size(), streams.size(), graphs.size(), executables.size(), events.size());
+    modules.clear();
+    return SUCCESS;
+}
+API int cuCtxSetCurrent(void* to) {
+    Call call("cuCtxSetCurrent", false);
+    if (to != &context || contexts == 0) broken("a context that is not there is made a thread's");
+    return current = to, SUCCESS;
+}
+
+API int cuStreamCreate(void** made, unsigned flags) {
+    Call call("cuStreamCreate");
+    if (flags != 1) broken("a queue that waits for the default one");
+    Stream* stream = new Stream;
+    streams.insert(stream);
+    return *made = stream, SUCCESS;
+}
+API int cuStreamDestroy_v2(void* handle) {
+    Call call("cuStreamDestroy");
+    Stream* stream = known(streams, handle, "cuStreamDestroy");
+    if (stream->records || !stream->queued.empty()) broken("a queue is destroyed with work in it");
+    streams.erase(stream);
+    delete stream;
+    return SUCCESS;
+}
+API int cuStreamSynchronize(void* handle) {
+    Call call("cuStreamSynchronize");
+    return finish(known(streams, handle, "cuStreamSynchronize"));
+}
+
+API int cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
+    Call call("cuMemGetInfo");
+    return *free_bytes = MEMORY_BYTES - held_bytes, *total = MEMORY_BYTES, SUCCESS;
+}
+static size_t in_pages(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+// The end of what was asked for is the end of a page as far as alignment lets it be, and no page follows.
+API int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
+    Call call("cuMemAlloc");
+    if (bytes == 0) return INVALID_VALUE;
+    if (bytes > MEMORY_BYTES - held_bytes) return OUT_OF_MEMORY;
+    const size_t pages = in_pages(bytes);
+    char* mapped =
+        (char*)mmap(nullptr, pages + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) return OUT_OF_MEMORY;
+    mprotect(mapped + pages, 4096, PROT_NONE);
+    const uintptr_t at = (uintptr_t)mapped + (pages - bytes) / 256 * 256;
+    memset((void*)at, 0xff, bytes);
+    memory[at] = bytes, held_bytes += bytes;
+    return *address = at, SUCCESS;
+}
+// Nothing is waited for, and the addresses are nobody's from here on.
+API int cuMemFree_v2(unsigned long long address) {
+    Call call("cuMemFree");
+    const auto found = memory.find(address);
+    if (found == memory.end()) broken("memory is given back that is nobody's");
+    mprotect((void*)(address / 4096 * 4096), in_pages(address % 4096 + found->second), PROT_NONE);
+    held_bytes -= found->second;
+    memory.erase(found);
+    return SUCCESS;
+}
+static void check_range(unsigned long long address, size_t bytes, const char* name) {
+    auto found = memory.upper_bound(address);
+    if (found == memory.begin() || address + bytes > (--found)->first + found->second)
+        broken("%s of %zu bytes that are not all of one piece of memory", name, bytes);
+}
+API int cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, size_t bytes, void* stream) {
+    Call call("cuMemcpyHtoD");
+    check_range(to, bytes, "cuMemcpyHtoD");
+    enqueue(known(streams, stream, "cuMemcpyHtoD"), [=] { memcpy((void*)to, from, bytes); });
+    return SUCCESS;
+}
+API int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, void* stream) {
+    Call call("cuMemcpyDtoH");
+    check_range(from, bytes, "cuMemcpyDtoH");
+    enqueue(known(streams, stream, "cuMemcpyDtoH"), [=] { memcpy(to, (const void*)from, bytes); });
+    return SUCCESS;
+}
+API int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, void* stream) {
+    Call call("cuMemcpyDtoD");
+    check_range(to, bytes, "cuMemcpyDtoD"), check_range(from, bytes, "cuMemcpyDtoD");
+    enqueue(known(streams, stream, "cuMemcpyDtoD"), [=] { memcpy((void*)to, (const void*)from, bytes); });
+    return SUCCESS;
+}
+API int cuMemsetD8Async(unsigned long long to, unsigned char value, size_t bytes, void* stream) {
+    Call call("cuMemsetD8");
+    check_range(to, bytes, "cuMemsetD8");
+    enqueue(known(streams, stream, "cuMemsetD8"), [=] { memset((void*)to, value, bytes); });
+    return SUCCESS;
+}
+
+// ---- Kernels ----
+
+static std::string run(const std::string& command) {
+    std::string printed;
+    FILE* pipe = popen((command + " 2>&1").c_str(), "r");
+    if (pipe == nullptr) broken("%s cannot be run", command.c_str());
+    char some[4096];
+    for (size_t count; (count = fread(some, 1, sizeof some, pipe)) > 0;) printed.append(some, count);
+    if (pclose(pipe) != 0) broken("%s fails: %s", command.c_str(), printed.c_str());
+    return printed;
+}
+static std::string setting(const char* name) {
+    const char* value = getenv(name);
+    if (value == nullptr) broken("%s is not set", name);
+    return value;
+}
+
+// Code is a line of options and the text.
+API int cuModuleLoadData(void** made, const void* code) {
+    Call call("cuModuleLoadData");
+    may_wait_for_the_device();
+    const std::string all_of_it = (const char*)code;
+    Module*& module = by_text[all_of_it];
+    if (module == nullptr) {
+        const size_t line = all_of_it.find('\n');
+        const std::string folder = setting("STANDIN_FOLDER");
+        const std::string file = folder + "/unit-" + std::to_string(by_text.size());
+        std::ofstream(file + ".cpp") << all_of_it.substr(line + 1);
+        const std::string compiler = setting("STANDIN_COMPILER") + " -std=c++17 -w -DSANDERLING_EMULATE=1 " +
+            all_of_it.substr(0, line) + " -I" + folder + " " + file + ".cpp ";
+        run(compiler + "-O1 -fPIC -shared -fvisibility=hidden -ffp-contract=off -o " + file + ".so");
+        void* library = dlopen((file + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
+        if (library == nullptr) broken("%s", dlerror());
+        std::string text;
+        std::stringstream words(run(compiler + "-E -P"));
+        for (std::string word; words >> word;) text += word + " ";
+        module = new Module{library, (Launch)dlsym(library, "emulate_launch"), text};
+    }
+    modules.insert(module);
+    return *made = module, SUCCESS;
+}
+
+// The parameters of a kernel, from the text that declares it.
+static std::vector<Parameter> parameters_of(const Module& module, const std::string& name) {
+    const std::string declares = "void " + name + "(";
+    const size_t at = module.text.find(declares);
+    if (at == std::string::npos) broken("the parameters of %s were not found", name.c_str());
+    const size_t from = at + declares.size();
+    std::stringstream list(module.text.substr(from, module.text.find(')', from) - from));
+    std::vector<Parameter> parameters;
+    for (std::string one; std::getline(list, one, ',');) {
+        const auto has = [&](const char* word) { return one.find(word) != std::string::npos; };
+        const bool is_word = has("*") || has("long long");
+        if (!is_word && !has("int") && !has("unsigned") && !has("float")) broken("%s takes %s", name.c_str(), one.c_str());
+        parameters.push_back({!is_word && has("float"), is_word ? 8 : 4});
+    }
+    return parameters;
+}
+API int cuModuleGetFunction(void** made, void* handle, const char* name) {
+    Call call("cuModuleGetFunction");
+    may_wait_for_the_device();
+    Module* module = known(modules, handle, "cuModuleGetFunction");
+    void* code = dlsym(module->library, name);
+    if (code == nullptr) return 500;
+    Kernel*& kernel = kernels[std::to_string((uintptr_t)module) + name];
+    if (kernel == nullptr) kernel = new Kernel{name, code, module->launch, parameters_of(*module, name), SHARED_BYTES};
+    return *made = kernel, SUCCESS;
+}
+API int cuFuncSetAttribute(void* handle, int attribute, int value) {
+    Call call("cuFuncSetAttribute");
+    if (attribute != 8) broken("a kernel has no attribute %d here", attribute);
+    if (value > SHARED_BYTES_MOST) return INVALID_VALUE;
+    return ((Kernel*)handle)->shared_bytes = value, SUCCESS;
+}
+API int cuLaunchKernel(
+    void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes,
+    void* stream, void** arguments, void**) {
+    Call call("cuLaunchKernel");
+    const Kernel* kernel = (Kernel*)handle;
+    const unsigned threads = bx * by * bz;
+    const bool fits = gx >= 1 && gy >= 1 && gz >= 1 && gx <= INT32_MAX && gy <= BLOCKS_ACROSS_MOST &&
+        gz <= BLOCKS_ACROSS_MOST && threads >= 1 && threads <= THREADS_MOST && (int)shared_bytes <= kernel->shared_bytes;
+    if (!fits) return INVALID_VALUE;
+    std::vector<long long> words(24);
+    std::vector<float> floats(8);
+    size_t words_used = 0, floats_used = 0;
+    for (size_t i = 0; i < kernel->parameters.size(); i++) {
+        const Parameter& parameter = kernel->parameters[i];
+        if (arguments[i] == nullptr) broken("%s lacks its argument %zu", kernel->name.c_str(), i);
+        if (parameter.is_float) {
+            floats.at(floats_used++) = *(const float*)arguments[i];
+        } else {
+            // A word's upper half is nothing that an int would see.
+            words.at(words_used++) = parameter.bytes == 8 ? *(const long long*)arguments[i] : *(const int*)arguments[i];
+        }
+    }
+    enqueue(known(streams, stream, "cuLaunchKernel"), [=] {
+        const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+        kernel->launch(kernel->code, grid, block, shared_bytes, words.data(), floats.data());
+    });
+    return SUCCESS;
+}
+
+// ---- Graphs and events ----
+
+API int cuStreamBeginCapture_v2(void* handle, int mode) {
+    Call call("cuStreamBeginCapture");
+    Stream* stream = known(streams, handle, "cuStreamBeginCapture");
+    if (mode != 2) broken("a recording that forbids other threads to allocate");
+    if (stream->records || !stream->queued.empty()) broken("a recording of a queue that is in use");
+    stream->records = true, stream->spoilt = false;
+    return SUCCESS;
+}
+API int cuStreamEndCapture(void* handle, void** made) {
+    // Other threads do what they do meanwhile.
+    usleep(2000);
+    Call call("cuStreamEndCapture");
+    Stream* stream = known(streams, handle, "cuStreamEndCapture");
+    if (!stream->records) broken("the end of a recording that did not begin");
+    stream->records = false;
+    std::vector<Operation> recorded = std::move(stream->recorded);
+    stream->recorded.clear();
+    *made = nullptr;
+    if (stream->spoilt) return CAPTURE_INVALIDATED;
+    Graph* graph = new Graph{std::move(recorded), 0};
+    graphs.insert(graph);
+    return *made = graph, SUCCESS;
+}
+API int cuGraphInstantiateWithFlags(void** made, void* handle, unsigned long long) {
+    Call call("cuGraphInstantiate");
+    Graph* executable = new Graph(*known(graphs, handle, "cuGraphInstantiate"));
+    executables.insert(executable);
+    return *made = executable, SUCCESS;
+}
+API int cuGraphLaunch(void* handle, void* stream) {
+    Call call("cuGraphLaunch");
+    Graph* executable = known(executables, handle, "cuGraphLaunch");
+    for (const Operation& operation : executable->operations)
+        enqueue(known(streams, stream, "cuGraphLaunch"), operation);
+    executable->under_way++;
+    enqueue((Stream*)stream, [=] { executable->under_way--; });
+    return SUCCESS;
+}
+template <typename Kind>
+static int destroy(std::set<Kind*>& kinds, void* handle, const char* name) {
+    Kind* one = known(kinds, handle, name);
+    kinds.erase(one);
+    delete one;
+    return SUCCESS;
+}
+API int cuGraphDestroy(void* handle) {
+    Call call("cuGraphDestroy");
+    return destroy(graphs, handle, "cuGraphDestroy");
+}
+API int cuGraphExecDestroy(void* handle) {
+    Call call("cuGraphExecDestroy");
+    if (known(executables, handle, "cuGraphExecDestroy")->under_way > 0) broken("a graph is given back while it is queued");
+    return destroy(executables, handle, "cuGraphExecDestroy");
+}
+
+API int cuEventCreate(void** made, unsigned) {
+    Call call("cuEventCreate");
+    Event* event = new Event;
+    events.insert(event);
+    return *made = event, SUCCESS;
+}
+API int cuEventRecord(void* handle, void* stream) {
+    Call call("cuEventRecord");
+    Event* event = known(events, handle, "cuEventRecord");
+    event->stream = known(streams, stream, "cuEventRecord");
+    enqueue(event->stream, [=] {
+        const auto now = std::chrono::steady_clock::now().time_since_epoch();
+        event->ms = std::chrono::duration<double, std::milli>(now).count();
+    });
+    return SUCCESS;
+}
+API int cuEventSynchronize(void* handle) {
+    Call call("cuEventSynchronize");
+    return finish(known(events, handle, "cuEventSynchronize")->stream);
+}
+API int cuEventElapsedTime_v2(float* ms, void* from, void* to) {
+    Call call("cuEventElapsedTime");
+    const Event *first = known(events, from, "cuEventElapsedTime"), *last = known(events, to, "cuEventElapsedTime");
+    if (first->ms < 0.0 || last->ms < 0.0) return 600;
+    return *ms = (float)(last->ms - first->ms), SUCCESS;
+}
+API int cuEventDestroy_v2(void* handle) {
+    Call call("cuEventDestroy");
+    return destroy(events, handle, "cuEventDestroy");
+}
+API int cuTensorMapEncodeTiled() { broken("a tensor map for a card that has no copy engine"); }
+
+// ---- The run-time compiler ----
+
+API int nvrtcVersion(int* major, int* minor) { return *major = 13, *minor = 0, 0; }
+API int nvrtcCreateProgram(void** made, const char* text, const char*, int headers, const char* const*, const char* const*) {
+    if (headers != 0) broken("a program with headers");
+    return *made = new std::string(text), 0;
+}
+API int nvrtcCompileProgram(void* program, int count, const char* const* options) {
+    std::string line;
+    for (int i = 0; i < count; i++) {
+        const std::string option = options[i];
+        if (option.rfind("-D", 0) == 0) line += option + " ";
+        if (option.rfind("--gpu-architecture", 0) == 0 && option != "--gpu-architecture=sm_80")
+            broken("code for another card: %s", options[i]);
+    }
+    return *(std::string*)program = line + "\n" + *(std::string*)program, 0;
+}
+static int size_of(void* program, size_t* bytes) { return *bytes = ((std::string*)program)->size() + 1, 0; }
+static int copy_of(void* program, char* to) {
+    return memcpy(to, ((std::string*)program)->c_str(), ((std::string*)program)->size() + 1), 0;
+}
+API int nvrtcGetCUBINSize(void* program, size_t* bytes) { return size_of(program, bytes); }
+API int nvrtcGetCUBIN(void* program, char* to) { return copy_of(program, to); }
+API int nvrtcGetPTXSize(void* program, size_t* bytes) { return size_of(program, bytes); }
+API int nvrtcGetPTX(void* program, char* to) { return copy_of(program, to); }
+API int nvrtcGetProgramLogSize(void*, size_t* bytes) { return *bytes = 1, 0; }
+API int nvrtcGetProgramLog(void*, char* to) { return *to = 0, 0; }
+API int nvrtcDestroyProgram(void** program) { return delete (std::string*)*program, 0; }
+
+// ---- Matrix products ----
+
+// cublasStatus_t.
+enum { BLAS_SUCCESS = 0, BLAS_INVALID_VALUE = 7, BLAS_NOT_SUPPORTED = 15 };
+// cudaDataType_t.
+enum { FLOAT = 0, BF16 = 14 };
+
+struct Blas {
+    int products;
+};
+struct Description {
+    int transposed[2];
+};
+struct Layout {
+    int type;
+    uint64_t rows, columns;
+    int64_t leading;
+};
+struct Preference {
+    uint32_t alignment[4];
+};
+static std::set<Blas*> handles;
+
+API size_t cublasLtGetVersion() { return 130000; }
+API int cublasLtCreate(void** made) {
+    Call call("cublasLtCreate");
+    may_wait_for_the_device();
+    Blas* handle = new Blas{0};
+    handles.insert(handle);
+    return *made = handle, BLAS_SUCCESS;
+}
+API int cublasLtDestroy(void* handle) {
+    Call call("cublasLtDestroy");
+    may_wait_for_the_device();
+    return destroy(handles, handle, "cublasLtDestroy");
+}
+API int cublasLtMatmulDescCreate(void** made, int, int scale) {
+    if (scale != FLOAT) broken("a product whose factors of scale are no floats");
+    return *made = new Description{}, BLAS_SUCCESS;
+}
+API int cublasLtMatmulDescDestroy(void* handle) { return delete (Description*)handle, BLAS_SUCCESS; }
+API int cublasLtMatmulDescSetAttribute(void* handle, int attribute, const void* value, size_t bytes) {
+    if ((attribute != 3 && attribute != 4) || bytes != 4) return BLAS_INVALID_VALUE;
+    return ((Description*)handle)->transposed[attribute - 3] = *(const int*)value, BLAS_SUCCESS;
+}
+API int cublasLtMatrixLayoutCreate(void** made, int type, uint64_t rows, uint64_t columns, int64_t leading) {
+    if (leading < (int64_t)rows) broken("a matrix of %lu rows, %ld apart", (unsigned long)rows, (long)leading);
+    return *made = new Layout{type, rows, columns, leading}, BLAS_SUCCESS;
+}
+API int cublasLtMatrixLayoutDestroy(void* handle) { return delete (Layout*)handle, BLAS_SUCCESS; }
+API int cublasLtMatmulPreferenceCreate(void** made) { return *made = new Preference{{256, 256, 256, 256}}, BLAS_SUCCESS; }
+API int cublasLtMatmulPreferenceDestroy(void* handle) { return delete (Preference*)handle, BLAS_SUCCESS; }
+API int cublasLtMatmulPreferenceSetAttribute(void* handle, int attribute, const void* value, size_t bytes) {
+    // The workspace, and alignments.
+    if (attribute == 1 && bytes == 8) return BLAS_SUCCESS;
+    if (attribute < 5 || attribute > 8 || bytes != 4) return BLAS_INVALID_VALUE;
+    return ((Preference*)handle)->alignment[attribute - 5] = *(const uint32_t*)value, BLAS_SUCCESS;
+}
+struct Found {
+    uint64_t algorithm[8];
+    size_t workspace_bytes;
+    int state;
+    float waves;
+    int reserved[4];
+};
+// Of bfloat16 only what lies in steps of 16 bytes, so that there are products that it has not.
+API int cublasLtMatmulAlgoGetHeuristic(
+    void* handle, void*, void* a, void* b, void*, void* d, void* preference, int, void* found, int* count) {
+    Call call("cublasLtMatmulAlgoGetHeuristic");
+    known(handles, handle, "cublasLtMatmulAlgoGetHeuristic");
+    const Preference& asked = *(Preference*)preference;
+    const Layout* matrices[3] = {(Layout*)a, (Layout*)b, (Layout*)d};
+    const uint32_t alignments[3] = {asked.alignment[0], asked.alignment[1], asked.alignment[3]};
+    for (int i = 0; i < 3; i++) {
+        const bool is_even = matrices[i]->leading % 8 == 0 && alignments[i] >= 16;
+        if (matrices[i]->type == BF16 && !is_even) return *count = 0, BLAS_NOT_SUPPORTED;
+    }
+    *(Found*)found = Found{};
+    return *count = 1, BLAS_SUCCESS;
+}
+static float element(const void* matrix, int type, int64_t place) {
+    if (type == FLOAT) return ((const float*)matrix)[place];
+    const uint32_t bits = (uint32_t)((const uint16_t*)matrix)[place] << 16;
+    float value;
+    return memcpy(&value, &bits, 4), value;
+}
+static void set_element(void* matrix, int type, int64_t place, float value) {
+    if (type == FLOAT) {
+        ((float*)matrix)[place] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    ((uint16_t*)matrix)[place] = value != value ? 0x7fff : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+API int cublasLtMatmul(
+    void* handle, void* description, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout,
+    const float* beta, const void* c, void*, void* d, void* d_layout, const void*, void* workspace, size_t, void* stream) {
+    Call call("cublasLtMatmul");
+    known(handles, handle, "cublasLtMatmul")->products++;
+    if (c != d || workspace == nullptr) broken("a product that is not in place, or without a workspace");
+    const Description how = *(Description*)description;
+    const Layout left = *(Layout*)a_layout, right = *(Layout*)b_layout, out = *(Layout*)d_layout;
+    const int64_t depth = how.transposed[0] ? left.rows : left.columns;
+    const bool fits = (how.transposed[0] ? left.columns : left.rows) == out.rows &&
+        (how.transposed[1] ? right.rows : right.columns) == out.columns &&
+        (int64_t)(how.transposed[1] ? right.columns : right.rows) == depth;
+    if (!fits) return BLAS_INVALID_VALUE;
+    const float scale = *alpha, before = *beta;
+    enqueue(known(streams, stream, "cublasLtMatmul"), [=] {
+        *(volatile char*)workspace = 0;
+        for (int64_t column = 0; column < (int64_t)out.columns; column++)
+            for (int64_t row = 0; row < (int64_t)out.rows; row++) {
+                float sum = 0.0f;
+                for (int64_t k = 0; k < depth; k++) {
+                    const int64_t in_left = how.transposed[0] ? row * left.leading + k : k * left.leading + row;
+                    const int64_t in_right = how.transposed[1] ? k * right.leading + column : column * right.leading + k;
+                    sum += element(a, left.type, in_left) * element(b, right.type, in_right);
+                }
+                const int64_t place = column * out.leading + row;
+                // What is not added to may be anything.
+                const float there = before == 0.0f ? 0.0f : before * element(d, out.type, place);
+                set_element(d, out.type, place, scale * sum + there);
+            }
+    });
+    return BLAS_SUCCESS;
+}
