@@ -10,8 +10,8 @@ use sanderling_worker::kernels::cuda::{Cuda, Emulated, GraphCounts, Precision};
 use sanderling_worker::model::{Balancing, Model};
 
 use crate::device::{Place, everywhere, kernels};
+use crate::driver::is_stood_in_for;
 use crate::fixture::Fixture;
-use crate::standin::is_standin;
 
 /// What a step or an evaluation comes to.
 #[derive(Debug, PartialEq)]
@@ -100,7 +100,7 @@ impl Course {
 fn steps_by_graphs_are_steps_one_by_one(place: Place, precision: Precision) {
     // The emulator is slow.
     let names: &[_] = match place {
-        Place::Gpu if !is_standin() => &["llama-gqa", "mixtral-e8t2", "qwen2moe-e16t4"],
+        Place::Gpu if !is_stood_in_for() => &["llama-gqa", "mixtral-e8t2", "qwen2moe-e16t4"],
         _ => &["mixtral-e8t2"],
     };
     for name in names {
@@ -163,7 +163,7 @@ fn many_shapes(place: Place, precision: Precision) {
 /// Graphs of one thread between the products of others, while devices are opened and closed.
 fn threads_come_to_the_same(place: Place, precision: Precision) {
     let Some(cuda) = kernels(place, precision) else { return };
-    let (threads, rounds) = if is_standin() { (3, 1) } else { (8, 20) };
+    let (threads, rounds) = if is_stood_in_for() { (3, 1) } else { (8, 20) };
     let run = |mut cuda: Cuda, graphs: bool| {
         if !graphs {
             cuda.leave_out_graphs();

@@ -9,6 +9,7 @@
 
 mod compile;
 mod device;
+mod driver;
 #[path = "../fixture/mod.rs"]
 mod fixture;
 mod fixtures;
@@ -18,4 +19,5 @@ mod random;
 mod shared;
 #[path = "../skip/mod.rs"]
 mod skip;
+#[path = "../standin/mod.rs"]
 mod standin;

@@ -2,12 +2,13 @@
 
 use std::thread;
 
-use sanderling_worker::kernels::cuda::{Cuda, Precision};
+use sanderling_worker::kernels::cuda::{Cuda, CudaError, Precision};
 use sanderling_worker::kernels::{Kernels, Weights, Write};
 
 use crate::device::{Place, everywhere, kernels};
+use crate::driver::is_stood_in_for;
 use crate::random::Random;
-use crate::standin::is_standin;
+use crate::skip;
 
 /// Rows, outputs and inputs. Small results of long sums are those that cuBLASLt splits: several launches a product, which
 /// share its workspace.
@@ -69,7 +70,7 @@ fn products(mut cuda: Cuda, load: Load) -> (Vec<Vec<f32>>, usize) {
 fn threads_get_the_same_products(place: Place, precision: Precision) {
     let Some(cuda) = kernels(place, precision) else { return };
     let load = match place {
-        _ if is_standin() => Load { shapes: &SHAPES, threads: 3, rounds: 2, repeats: 1 },
+        _ if is_stood_in_for() => Load { shapes: &SHAPES, threads: 3, rounds: 2, repeats: 1 },
         Place::Emulator => Load { shapes: &SHAPES, threads: 3, rounds: 2, repeats: 1 },
         Place::Gpu => Load { shapes: &SHAPES_LARGE, threads: 8, rounds: 40, repeats: 8 },
     };
@@ -103,6 +104,39 @@ fn memory_is_given_back_in_time(place: Place, precision: Precision) {
     let mut values = vec![f32::NAN; LEN];
     cuda.download(&out, &mut values).unwrap();
     assert!(values.iter().all(|&value| value == 3.0), "{place:?}");
+}
+
+/// Two GPUs of one machine, used in turns by one thread.
+#[test]
+fn a_second_gpu_computes_beside_the_first() {
+    let Some(first) = skip::kernels(Cuda::new(0, Precision::F32)) else { return };
+    let second = match Cuda::new(1, Precision::F32) {
+        Err(error @ CudaError::NoDevice { .. }) => return skip::skip("gpus", &error),
+        made => made.unwrap(),
+    };
+    const LEN: usize = 300;
+    let mut made: Vec<_> = [first, second]
+        .into_iter()
+        .enumerate()
+        .map(|(number, mut cuda)| {
+            let [mut values, sums] = [0, 1].map(|_| cuda.allocate(LEN).unwrap());
+            cuda.upload(&[number as f32 + 1.0; LEN], &mut values);
+            (cuda, values, sums)
+        })
+        .collect();
+    for round in 0..3 {
+        // Nothing but launches in between.
+        for (cuda, values, sums) in &mut made {
+            cuda.add(LEN, values, values, sums);
+            std::mem::swap(values, sums);
+        }
+        for (number, (cuda, values, _)) in made.iter_mut().enumerate() {
+            let mut found = vec![f32::NAN; LEN];
+            cuda.download(values, &mut found).unwrap();
+            let expected = (number as f32 + 1.0) * 2f32.powi(round + 1);
+            assert!(found.iter().all(|&value| value == expected), "GPU {number}, round {round}");
+        }
+    }
 }
 
 everywhere!(threads_get_the_same_products, memory_is_given_back_in_time);

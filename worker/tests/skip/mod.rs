@@ -1,7 +1,7 @@
 //! What not every machine has, and tests need: a GPU, NVIDIA's compiler, a C++ compiler.
 //!
 //! A test without it is skipped, and that is written past the test's captured output. `SANDERLING_TESTS_REQUIRE` names what must
-//! be there, separated by commas (`gpu`, `nvrtc`, `compiler`): without it such a test fails.
+//! be there, separated by commas (`gpu`, `gpus` for a second one, `nvrtc`, `compiler`): without it such a test fails.
 
 #![allow(dead_code, reason = "each of the programs that tests are uses some of it")]
 
@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use sanderling_worker::kernels::cuda::{Cuda, CudaError};
 
 /// What can be lacking.
-const KINDS: [&str; 3] = ["gpu", "nvrtc", "compiler"];
+const KINDS: [&str; 4] = ["gpu", "gpus", "nvrtc", "compiler"];
 
 const REQUIRE_VARIABLE: &str = "SANDERLING_TESTS_REQUIRE";
 

@@ -17,7 +17,7 @@ pub enum CudaError {
     NoBuiltins,
     /// There is no such GPU.
     #[error(
-        "there is no GPU {ordinal}: the driver knows of {count}, which CUDA_VISIBLE_DEVICES and a container's options \
+        "there is no GPU {ordinal}, counted from 0: the driver knows of {count}, which CUDA_VISIBLE_DEVICES and a container's options \
          (docker run --gpus all) decide too"
     )]
     NoDevice {

@@ -1,11 +1,11 @@
-// CUDA's driver, run-time compiler and matrix products on the CPU, one library under three names: for tests of the code that
-// calls them, on machines without a GPU.
+// CUDA's driver, run-time compiler and matrix products on the CPU, one library under three names.
 //
 // It has the functions that worker/src/kernels/cuda/driver calls, and is as unkind as CUDA may be. What is queued is done when
 // somebody waits for it and not before, so that memory that is given back or read too early is seen; new memory is NaNs; a
-// graph is spoilt by what may wait for the device while it is recorded; and every handle, thread and launch is checked. What
-// breaks a rule ends the process with a sentence. Kernels are the emulator's (emulate.hpp), compiled from the text that
-// nvrtcCompileProgram was given by the compiler that $STANDIN_COMPILER names, in the folder $STANDIN_FOLDER.
+// graph is spoilt by what may wait for the device while it is recorded; and every handle, thread and launch is checked, and that
+// it is of the GPU that it is used on, of which there are two. What breaks a rule ends the process with a sentence. Kernels are the emulator's (emulate.hpp), compiled from the text that
+// nvrtcCompileProgram was given by the compiler that $STANDIN_COMPILER names, once for all programs that share the folder
+// $STANDIN_FOLDER.
 
 #include <chrono>
 #include <csignal>
@@ -43,7 +43,18 @@
 // ---- What there is ----
 
 // CUresult.
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 101, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
+enum {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NO_DEVICE = 101,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901
+};
+
+constexpr int GPUS = 2;
 
 // As a card of compute capability 8.0 has them.
 constexpr int SHARED_BYTES = 48 * 1024, SHARED_BYTES_MOST = 163 * 1024, THREADS_MOST = 1024, BLOCKS_ACROSS_MOST = 65535;
@@ -51,70 +62,84 @@ constexpr size_t MEMORY_BYTES = size_t(4) << 30;
 
 using Operation = std::function<void()>;
 
-struct Stream {
+struct Context {
+    int retained = 0;
+};
+static Context contexts[GPUS];
+static thread_local Context* current;
+
+// Whatever is made is of the context that is the thread's then.
+struct Owned {
+    Context* owner = current;
+};
+
+struct Stream : Owned {
     std::deque<Operation> queued;
     std::vector<Operation> recorded;
     bool records = false, spoilt = false;
 };
-struct Graph {
+struct Graph : Owned {
     std::vector<Operation> operations;
     // Times that it is queued and not done.
     int under_way = 0;
 };
-struct Event {
+struct Event : Owned {
     Stream* stream = nullptr;
     double ms = -1.0;
 };
 typedef void (*Launch)(void*, const unsigned*, const unsigned*, unsigned, const long long*, const float*);
-struct Module {
-    void* library;
+struct Code {
+    void* library = nullptr;
     Launch launch;
     std::string text;
+};
+struct Module : Owned {
+    const Code* code;
 };
 // A parameter: a float, or an integer or address of so many bytes.
 struct Parameter {
     bool is_float;
     int bytes;
 };
-struct Kernel {
+struct Kernel : Owned {
     std::string name;
     void* code;
     Launch launch;
     std::vector<Parameter> parameters;
-    int shared_bytes;
+    int shared_bytes = SHARED_BYTES;
+};
+struct Memory : Owned {
+    size_t bytes;
 };
 
 static std::recursive_mutex all;
 static bool is_initialised;
-static int contexts;
-static thread_local void* current;
-static char context;
-static std::map<uintptr_t, size_t> memory;
-static size_t held_bytes;
+static std::map<uintptr_t, Memory> memory;
 static std::set<Stream*> streams;
 static std::set<Graph*> graphs, executables;
 static std::set<Event*> events;
 static std::set<Module*> modules;
-static std::map<std::string, Module*> by_text;
-static std::map<std::string, Kernel*> kernels;
+static std::set<Kernel*> kernels;
+static std::map<std::string, Code> by_text;
 
 // Every function of the driver's begins so: alone, and in the context of this thread.
 struct Call {
     std::lock_guard<std::recursive_mutex> alone{all};
     explicit Call(const char* name, bool in_context = true) {
         if (!is_initialised) broken("%s before cuInit", name);
-        if (in_context && current != &context) broken("%s in a thread without a context", name);
+        if (in_context && current == nullptr) broken("%s in a thread without a context", name);
     }
 };
 template <typename Kind>
 static Kind* known(const std::set<Kind*>& kinds, void* handle, const char* name) {
     if (kinds.count((Kind*)handle) == 0) broken("%s of something that is not there, or not any more", name);
+    if (((Kind*)handle)->owner != current) broken("%s of something that another GPU has", name);
     return (Kind*)handle;
 }
 
 // What waits for the whole device, or may do so, ends every recording.
 static void may_wait_for_the_device() {
-    for (Stream* stream : streams) stream->spoilt |= stream->records;
+    for (Stream* stream : streams) stream->spoilt |= stream->records && stream->owner == current;
 }
 
 static void enqueue(Stream* stream, Operation operation) {
@@ -156,11 +181,11 @@ API int cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
 API int cuGetErrorString(int, const char** words) { return *words = "the stand-in's words", SUCCESS; }
 API int cuDeviceGetCount(int* count) {
     Call call("cuDeviceGetCount", false);
-    return *count = 1, SUCCESS;
+    return *count = GPUS, SUCCESS;
 }
 API int cuDeviceGet(int* device, int number) {
     Call call("cuDeviceGet", false);
-    return *device = number, number == 0 ? SUCCESS : NO_DEVICE;
+    return *device = number, number < GPUS ? SUCCESS : NO_DEVICE;
 }
 API int cuDeviceGetName(char* name, int bytes, int) {
     Call call("cuDeviceGetName", false);
@@ -191,25 +216,33 @@ API int cuDeviceGetAttribute(int* value, int attribute, int) {
     return SUCCESS;
 }
 
-API int cuDevicePrimaryCtxRetain(void** made, int) {
+API int cuDevicePrimaryCtxRetain(void** made, int device) {
     Call call("cuDevicePrimaryCtxRetain", false);
-    contexts++;
-    return *made = &context, SUCCESS;
+    contexts[device].retained++;
+    return *made = &contexts[device], SUCCESS;
 }
-API int cuDevicePrimaryCtxRelease_v2(int) {
+template <typename Kind>
+static void nothing_left(const std::set<Kind*>& kinds, const Context* of, const char* what) {
+    for (const Kind* one : kinds)
+        if (one->owner == of) broken("a GPU is left with %s", what);
+}
+API int cuDevicePrimaryCtxRelease_v2(int device) {
     Call call("cuDevicePrimaryCtxRelease", false);
-    if (contexts == 0) broken("the context is released more often than it was retained");
-    if (--contexts > 0) return SUCCESS;
-    if (!memory.empty() || !streams.empty() || !graphs.empty() || !executables.empty() || !events.empty())
-        broken(
-            "the last one left the context with %zu pieces of memory, %zu queues, %zu graphs, %zu made of them, %zu events",
-            memory.size(), streams.size(), graphs.size(), executables.size(), events.size());
-    modules.clear();
+    Context* of = &contexts[device];
+    if (of->retained == 0) broken("a context is released more often than it was retained");
+    if (--of->retained > 0) return SUCCESS;
+    for (const auto& [address, piece] : memory)
+        if (piece.owner == of) broken("a GPU is left with %zu bytes of memory at %p", piece.bytes, (void*)address);
+    nothing_left(streams, of, "a queue");
+    nothing_left(graphs, of, "a graph");
+    nothing_left(executables, of, "what was made of a graph");
+    nothing_left(events, of, "an event");
     return SUCCESS;
 }
-API int cuCtxSetCurrent(void* to) {
+API int cuCtxSetCurrent(void* handle) {
     Call call("cuCtxSetCurrent", false);
-    if (to != &context || contexts == 0) broken("a context that is not there is made a thread's");
+    Context* to = (Context*)handle;
+    if (to < contexts || to >= contexts + GPUS || to->retained == 0) broken("a context that is not there is made a thread's");
     return current = to, SUCCESS;
 }
 
@@ -233,16 +266,21 @@ API int cuStreamSynchronize(void* handle) {
     return finish(known(streams, handle, "cuStreamSynchronize"));
 }
 
+static size_t held_bytes() {
+    size_t held = 0;
+    for (const auto& [address, piece] : memory) held += piece.owner == current ? piece.bytes : 0;
+    return held;
+}
 API int cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
     Call call("cuMemGetInfo");
-    return *free_bytes = MEMORY_BYTES - held_bytes, *total = MEMORY_BYTES, SUCCESS;
+    return *free_bytes = MEMORY_BYTES - held_bytes(), *total = MEMORY_BYTES, SUCCESS;
 }
 static size_t in_pages(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 // The end of what was asked for is the end of a page as far as alignment lets it be, and no page follows.
 API int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
     Call call("cuMemAlloc");
     if (bytes == 0) return INVALID_VALUE;
-    if (bytes > MEMORY_BYTES - held_bytes) return OUT_OF_MEMORY;
+    if (bytes > MEMORY_BYTES - held_bytes()) return OUT_OF_MEMORY;
     const size_t pages = in_pages(bytes);
     char* mapped =
         (char*)mmap(nullptr, pages + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -250,7 +288,7 @@ API int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
     mprotect(mapped + pages, 4096, PROT_NONE);
     const uintptr_t at = (uintptr_t)mapped + (pages - bytes) / 256 * 256;
     memset((void*)at, 0xff, bytes);
-    memory[at] = bytes, held_bytes += bytes;
+    memory[at].bytes = bytes;
     return *address = at, SUCCESS;
 }
 // Nothing is waited for, and the addresses are nobody's from here on.
@@ -258,15 +296,16 @@ API int cuMemFree_v2(unsigned long long address) {
     Call call("cuMemFree");
     const auto found = memory.find(address);
     if (found == memory.end()) broken("memory is given back that is nobody's");
-    mprotect((void*)(address / 4096 * 4096), in_pages(address % 4096 + found->second), PROT_NONE);
-    held_bytes -= found->second;
+    if (found->second.owner != current) broken("memory is given back that another GPU has");
+    mprotect((void*)(address / 4096 * 4096), in_pages(address % 4096 + found->second.bytes), PROT_NONE);
     memory.erase(found);
     return SUCCESS;
 }
 static void check_range(unsigned long long address, size_t bytes, const char* name) {
     auto found = memory.upper_bound(address);
-    if (found == memory.begin() || address + bytes > (--found)->first + found->second)
+    if (found == memory.begin() || address + bytes > (--found)->first + found->second.bytes)
         broken("%s of %zu bytes that are not all of one piece of memory", name, bytes);
+    if (found->second.owner != current) broken("%s of memory that another GPU has", name);
 }
 API int cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, size_t bytes, void* stream) {
     Call call("cuMemcpyHtoD");
@@ -295,15 +334,15 @@ API int cuMemsetD8Async(unsigned long long to, unsigned char value, size_t bytes
 
 // ---- Kernels ----
 
-static std::string run(const std::string& command) {
+static void run(const std::string& command) {
     std::string printed;
     FILE* pipe = popen((command + " 2>&1").c_str(), "r");
     if (pipe == nullptr) broken("%s cannot be run", command.c_str());
     char some[4096];
     for (size_t count; (count = fread(some, 1, sizeof some, pipe)) > 0;) printed.append(some, count);
     if (pclose(pipe) != 0) broken("%s fails: %s", command.c_str(), printed.c_str());
-    return printed;
 }
+static bool is_there(const std::string& file) { return access(file.c_str(), R_OK) == 0; }
 static std::string setting(const char* name) {
     const char* value = getenv(name);
     if (value == nullptr) broken("%s is not set", name);
@@ -315,33 +354,39 @@ API int cuModuleLoadData(void** made, const void* code) {
     Call call("cuModuleLoadData");
     may_wait_for_the_device();
     const std::string all_of_it = (const char*)code;
-    Module*& module = by_text[all_of_it];
-    if (module == nullptr) {
+    Code& compiled = by_text[all_of_it];
+    if (compiled.library == nullptr) {
         const size_t line = all_of_it.find('\n');
         const std::string folder = setting("STANDIN_FOLDER");
-        const std::string file = folder + "/unit-" + std::to_string(by_text.size());
-        std::ofstream(file + ".cpp") << all_of_it.substr(line + 1);
-        const std::string compiler = setting("STANDIN_COMPILER") + " -std=c++17 -w -DSANDERLING_EMULATE=1 " +
-            all_of_it.substr(0, line) + " -I" + folder + " " + file + ".cpp ";
-        run(compiler + "-O1 -fPIC -shared -fvisibility=hidden -ffp-contract=off -o " + file + ".so");
-        void* library = dlopen((file + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
-        if (library == nullptr) broken("%s", dlerror());
-        std::string text;
-        std::stringstream words(run(compiler + "-E -P"));
-        for (std::string word; words >> word;) text += word + " ";
-        module = new Module{library, (Launch)dlsym(library, "emulate_launch"), text};
+        const std::string file = folder + "/unit-" + std::to_string(std::hash<std::string>()(all_of_it));
+        const std::string own = file + "-" + std::to_string(getpid());
+        if (!is_there(file + ".so")) {
+            std::ofstream(own + ".cpp") << all_of_it.substr(line + 1);
+            const std::string compiler = setting("STANDIN_COMPILER") + " -std=c++17 -w -DSANDERLING_EMULATE=1 " +
+                all_of_it.substr(0, line) + " -I" + folder + " " + own + ".cpp ";
+            run(compiler + "-E -P -o " + file + ".txt");
+            run(compiler + "-O1 -fPIC -shared -fvisibility=hidden -ffp-contract=off -o " + own + ".so");
+            rename((own + ".so").c_str(), (file + ".so").c_str());
+        }
+        compiled.library = dlopen((file + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
+        if (compiled.library == nullptr) broken("%s", dlerror());
+        compiled.launch = (Launch)dlsym(compiled.library, "emulate_launch");
+        std::ifstream words(file + ".txt");
+        for (std::string word; words >> word;) compiled.text += word + " ";
     }
+    Module* module = new Module;
+    module->code = &compiled;
     modules.insert(module);
     return *made = module, SUCCESS;
 }
 
 // The parameters of a kernel, from the text that declares it.
-static std::vector<Parameter> parameters_of(const Module& module, const std::string& name) {
+static std::vector<Parameter> parameters_of(const std::string& text, const std::string& name) {
     const std::string declares = "void " + name + "(";
-    const size_t at = module.text.find(declares);
+    const size_t at = text.find(declares);
     if (at == std::string::npos) broken("the parameters of %s were not found", name.c_str());
     const size_t from = at + declares.size();
-    std::stringstream list(module.text.substr(from, module.text.find(')', from) - from));
+    std::stringstream list(text.substr(from, text.find(')', from) - from));
     std::vector<Parameter> parameters;
     for (std::string one; std::getline(list, one, ',');) {
         const auto has = [&](const char* word) { return one.find(word) != std::string::npos; };
@@ -354,24 +399,26 @@ static std::vector<Parameter> parameters_of(const Module& module, const std::str
 API int cuModuleGetFunction(void** made, void* handle, const char* name) {
     Call call("cuModuleGetFunction");
     may_wait_for_the_device();
-    Module* module = known(modules, handle, "cuModuleGetFunction");
-    void* code = dlsym(module->library, name);
-    if (code == nullptr) return 500;
-    Kernel*& kernel = kernels[std::to_string((uintptr_t)module) + name];
-    if (kernel == nullptr) kernel = new Kernel{name, code, module->launch, parameters_of(*module, name), SHARED_BYTES};
+    const Code& compiled = *known(modules, handle, "cuModuleGetFunction")->code;
+    void* code = dlsym(compiled.library, name);
+    if (code == nullptr) return NOT_FOUND;
+    Kernel* kernel = new Kernel;
+    kernel->name = name, kernel->code = code, kernel->launch = compiled.launch;
+    kernel->parameters = parameters_of(compiled.text, name);
+    kernels.insert(kernel);
     return *made = kernel, SUCCESS;
 }
 API int cuFuncSetAttribute(void* handle, int attribute, int value) {
     Call call("cuFuncSetAttribute");
     if (attribute != 8) broken("a kernel has no attribute %d here", attribute);
     if (value > SHARED_BYTES_MOST) return INVALID_VALUE;
-    return ((Kernel*)handle)->shared_bytes = value, SUCCESS;
+    return known(kernels, handle, "cuFuncSetAttribute")->shared_bytes = value, SUCCESS;
 }
 API int cuLaunchKernel(
     void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes,
     void* stream, void** arguments, void**) {
     Call call("cuLaunchKernel");
-    const Kernel* kernel = (Kernel*)handle;
+    const Kernel* kernel = known(kernels, handle, "cuLaunchKernel");
     const unsigned threads = bx * by * bz;
     const bool fits = gx >= 1 && gy >= 1 && gz >= 1 && gx <= INT32_MAX && gy <= BLOCKS_ACROSS_MOST &&
         gz <= BLOCKS_ACROSS_MOST && threads >= 1 && threads <= THREADS_MOST && (int)shared_bytes <= kernel->shared_bytes;
@@ -417,13 +464,15 @@ API int cuStreamEndCapture(void* handle, void** made) {
     stream->recorded.clear();
     *made = nullptr;
     if (stream->spoilt) return CAPTURE_INVALIDATED;
-    Graph* graph = new Graph{std::move(recorded), 0};
+    Graph* graph = new Graph;
+    graph->operations = std::move(recorded);
     graphs.insert(graph);
     return *made = graph, SUCCESS;
 }
 API int cuGraphInstantiateWithFlags(void** made, void* handle, unsigned long long) {
     Call call("cuGraphInstantiate");
-    Graph* executable = new Graph(*known(graphs, handle, "cuGraphInstantiate"));
+    Graph* executable = new Graph;
+    executable->operations = known(graphs, handle, "cuGraphInstantiate")->operations;
     executables.insert(executable);
     return *made = executable, SUCCESS;
 }
@@ -476,7 +525,7 @@ API int cuEventSynchronize(void* handle) {
 API int cuEventElapsedTime_v2(float* ms, void* from, void* to) {
     Call call("cuEventElapsedTime");
     const Event *first = known(events, from, "cuEventElapsedTime"), *last = known(events, to, "cuEventElapsedTime");
-    if (first->ms < 0.0 || last->ms < 0.0) return 600;
+    if (first->ms < 0.0 || last->ms < 0.0) return NOT_READY;
     return *ms = (float)(last->ms - first->ms), SUCCESS;
 }
 API int cuEventDestroy_v2(void* handle) {
@@ -521,9 +570,7 @@ enum { BLAS_SUCCESS = 0, BLAS_INVALID_VALUE = 7, BLAS_NOT_SUPPORTED = 15 };
 // cudaDataType_t.
 enum { FLOAT = 0, BF16 = 14 };
 
-struct Blas {
-    int products;
-};
+struct Blas : Owned {};
 struct Description {
     int transposed[2];
 };
@@ -541,7 +588,7 @@ API size_t cublasLtGetVersion() { return 130000; }
 API int cublasLtCreate(void** made) {
     Call call("cublasLtCreate");
     may_wait_for_the_device();
-    Blas* handle = new Blas{0};
+    Blas* handle = new Blas;
     handles.insert(handle);
     return *made = handle, BLAS_SUCCESS;
 }
@@ -613,7 +660,7 @@ API int cublasLtMatmul(
     void* handle, void* description, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout,
     const float* beta, const void* c, void*, void* d, void* d_layout, const void*, void* workspace, size_t, void* stream) {
     Call call("cublasLtMatmul");
-    known(handles, handle, "cublasLtMatmul")->products++;
+    known(handles, handle, "cublasLtMatmul");
     if (c != d || workspace == nullptr) broken("a product that is not in place, or without a workspace");
     const Description how = *(Description*)description;
     const Layout left = *(Layout*)a_layout, right = *(Layout*)b_layout, out = *(Layout*)d_layout;

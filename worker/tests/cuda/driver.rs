@@ -1,0 +1,38 @@
+//! The driver's own code, which the emulator does not reach, over libraries that stand in for CUDA's: tests of a GPU, in a process
+//! that finds those.
+
+use crate::skip;
+use crate::standin::VARIABLE;
+
+/// Whether the GPU is one that is stood in for, which takes its time.
+pub(crate) fn is_stood_in_for() -> bool {
+    std::env::var_os(VARIABLE).is_some()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_driver_keeps_cudas_rules() {
+    use crate::standin::Standin;
+
+    let Some(compiler) = skip::compiler() else { return };
+    let names = [
+        "graphs::gpu::steps_by_graphs_are_steps_one_by_one::bf16",
+        "graphs::gpu::many_shapes::f32",
+        "graphs::gpu_shared::threads_come_to_the_same::bf16",
+        "shared::gpu::threads_get_the_same_products::f32",
+        "shared::gpu::threads_get_the_same_products::bf16",
+        "shared::gpu::memory_is_given_back_in_time::f32",
+        "shared::a_second_gpu_computes_beside_the_first",
+        "fixtures::gpu::mixtral::bf16",
+    ];
+    let run = Standin::new(compiler)
+        .command(std::env::current_exe().unwrap())
+        .args(names)
+        .args(["--exact", "--nocapture"])
+        .env("SANDERLING_TESTS_REQUIRE", "gpu,gpus")
+        .output()
+        .unwrap();
+    let (said, errors) = (String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
+    assert!(run.status.success(), "{said}\n{errors}");
+    assert!(said.contains(&format!("test result: ok. {} passed", names.len())), "{said}");
+}
