@@ -14,6 +14,7 @@ use sanderling_worker::kernels::{
 };
 
 use crate::device::{Place, everywhere, kernels, of_worst_row, relative, tolerance, tolerance_of_row};
+use crate::driver::is_stood_in_for;
 use crate::random::Random;
 use crate::skip;
 
@@ -133,19 +134,24 @@ fn shapes<T: Copy>(place: Place, small: &[T], large: &[T], draw: impl Fn(&mut Ra
     let mut random = drawn_shapes();
     let mut all = small.to_vec();
     all.extend((0..DRAWN).map(|_| draw(&mut random, DRAWN_SIDE)));
-    if place == Place::Gpu {
+    if place == Place::Gpu && !is_stood_in_for() {
         all.extend_from_slice(large);
         all.extend((0..DRAWN_LARGE).map(|_| draw(&mut random, DRAWN_LARGE_SIDE)));
     }
     all
 }
 
+/// As often as not one that kernels for steps of 16 bytes take.
+fn side(random: &mut Random, most: usize) -> usize {
+    if random.below(2) == 0 { random.up_to(most) } else { 8 * random.up_to(most / 8) }
+}
+
 fn two_sides(random: &mut Random, most: usize) -> (usize, usize) {
-    (random.up_to(most), random.up_to(most))
+    (side(random, most), side(random, most))
 }
 
 fn three_sides(random: &mut Random, most: usize) -> (usize, usize, usize) {
-    (random.up_to(most), random.up_to(most), random.up_to(most))
+    (side(random, most), side(random, most), side(random, most))
 }
 
 fn sums(place: Place, precision: Precision) {

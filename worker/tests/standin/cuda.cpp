@@ -5,7 +5,7 @@
 // graph is spoilt by what may wait for the device while it is recorded; and every handle, thread and launch is checked, and that
 // it is of the GPU that it is used on, of which there are two. What breaks a rule ends the process with a sentence. Kernels are the emulator's (emulate.hpp), compiled from the text that
 // nvrtcCompileProgram was given by the compiler that $STANDIN_COMPILER names, once for all programs that share the folder
-// $STANDIN_FOLDER.
+// $STANDIN_FOLDER. The GPUs are of the compute capability $STANDIN_CAPABILITY, times ten: 80 if it is not set, or 90.
 
 #include <chrono>
 #include <csignal>
@@ -56,8 +56,13 @@ enum {
 
 constexpr int GPUS = 2;
 
-// As a card of compute capability 8.0 has them.
-constexpr int SHARED_BYTES = 48 * 1024, SHARED_BYTES_MOST = 163 * 1024, THREADS_MOST = 1024, BLOCKS_ACROSS_MOST = 65535;
+constexpr int SHARED_BYTES = 48 * 1024, THREADS_MOST = 1024, BLOCKS_ACROSS_MOST = 65535;
+static bool is_hopper() {
+    const char* capability = getenv("STANDIN_CAPABILITY");
+    return capability != nullptr && strcmp(capability, "90") == 0;
+}
+// What a kernel gets that asks for it.
+static int shared_bytes_most() { return (is_hopper() ? 227 : 163) * 1024; }
 constexpr size_t MEMORY_BYTES = size_t(4) << 30;
 
 using Operation = std::function<void()>;
@@ -96,17 +101,23 @@ struct Code {
 struct Module : Owned {
     const Code* code;
 };
-// A parameter: a float, or an integer or address of so many bytes.
+// A parameter: a float, or an integer, an address or a tensor map, of so many bytes.
 struct Parameter {
     bool is_float;
     int bytes;
 };
+constexpr int MAP_BYTES = 128;
 struct Kernel : Owned {
     std::string name;
     void* code;
     Launch launch;
     std::vector<Parameter> parameters;
     int shared_bytes = SHARED_BYTES;
+    // Then its code takes its arguments' addresses.
+    bool has_maps = false;
+};
+struct alignas(64) ArgumentBytes {
+    char bytes[MAP_BYTES];
 };
 struct Memory : Owned {
     size_t bytes;
@@ -199,7 +210,7 @@ API int cuDeviceGetAttribute(int* value, int attribute, int) {
     Call call("cuDeviceGetAttribute", false);
     switch (attribute) {
     case 75: // The compute capability, and its second part.
-        *value = 8;
+        *value = is_hopper() ? 9 : 8;
         break;
     case 76:
         *value = 0;
@@ -208,7 +219,7 @@ API int cuDeviceGetAttribute(int* value, int attribute, int) {
         *value = 2;
         break;
     case 97: // Shared memory of a block, where it is asked for.
-        *value = SHARED_BYTES_MOST;
+        *value = shared_bytes_most();
         break;
     default:
         broken("nobody knows the device's attribute %d", attribute);
@@ -349,6 +360,49 @@ static std::string setting(const char* name) {
     return value;
 }
 
+// The list of a kernel's parameters, from the text that declares it.
+static std::vector<std::string> list_of(const std::string& text, const std::string& name) {
+    const std::string declares = "void " + name + "(";
+    const size_t at = text.find(declares);
+    if (at == std::string::npos) broken("the parameters of %s were not found", name.c_str());
+    const size_t from = at + declares.size();
+    std::stringstream list(text.substr(from, text.find(')', from) - from));
+    std::vector<std::string> parameters;
+    for (std::string one; std::getline(list, one, ',');) parameters.push_back(one);
+    return parameters;
+}
+static bool takes_maps(const std::vector<std::string>& parameters) {
+    for (const std::string& one : parameters)
+        if (one.find("TensorMap") != std::string::npos) return true;
+    return false;
+}
+// For kernels that take tensor maps, which emulate_launch has no way to hand on: a function of the arguments' addresses.
+static std::string forwarder(const std::string& text, const std::string& name) {
+    const std::vector<std::string> parameters = list_of(text, name);
+    if (!takes_maps(parameters)) return "";
+    std::string call;
+    for (size_t i = 0; i < parameters.size(); i++) {
+        const std::string type = parameters[i].substr(0, parameters[i].find_last_of(" *&") + 1);
+        call += (i == 0 ? "*(" : ", *(") + type + "*)arguments[" + std::to_string(i) + "]";
+    }
+    return "extern \"C\" __global__ void forward_" + name + "(void* const* arguments) { " + name + "(" + call + "); }\n";
+}
+static std::string spaced(std::istream&& text) {
+    std::string all_of_it;
+    for (std::string word; text >> word;) all_of_it += word + " ";
+    return all_of_it;
+}
+// The names of all kernels.
+static std::vector<std::string> kernels_of(const std::string& text) {
+    const std::string declares = "extern \"C\" __attribute__((visibility(\"default\"))) void ";
+    std::vector<std::string> names;
+    for (size_t at = 0; (at = text.find(declares, at)) != std::string::npos;) {
+        at += declares.size();
+        names.push_back(text.substr(at, text.find('(', at) - at));
+    }
+    return names;
+}
+
 // Code is a line of options and the text.
 API int cuModuleLoadData(void** made, const void* code) {
     Call call("cuModuleLoadData");
@@ -365,14 +419,18 @@ API int cuModuleLoadData(void** made, const void* code) {
             const std::string compiler = setting("STANDIN_COMPILER") + " -std=c++17 -w -DSANDERLING_EMULATE=1 " +
                 all_of_it.substr(0, line) + " -I" + folder + " " + own + ".cpp ";
             run(compiler + "-E -P -o " + file + ".txt");
+            const std::string text = spaced(std::ifstream(file + ".txt"));
+            std::ofstream more(own + ".cpp", std::ios::app);
+            for (const std::string& name : kernels_of(text))
+                if (name != "emulate_launch") more << forwarder(text, name);
+            more.close();
             run(compiler + "-O1 -fPIC -shared -fvisibility=hidden -ffp-contract=off -o " + own + ".so");
             rename((own + ".so").c_str(), (file + ".so").c_str());
         }
         compiled.library = dlopen((file + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
         if (compiled.library == nullptr) broken("%s", dlerror());
         compiled.launch = (Launch)dlsym(compiled.library, "emulate_launch");
-        std::ifstream words(file + ".txt");
-        for (std::string word; words >> word;) compiled.text += word + " ";
+        compiled.text = spaced(std::ifstream(file + ".txt"));
     }
     Module* module = new Module;
     module->code = &compiled;
@@ -380,19 +438,14 @@ API int cuModuleLoadData(void** made, const void* code) {
     return *made = module, SUCCESS;
 }
 
-// The parameters of a kernel, from the text that declares it.
 static std::vector<Parameter> parameters_of(const std::string& text, const std::string& name) {
-    const std::string declares = "void " + name + "(";
-    const size_t at = text.find(declares);
-    if (at == std::string::npos) broken("the parameters of %s were not found", name.c_str());
-    const size_t from = at + declares.size();
-    std::stringstream list(text.substr(from, text.find(')', from) - from));
     std::vector<Parameter> parameters;
-    for (std::string one; std::getline(list, one, ',');) {
+    for (const std::string& one : list_of(text, name)) {
         const auto has = [&](const char* word) { return one.find(word) != std::string::npos; };
-        const bool is_word = has("*") || has("long long");
-        if (!is_word && !has("int") && !has("unsigned") && !has("float")) broken("%s takes %s", name.c_str(), one.c_str());
-        parameters.push_back({!is_word && has("float"), is_word ? 8 : 4});
+        const bool is_map = has("TensorMap"), is_word = has("*") || has("long long");
+        if (!is_map && !is_word && !has("int") && !has("unsigned") && !has("float"))
+            broken("%s takes %s", name.c_str(), one.c_str());
+        parameters.push_back({!is_map && !is_word && has("float"), is_map ? MAP_BYTES : is_word ? 8 : 4});
     }
     return parameters;
 }
@@ -400,18 +453,19 @@ API int cuModuleGetFunction(void** made, void* handle, const char* name) {
     Call call("cuModuleGetFunction");
     may_wait_for_the_device();
     const Code& compiled = *known(modules, handle, "cuModuleGetFunction")->code;
-    void* code = dlsym(compiled.library, name);
+    const bool has_maps = takes_maps(list_of(compiled.text, name));
+    void* code = dlsym(compiled.library, ((has_maps ? "forward_" : "") + std::string(name)).c_str());
     if (code == nullptr) return NOT_FOUND;
     Kernel* kernel = new Kernel;
     kernel->name = name, kernel->code = code, kernel->launch = compiled.launch;
-    kernel->parameters = parameters_of(compiled.text, name);
+    kernel->parameters = parameters_of(compiled.text, name), kernel->has_maps = has_maps;
     kernels.insert(kernel);
     return *made = kernel, SUCCESS;
 }
 API int cuFuncSetAttribute(void* handle, int attribute, int value) {
     Call call("cuFuncSetAttribute");
     if (attribute != 8) broken("a kernel has no attribute %d here", attribute);
-    if (value > SHARED_BYTES_MOST) return INVALID_VALUE;
+    if (value > shared_bytes_most()) return INVALID_VALUE;
     return known(kernels, handle, "cuFuncSetAttribute")->shared_bytes = value, SUCCESS;
 }
 API int cuLaunchKernel(
@@ -425,20 +479,26 @@ API int cuLaunchKernel(
     if (!fits) return INVALID_VALUE;
     std::vector<long long> words(24);
     std::vector<float> floats(8);
+    std::vector<ArgumentBytes> copies(kernel->parameters.size());
     size_t words_used = 0, floats_used = 0;
     for (size_t i = 0; i < kernel->parameters.size(); i++) {
         const Parameter& parameter = kernel->parameters[i];
         if (arguments[i] == nullptr) broken("%s lacks its argument %zu", kernel->name.c_str(), i);
-        if (parameter.is_float) {
+        memcpy(copies[i].bytes, arguments[i], parameter.bytes);
+        if (kernel->has_maps) continue;
+        // A word's upper half is nothing that an int would see.
+        if (parameter.is_float)
             floats.at(floats_used++) = *(const float*)arguments[i];
-        } else {
-            // A word's upper half is nothing that an int would see.
+        else
             words.at(words_used++) = parameter.bytes == 8 ? *(const long long*)arguments[i] : *(const int*)arguments[i];
-        }
     }
     enqueue(known(streams, stream, "cuLaunchKernel"), [=] {
         const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-        kernel->launch(kernel->code, grid, block, shared_bytes, words.data(), floats.data());
+        std::vector<const void*> addresses;
+        for (const ArgumentBytes& copy : copies) addresses.push_back(copy.bytes);
+        std::vector<long long> handed = words;
+        if (kernel->has_maps) handed[0] = (long long)addresses.data();
+        kernel->launch(kernel->code, grid, block, shared_bytes, handed.data(), floats.data());
     });
     return SUCCESS;
 }
@@ -532,7 +592,36 @@ API int cuEventDestroy_v2(void* handle) {
     Call call("cuEventDestroy");
     return destroy(events, handle, "cuEventDestroy");
 }
-API int cuTensorMapEncodeTiled() { broken("a tensor map for a card that has no copy engine"); }
+// What load_box of emulate's hopper.hpp reads of a tensor map.
+struct EmulatedTensor {
+    const void* data;
+    long long sizes[3], strides[2];
+};
+API int cuTensorMapEncodeTiled(
+    void* map, int type, unsigned rank, void* address, const uint64_t* sizes, const uint64_t* strides, const uint32_t* box,
+    const uint32_t* steps, int interleave, int swizzle, int, int fill) {
+    Call call("cuTensorMapEncodeTiled");
+    if (!is_hopper()) broken("a tensor map for a card that has no copy engine");
+    constexpr int BFLOAT16 = 9, SWIZZLE_128B = 3;
+    bool is_right = type == BFLOAT16 && interleave == 0 && swizzle == SWIZZLE_128B && fill == 0 && (rank == 2 || rank == 3) &&
+        (uintptr_t)address % 16 == 0 && (uintptr_t)map % 64 == 0;
+    EmulatedTensor tensor = {address, {1, 1, 1}, {0, 0}};
+    for (unsigned i = 0; i < rank && is_right; i++) {
+        is_right = sizes[i] >= 1 && sizes[i] <= (1ull << 32) && box[i] == (i < 2 ? 64 : 1) && steps[i] == 1;
+        tensor.sizes[i] = sizes[i];
+        if (i + 1 < rank) {
+            is_right = is_right && strides[i] % 16 == 0 && strides[i] < (1ull << 40) && strides[i] >= 2 * sizes[0];
+            tensor.strides[i] = strides[i] / 2;
+        }
+    }
+    if (!is_right) return INVALID_VALUE;
+    // All of it is memory.
+    const size_t elements = (tensor.sizes[2] - 1) * tensor.strides[1] + (tensor.sizes[1] - 1) * tensor.strides[0] + tensor.sizes[0];
+    check_range((uintptr_t)address, 2 * elements, "a tensor map");
+    memset(map, 0, MAP_BYTES);
+    memcpy(map, &tensor, sizeof tensor);
+    return SUCCESS;
+}
 
 // ---- The run-time compiler ----
 
@@ -546,7 +635,7 @@ API int nvrtcCompileProgram(void* program, int count, const char* const* options
     for (int i = 0; i < count; i++) {
         const std::string option = options[i];
         if (option.rfind("-D", 0) == 0) line += option + " ";
-        if (option.rfind("--gpu-architecture", 0) == 0 && option != "--gpu-architecture=sm_80")
+        if (option.rfind("--gpu-architecture=", 0) == 0 && option.substr(19) != (is_hopper() ? "sm_90a" : "sm_80"))
             broken("code for another card: %s", options[i]);
     }
     return *(std::string*)program = line + "\n" + *(std::string*)program, 0;
