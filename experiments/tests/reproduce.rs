@@ -264,7 +264,18 @@ fn a_text_that_is_changed_meanwhile_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     // Hundreds of runs.
     let mut command = Command::new(env!("CARGO_BIN_EXE_sanderling"));
-    command.args(["reproduce", "compare", &config, "--workers", "2,4", "--seeds", "100", "--out"]);
+    command.args([
+        "reproduce",
+        "compare",
+        &config,
+        "--workers",
+        "2,4",
+        "--seeds",
+        "100",
+        "--jobs",
+        "2",
+        "--out",
+    ]);
     let child = command.arg(folder.path()).stderr(std::process::Stdio::piped()).spawn().unwrap();
     wait_until(|| fs::metadata(folder.path().join("results.jsonl")).is_ok_and(|file| file.len() > 0));
     write("Whether 'tis nobler in the mind to suffer. ");

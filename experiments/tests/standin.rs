@@ -57,7 +57,8 @@ fn a_model_is_trained_evaluated_and_sampled_on_a_gpu() {
     let gpu = ["--device", "cuda", "--precision", "f32"];
     let on_cpu = json(&standin, folder, &eval);
     let on_gpu = json(&standin, folder, &[&eval[..], &gpu].concat());
-    assert_eq!((&on_cpu["device"], &on_gpu["device"]), (&"cpu".into(), &"stand-in, f32".into()));
+    assert_eq!((&on_cpu["device"], &on_gpu["device"]), (&"cpu".into(), &"stand-in".into()));
+    assert_eq!(on_gpu["precision"], "f32");
     let loss = |score: &Value| score["loss"].as_f64().unwrap();
     assert!((loss(&on_gpu) / loss(&on_cpu) - 1.0).abs() < 1e-5, "{on_gpu} and {on_cpu}");
 

@@ -3,17 +3,17 @@
 //!     cargo run -p sanderling-worker --example machine_code                                    # a line per kernel
 //!     cargo run -p sanderling-worker --example machine_code -- docs/results/machine-code.tsv   # and which are not in that list
 //!
-//! It needs NVRTC (docs/gpu.md), whose version makes other code of the same sources: compare lists of one version only. The list
-//! in docs/results is of what ran on an H200.
+//! It needs NVRTC (docs/gpu.md). The list in docs/results is of what ran on an H200. Another version of NVRTC makes other code of
+//! the same sources, so a list is of one.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "its output is for people")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use sanderling_worker::kernels::cuda::{
-    Library, Precision, Target, Unit, architecture, compile_to_cubin, require,
+    Library, Precision, Target, Unit, architecture, compile_to_cubin, compiler_version, require,
 };
 use sha2::{Digest, Sha256};
 
@@ -22,13 +22,8 @@ const HOPPER: (u32, u32) = (90, 227 << 10);
 
 fn main() -> ExitCode {
     match run(std::env::args().nth(1).as_deref()) {
-        Ok(is_known) => {
-            if is_known {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            }
-        }
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::from(2)
@@ -39,16 +34,22 @@ fn main() -> ExitCode {
 /// Whether all kernels are in the list, if there is one.
 fn run(list: Option<&str>) -> anyhow::Result<bool> {
     require(&[Library::Nvrtc])?;
-    let kernels = kernels()?;
+    let (major, minor) = compiler_version();
+    let heading = format!("# NVRTC {major}.{minor}");
     let Some(list) = list else {
-        kernels.iter().for_each(|kernel| println!("{kernel}"));
+        println!("{heading}");
+        kernels()?.iter().for_each(|kernel| println!("{kernel}"));
         return Ok(true);
     };
     let text = std::fs::read_to_string(list).with_context(|| format!("cannot read {list}"))?;
-    let known: BTreeSet<&str> = text.lines().collect();
+    let of = text.lines().next().unwrap_or_default();
+    ensure!(of == heading, "{list} is of another compiler: it begins with {of:?}, and this is {heading:?}");
+    let kernels = kernels()?;
+    let known: BTreeSet<&str> = text.lines().skip(1).collect();
     let (same, other): (Vec<&String>, _) = kernels.iter().partition(|kernel| known.contains(kernel.as_str()));
     other.iter().for_each(|kernel| println!("{kernel}"));
-    println!("{} of {} kernels are in {list}; the others are above", same.len(), kernels.len());
+    let above = if other.is_empty() { "" } else { "; the others are above" };
+    println!("{} of {} kernels are in {list}{above}", same.len(), kernels.len());
     Ok(other.is_empty())
 }
 
@@ -70,9 +71,9 @@ fn kernels() -> anyhow::Result<BTreeSet<String>> {
                     continue;
                 }
                 let code = compile_to_cubin(&source, &architecture(HOPPER.0))?.code;
-                let texts =
+                let codes =
                     texts(&code).with_context(|| format!("the machine code of {unit} is no ELF file"))?;
-                kernels.extend(texts.iter().map(|(kernel, code)| {
+                kernels.extend(codes.iter().map(|(kernel, code)| {
                     let hash: String =
                         Sha256::digest(code).iter().map(|byte| format!("{byte:02x}")).collect();
                     format!("{kernel}\t{unit}\t{}\t{hash}", code.len())

@@ -192,7 +192,7 @@ fn with_a_batch_to_try(
         Some((batch, less_bytes)) => {
             NoRoom(format!("{error:#}; --batch {batch} needs about {} less", bytes_text(less_bytes))).into()
         }
-        None => error,
+        None => NoRoom(format!("{error:#}")).into(),
     }
 }
 

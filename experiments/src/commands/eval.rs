@@ -109,12 +109,9 @@ impl Arguments {
     }
 }
 
-/// What needs less where a GPU's memory ran out.
-fn with_remedy(error: anyhow::Error) -> anyhow::Error {
-    match ran_out(&error) {
-        Some(_) => anyhow!("{error:#}; a smaller --batch-size or --window needs less"),
-        None => error,
-    }
+/// Says what needs less where a GPU's memory ran out.
+fn with_remedy(error: anyhow::Error, less: &str) -> anyhow::Error {
+    if ran_out(&error).is_some() { anyhow!("{error:#}; {less} need less") } else { error }
 }
 
 /// The loss over a text, wherever it is computed.
@@ -138,7 +135,9 @@ fn language_of(
         Held::Gpu(gpu) => {
             let (kernels, threads) = (&|| gpu.kernels(), arguments.threads_of_gpu());
             let scoring = Scoring { config, parameters: &*gpu.parameters, kernels, threads };
-            language_loss(&scoring, tokens, windows, &mut progress).map_err(with_remedy)?
+            language_loss(&scoring, tokens, windows, &mut progress).map_err(|error| {
+                with_remedy(error, "a smaller --batch-size or --window, or fewer --threads,")
+            })?
         }
     };
     work.end();
@@ -164,7 +163,8 @@ fn answers_of(
         Held::Gpu(gpu) => {
             let (kernels, threads) = (&|| gpu.kernels(), arguments.threads_of_gpu());
             let scoring = Scoring { config, parameters: &*gpu.parameters, kernels, threads };
-            answer_all(&scoring, asked, tokenizer, batch, progress).map_err(with_remedy)
+            answer_all(&scoring, asked, tokenizer, batch, progress)
+                .map_err(|error| with_remedy(error, "a smaller --batch-size, or fewer --threads,"))
         }
     }
 }
@@ -243,7 +243,7 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
         stride >= 1 && stride <= length,
         UsageError(format!("--stride {stride} must lie between 1 and the window, {length}"))
     );
-    let (place, device) = open(arguments.device)?;
+    let (place, on) = open(arguments.device)?;
     let (tokens, text_bytes) = tokens(arguments, checkpoint)?;
     ensure!(
         tokens.len() >= 2,
@@ -270,7 +270,8 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
                 "task": "lm", "model": arguments.model.display().to_string(),
                 "data": arguments.data.display().to_string(), "loss": score.loss(),
                 "perplexity": score.perplexity(), "bits_per_byte": bits_per_byte, "tokens": tokens,
-                "window": length, "stride": stride, "device": device, "seconds": seconds,
+                "window": length, "stride": stride, "device": on.device, "precision": on.precision.to_string(),
+                "seconds": seconds,
             })
         ));
     }
@@ -282,7 +283,7 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
         ("perplexity", format!("{:.4}", score.perplexity())),
     ];
     rows.extend(bits_per_byte.map(|bits| ("bits per byte", format!("{bits:.4}"))));
-    rows.push(("computed on", device));
+    rows.push(("computed on", on.to_string()));
     rows.push(("time", format!("{seconds:.1} s, {:.2} k tokens/s", tokens as f64 / seconds / 1e3)));
     say(&table(&rows))
 }
@@ -319,7 +320,7 @@ fn multiple_choice(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Re
         .collect::<Result<_, _>>()?;
     let tokenizer = tokenizer(arguments, checkpoint)?;
     let config = checkpoint.config();
-    let (place, device) = open(arguments.device)?;
+    let (place, on) = open(arguments.device)?;
     let held = hold(place, config, checkpoint.load()?)?;
     let total: usize = files.iter().map(|(_, _, questions)| questions.len()).sum();
     let started = Instant::now();
@@ -348,7 +349,8 @@ fn multiple_choice(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Re
             json!({
                 "task": "multiple-choice", "model": arguments.model.display().to_string(),
                 "data": arguments.data.display().to_string(), "accuracy": overall,
-                "standard_error": error, "questions": total, "right": right, "device": device, "seconds": seconds,
+                "standard_error": error, "questions": total, "right": right, "device": on.device,
+                "precision": on.precision.to_string(), "seconds": seconds,
                 "files": files.collect::<Vec<_>>(),
             })
         ));
@@ -360,6 +362,6 @@ fn multiple_choice(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Re
     let mut rows: Vec<(&str, String)> =
         scores.iter().map(|score| (score.subject.as_str(), row(score.right, score.questions))).collect();
     rows.push(("overall", row(right, total)));
-    rows.push(("computed on", device));
+    rows.push(("computed on", on.to_string()));
     say(&table(&rows))
 }

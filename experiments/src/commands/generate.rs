@@ -21,8 +21,9 @@ use crate::work::Stop;
 /// Write text that goes on from a prompt, shown as it is made
 ///
 /// The prompt is tokenised as `transformers` would, with the special tokens that tokenizer.json says to put around a text.
-/// The same model, prompt, options and seed give the same text on the same device. At the end of the model's context the older half of the
-/// text is forgotten; at most 8192 tokens are seen. Generation ends at the model's end-of-text token, if it has one, or after --max-new-tokens.
+/// The same model, prompt, options and seed give the same text on the same device. At the end of the model's context the
+/// older half of the text is forgotten; at most 8192 tokens are seen. Generation ends at the model's end-of-text token, if
+/// it has one, or after --max-new-tokens.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -77,7 +78,6 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
         UsageError(format!("--temperature {temperature} must be zero or a positive number"))
     );
     ensure!(top_p > 0.0 && top_p <= 1.0, UsageError(format!("--top-p {top_p} must lie in (0, 1]")));
-    let (place, device) = open(arguments.device)?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let config = checkpoint.config();
     let path = arguments.tokenizer.clone().unwrap_or_else(|| checkpoint.directory().join(TOKENIZER_FILE));
@@ -86,6 +86,7 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
     let prompt = tokenizer.encode_prompt(&arguments.prompt)?;
     ensure!(!prompt.is_empty(), "the prompt has no tokens; give at least one character with --prompt");
     let ends = &checkpoint.special_tokens().eos;
+    let (place, on) = open(arguments.device)?;
     let held = hold(place, config, checkpoint.load()?)?;
     let started = Instant::now();
     let made = match &held {
@@ -104,7 +105,8 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
         "{:#}\n",
         json!({
             "prompt": arguments.prompt, "text": text, "tokens": tokens, "seed": arguments.seed,
-            "temperature": temperature, "top_p": top_p, "device": device, "seconds": seconds,
+            "temperature": temperature, "top_p": top_p, "device": on.device, "precision": on.precision.to_string(),
+            "seconds": seconds,
             "tokens_per_second": tokens.len() as f64 / seconds,
         })
     ))

@@ -155,12 +155,20 @@ pub enum ModelError {
     /// The device has not enough memory for it.
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
+    /// The device has no kernels for such a model.
+    #[error("{0}")]
+    Unsupported(Box<dyn Error + Send + Sync>),
     /// The device failed.
     #[error("the compute device failed")]
     Device(#[source] Box<dyn Error + Send + Sync>),
 }
 
 impl ModelError {
+    /// The device has no kernels for such a model, as that says.
+    pub fn unsupported(error: impl Error + Send + Sync + 'static) -> Self {
+        Self::Unsupported(Box::new(error))
+    }
+
     /// The device failed like that.
     pub fn device(error: impl Error + Send + Sync + 'static) -> Self {
         Self::Device(Box::new(error))

@@ -77,7 +77,7 @@ impl Gpu {
         workers: u32,
         promised: usize,
     ) -> Result<(usize, usize), ModelError> {
-        self.cuda.supports(config).map_err(ModelError::device)?;
+        self.cuda.supports(config).map_err(ModelError::unsupported)?;
         let free_bytes = self.available(promised).map_err(ModelError::device)?;
         let needed = |batch: usize| {
             let of_one = self.needed(run, config, batch)?;

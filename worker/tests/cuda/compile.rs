@@ -77,8 +77,14 @@ fn kernels_compile() {
         let Compiled { code, log } =
             compile_to_ptx(source, architecture).unwrap_or_else(|error| panic!("{error}"));
         assert!(String::from_utf8_lossy(&code).contains(".entry"), "{} has no kernels", source.name);
-        assert_eq!(log, "", "{} for {architecture}", source.name);
+        assert!(!warns(&log), "{} for {architecture}: {log}", source.name);
     });
+}
+
+/// Whether there is a warning among what the compiler says, or that products by wgmma wait for each other, which costs most of
+/// their speed.
+fn warns(log: &str) -> bool {
+    ["warning", "Performance Loss"].iter().any(|word| log.contains(word))
 }
 
 /// As GPUs have them compiled, and without a warning. The compiler hands on to PTX, as they are, instructions that kernels write themselves: only here
@@ -98,7 +104,6 @@ fn kernels_assemble() {
         let Compiled { code, log } =
             compile_to_cubin(source, architecture).unwrap_or_else(|error| panic!("{error}"));
         assert!(code.starts_with(b"\x7fELF"), "{} for {architecture} is no machine code", source.name);
-        // Among them that products by wgmma would wait for each other, which costs most of their speed.
-        assert_eq!(log, "", "{} for {architecture}", source.name);
+        assert!(!warns(&log), "{} for {architecture}: {log}", source.name);
     });
 }

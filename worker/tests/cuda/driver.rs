@@ -1,14 +1,14 @@
 //! The driver's own code, which the emulator does not reach, over libraries that stand in for CUDA's: tests of a GPU, in a process
 //! that finds those.
 
+#[cfg(target_os = "linux")]
 use crate::skip;
 #[cfg(target_os = "linux")]
 use crate::standin::Standin;
-use crate::standin::VARIABLE;
 
 /// Whether the GPU is one that is stood in for, which takes its time.
 pub(crate) fn is_stood_in_for() -> bool {
-    std::env::var_os(VARIABLE).is_some()
+    std::env::var_os("STANDIN_FOLDER").is_some()
 }
 
 #[cfg(target_os = "linux")]

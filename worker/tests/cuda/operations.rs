@@ -641,7 +641,7 @@ fn losses(place: Place, precision: Precision) {
         place,
         &[(1, 2), (5, 65), (3, 1000), (2, 9001), (2, 12_288), (2, 24_576)],
         &[(500, 32_000), (40, 128_256)],
-        |random, most| (random.up_to(most), 1 + random.up_to(most * most)),
+        |random, most| (random.up_to(most), 1 + random.up_to(most * most / 8)),
     ) {
         let name = format!("{rows} × {vocabulary}");
         let ids = Array2::from_shape_fn((1, rows), |_| pair.random.below(vocabulary) as u32);

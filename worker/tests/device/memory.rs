@@ -103,7 +103,7 @@ fn models_without_kernels_are_refused() {
         let mut config = of_run.clone();
         change(&mut config);
         gpu.engine(&run, config, corpus.clone()).err().map(|error| match error {
-            ModelError::Device(error) => error.to_string(),
+            ModelError::Unsupported(error) => error.to_string(),
             other => panic!("{other}"),
         })
     };

@@ -1,11 +1,14 @@
 // CUDA's driver, run-time compiler and matrix products on the CPU, one library under three names.
 //
 // It has the functions that worker/src/kernels/cuda/driver calls, and is as unkind as CUDA may be. What is queued is done when
-// somebody waits for it and not before, so that memory that is given back or read too early is seen; new memory is NaNs; a
-// graph is spoilt by what may wait for the device while it is recorded; and every handle, thread and launch is checked, and that
-// it is of the GPU that it is used on, of which there are two. What breaks a rule ends the process with a sentence. Kernels are the emulator's (emulate.hpp), compiled from the text that
-// nvrtcCompileProgram was given by the compiler that $STANDIN_COMPILER names, once for all programs that share the folder
-// $STANDIN_FOLDER. The GPUs are of the compute capability $STANDIN_CAPABILITY, times ten: 80 if it is not set, or 90.
+// somebody waits for it and not before, so that memory that is given back or read too early is seen; new memory is NaNs; a graph
+// is spoilt by what may wait for the device while it is recorded; every handle and launch is checked, and that it is of the GPU
+// that it is used on, of which there are two. What breaks a rule ends the process with a sentence. Not seen is which memory a
+// kernel may use: any that there is, of either GPU.
+//
+// Kernels are the emulator's (emulate.hpp), compiled from the text that nvrtcCompileProgram was given by the compiler that
+// $STANDIN_COMPILER names, once for all programs that share the folder $STANDIN_FOLDER. The GPUs are of the compute capability
+// $STANDIN_CAPABILITY, times ten: 80 if it is not set, or 90.
 
 #include <chrono>
 #include <csignal>
@@ -47,7 +50,7 @@ enum {
     SUCCESS = 0,
     INVALID_VALUE = 1,
     OUT_OF_MEMORY = 2,
-    NO_DEVICE = 101,
+    INVALID_DEVICE = 101,
     NOT_FOUND = 500,
     NOT_READY = 600,
     CAPTURE_UNSUPPORTED = 900,
@@ -56,7 +59,7 @@ enum {
 
 constexpr int GPUS = 2;
 
-constexpr int SHARED_BYTES = 48 * 1024, THREADS_MOST = 1024, BLOCKS_ACROSS_MOST = 65535;
+constexpr int THREADS_MOST = 1024, BLOCKS_ACROSS_MOST = 65535;
 static bool is_hopper() {
     const char* capability = getenv("STANDIN_CAPABILITY");
     return capability != nullptr && strcmp(capability, "90") == 0;
@@ -91,6 +94,8 @@ struct Graph : Owned {
 struct Event : Owned {
     Stream* stream = nullptr;
     double ms = -1.0;
+    // Times that it is queued and not reached.
+    int under_way = 0;
 };
 typedef void (*Launch)(void*, const unsigned*, const unsigned*, unsigned, const long long*, const float*);
 struct Code {
@@ -112,33 +117,41 @@ struct Kernel : Owned {
     void* code;
     Launch launch;
     std::vector<Parameter> parameters;
-    int shared_bytes = SHARED_BYTES;
+    // Dynamic ones that it was allowed. Without being asked CUDA has 48 KiB, less its static ones, which nobody knows here.
+    int shared_bytes = 0;
     // Then its code takes its arguments' addresses.
     bool has_maps = false;
 };
 struct alignas(64) ArgumentBytes {
     char bytes[MAP_BYTES];
 };
+struct Blas : Owned {
+    // Kinds of products whose kernels are loaded.
+    std::set<std::string> loaded;
+};
 struct Memory : Owned {
     size_t bytes;
 };
 
-static std::recursive_mutex all;
+// Never destroyed, as other threads may be in a call when the program ends.
+static auto& all = *new std::recursive_mutex;
 static bool is_initialised;
-static std::map<uintptr_t, Memory> memory;
-static std::set<Stream*> streams;
-static std::set<Graph*> graphs, executables;
-static std::set<Event*> events;
-static std::set<Module*> modules;
-static std::set<Kernel*> kernels;
-static std::map<std::string, Code> by_text;
+static auto& memory = *new std::map<uintptr_t, Memory>;
+static auto& streams = *new std::set<Stream*>;
+static auto& graphs = *new std::set<Graph*>;
+static auto& executables = *new std::set<Graph*>;
+static auto& events = *new std::set<Event*>;
+static auto& modules = *new std::set<Module*>;
+static auto& kernels = *new std::set<Kernel*>;
+static auto& handles = *new std::set<Blas*>;
+static auto& by_text = *new std::map<std::string, Code>;
 
 // Every function of the driver's begins so: alone, and in the context of this thread.
 struct Call {
     std::lock_guard<std::recursive_mutex> alone{all};
     explicit Call(const char* name, bool in_context = true) {
         if (!is_initialised) broken("%s before cuInit", name);
-        if (in_context && current == nullptr) broken("%s in a thread without a context", name);
+        if (in_context && (current == nullptr || current->retained == 0)) broken("%s in a thread without a context", name);
     }
 };
 template <typename Kind>
@@ -146,6 +159,14 @@ static Kind* known(const std::set<Kind*>& kinds, void* handle, const char* name)
     if (kinds.count((Kind*)handle) == 0) broken("%s of something that is not there, or not any more", name);
     if (((Kind*)handle)->owner != current) broken("%s of something that another GPU has", name);
     return (Kind*)handle;
+}
+
+template <typename Kind>
+static int destroy(std::set<Kind*>& kinds, void* handle, const char* name) {
+    Kind* one = known(kinds, handle, name);
+    kinds.erase(one);
+    delete one;
+    return SUCCESS;
 }
 
 // What waits for the whole device, or may do so, ends every recording.
@@ -172,8 +193,9 @@ static int finish(Stream* stream) {
     return SUCCESS;
 }
 
-static void no_such_memory(int, siginfo_t* found, void*) {
-    broken("something at %p was read or written: memory that was given back, or never was", found->si_addr);
+static void no_such_memory(int) {
+    const char sentence[] = "\nCUDA's stand-in: memory was read or written that was given back, or never was\n";
+    _exit(write(2, sentence, sizeof sentence - 1) < 0 ? 71 : 70);
 }
 
 // ---- The driver ----
@@ -182,8 +204,7 @@ API int cuInit(unsigned) {
     std::lock_guard<std::recursive_mutex> alone(all);
     is_initialised = true;
     struct sigaction action = {};
-    action.sa_sigaction = no_such_memory;
-    action.sa_flags = SA_SIGINFO;
+    action.sa_handler = no_such_memory;
     sigaction(SIGSEGV, &action, nullptr);
     sigaction(SIGBUS, &action, nullptr);
     return SUCCESS;
@@ -196,7 +217,7 @@ API int cuDeviceGetCount(int* count) {
 }
 API int cuDeviceGet(int* device, int number) {
     Call call("cuDeviceGet", false);
-    return *device = number, number < GPUS ? SUCCESS : NO_DEVICE;
+    return *device = number, number < GPUS ? SUCCESS : INVALID_DEVICE;
 }
 API int cuDeviceGetName(char* name, int bytes, int) {
     Call call("cuDeviceGetName", false);
@@ -248,6 +269,8 @@ API int cuDevicePrimaryCtxRelease_v2(int device) {
     nothing_left(graphs, of, "a graph");
     nothing_left(executables, of, "what was made of a graph");
     nothing_left(events, of, "an event");
+    nothing_left(handles, of, "a handle of cuBLASLt's");
+    nothing_left(modules, of, "a module");
     return SUCCESS;
 }
 API int cuCtxSetCurrent(void* handle) {
@@ -286,7 +309,13 @@ API int cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
     Call call("cuMemGetInfo");
     return *free_bytes = MEMORY_BYTES - held_bytes(), *total = MEMORY_BYTES, SUCCESS;
 }
-static size_t in_pages(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+static const size_t PAGE = sysconf(_SC_PAGESIZE);
+static size_t in_pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+// Nobody's from here on, and no memory of the machine's.
+static void forbid(uintptr_t from, size_t bytes) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+    if (mmap((void*)from, bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED) broken("memory cannot be taken away");
+}
 // The end of what was asked for is the end of a page as far as alignment lets it be, and no page follows.
 API int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
     Call call("cuMemAlloc");
@@ -294,9 +323,9 @@ API int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
     if (bytes > MEMORY_BYTES - held_bytes()) return OUT_OF_MEMORY;
     const size_t pages = in_pages(bytes);
     char* mapped =
-        (char*)mmap(nullptr, pages + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        (char*)mmap(nullptr, pages + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) return OUT_OF_MEMORY;
-    mprotect(mapped + pages, 4096, PROT_NONE);
+    forbid((uintptr_t)mapped + pages, PAGE);
     const uintptr_t at = (uintptr_t)mapped + (pages - bytes) / 256 * 256;
     memset((void*)at, 0xff, bytes);
     memory[at].bytes = bytes;
@@ -308,7 +337,7 @@ API int cuMemFree_v2(unsigned long long address) {
     const auto found = memory.find(address);
     if (found == memory.end()) broken("memory is given back that is nobody's");
     if (found->second.owner != current) broken("memory is given back that another GPU has");
-    mprotect((void*)(address / 4096 * 4096), in_pages(address % 4096 + found->second.bytes), PROT_NONE);
+    forbid(address / PAGE * PAGE, in_pages(address % PAGE + found->second.bytes));
     memory.erase(found);
     return SUCCESS;
 }
@@ -416,16 +445,19 @@ API int cuModuleLoadData(void** made, const void* code) {
         const std::string own = file + "-" + std::to_string(getpid());
         if (!is_there(file + ".so")) {
             std::ofstream(own + ".cpp") << all_of_it.substr(line + 1);
+            const auto quoted = [](const std::string& path) { return " '" + path + "' "; };
             const std::string compiler = setting("STANDIN_COMPILER") + " -std=c++17 -w -DSANDERLING_EMULATE=1 " +
-                all_of_it.substr(0, line) + " -I" + folder + " " + own + ".cpp ";
-            run(compiler + "-E -P -o " + file + ".txt");
-            const std::string text = spaced(std::ifstream(file + ".txt"));
+                all_of_it.substr(0, line) + "-I" + quoted(folder) + quoted(own + ".cpp");
+            run(compiler + "-E -P -o" + quoted(own + ".txt"));
+            const std::string text = spaced(std::ifstream(own + ".txt"));
             std::ofstream more(own + ".cpp", std::ios::app);
             for (const std::string& name : kernels_of(text))
                 if (name != "emulate_launch") more << forwarder(text, name);
             more.close();
-            run(compiler + "-O1 -fPIC -shared -fvisibility=hidden -ffp-contract=off -o " + own + ".so");
-            rename((own + ".so").c_str(), (file + ".so").c_str());
+            run(compiler + "-O1 -fPIC -shared -fvisibility=hidden -ffp-contract=off -o" + quoted(own + ".so"));
+            // The text first, as who finds the code reads it.
+            for (const char* ending : {".txt", ".so"})
+                if (rename((own + ending).c_str(), (file + ending).c_str()) != 0) broken("%s cannot be named", own.c_str());
         }
         compiled.library = dlopen((file + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
         if (compiled.library == nullptr) broken("%s", dlerror());
@@ -448,6 +480,11 @@ static std::vector<Parameter> parameters_of(const std::string& text, const std::
         parameters.push_back({!is_map && !is_word && has("float"), is_map ? MAP_BYTES : is_word ? 8 : 4});
     }
     return parameters;
+}
+API int cuModuleUnload(void* handle) {
+    Call call("cuModuleUnload");
+    may_wait_for_the_device();
+    return destroy(modules, handle, "cuModuleUnload");
 }
 API int cuModuleGetFunction(void** made, void* handle, const char* name) {
     Call call("cuModuleGetFunction");
@@ -545,13 +582,6 @@ API int cuGraphLaunch(void* handle, void* stream) {
     enqueue((Stream*)stream, [=] { executable->under_way--; });
     return SUCCESS;
 }
-template <typename Kind>
-static int destroy(std::set<Kind*>& kinds, void* handle, const char* name) {
-    Kind* one = known(kinds, handle, name);
-    kinds.erase(one);
-    delete one;
-    return SUCCESS;
-}
 API int cuGraphDestroy(void* handle) {
     Call call("cuGraphDestroy");
     return destroy(graphs, handle, "cuGraphDestroy");
@@ -572,7 +602,9 @@ API int cuEventRecord(void* handle, void* stream) {
     Call call("cuEventRecord");
     Event* event = known(events, handle, "cuEventRecord");
     event->stream = known(streams, stream, "cuEventRecord");
+    event->under_way++;
     enqueue(event->stream, [=] {
+        event->under_way--;
         const auto now = std::chrono::steady_clock::now().time_since_epoch();
         event->ms = std::chrono::duration<double, std::milli>(now).count();
     });
@@ -580,7 +612,9 @@ API int cuEventRecord(void* handle, void* stream) {
 }
 API int cuEventSynchronize(void* handle) {
     Call call("cuEventSynchronize");
-    return finish(known(events, handle, "cuEventSynchronize")->stream);
+    Event* event = known(events, handle, "cuEventSynchronize");
+    if (event->stream == nullptr) broken("an event is waited for that is in no queue");
+    return finish(event->stream);
 }
 API int cuEventElapsedTime_v2(float* ms, void* from, void* to) {
     Call call("cuEventElapsedTime");
@@ -590,9 +624,10 @@ API int cuEventElapsedTime_v2(float* ms, void* from, void* to) {
 }
 API int cuEventDestroy_v2(void* handle) {
     Call call("cuEventDestroy");
+    if (known(events, handle, "cuEventDestroy")->under_way > 0) broken("an event is destroyed while it is queued");
     return destroy(events, handle, "cuEventDestroy");
 }
-// What load_box of emulate's hopper.hpp reads of a tensor map.
+// As EmulateTensor of the emulator's hopper.hpp, which load_box reads of a tensor map.
 struct EmulatedTensor {
     const void* data;
     long long sizes[3], strides[2];
@@ -659,19 +694,40 @@ enum { BLAS_SUCCESS = 0, BLAS_INVALID_VALUE = 7, BLAS_NOT_SUPPORTED = 15 };
 // cudaDataType_t.
 enum { FLOAT = 0, BF16 = 14 };
 
-struct Blas : Owned {};
-struct Description {
-    int transposed[2];
+struct Object {};
+static auto& objects = *new std::set<Object*>;
+struct Description : Object {
+    int transposed[2] = {0, 0};
 };
-struct Layout {
+struct Layout : Object {
     int type;
     uint64_t rows, columns;
     int64_t leading;
 };
-struct Preference {
-    uint32_t alignment[4];
+struct Preference : Object {
+    uint32_t alignment[4] = {256, 256, 256, 256};
 };
-static std::set<Blas*> handles;
+// They are of no GPU, and may be made and looked at by any thread.
+template <typename Kind>
+static Kind* keep(Kind* one) {
+    std::lock_guard<std::recursive_mutex> alone(all);
+    objects.insert(one);
+    return one;
+}
+template <typename Kind>
+static Kind* object(void* handle, const char* name) {
+    std::lock_guard<std::recursive_mutex> alone(all);
+    if (objects.count((Object*)(Kind*)handle) == 0) broken("%s of something that is not there, or not any more", name);
+    return (Kind*)handle;
+}
+template <typename Kind>
+static int drop(void* handle, const char* name) {
+    Kind* one = object<Kind>(handle, name);
+    std::lock_guard<std::recursive_mutex> alone(all);
+    objects.erase(one);
+    delete one;
+    return BLAS_SUCCESS;
+}
 
 API size_t cublasLtGetVersion() { return 130000; }
 API int cublasLtCreate(void** made) {
@@ -688,25 +744,29 @@ API int cublasLtDestroy(void* handle) {
 }
 API int cublasLtMatmulDescCreate(void** made, int, int scale) {
     if (scale != FLOAT) broken("a product whose factors of scale are no floats");
-    return *made = new Description{}, BLAS_SUCCESS;
+    return *made = keep(new Description), BLAS_SUCCESS;
 }
-API int cublasLtMatmulDescDestroy(void* handle) { return delete (Description*)handle, BLAS_SUCCESS; }
+API int cublasLtMatmulDescDestroy(void* handle) { return drop<Description>(handle, "cublasLtMatmulDescDestroy"); }
 API int cublasLtMatmulDescSetAttribute(void* handle, int attribute, const void* value, size_t bytes) {
     if ((attribute != 3 && attribute != 4) || bytes != 4) return BLAS_INVALID_VALUE;
-    return ((Description*)handle)->transposed[attribute - 3] = *(const int*)value, BLAS_SUCCESS;
+    object<Description>(handle, "cublasLtMatmulDescSetAttribute")->transposed[attribute - 3] = *(const int*)value;
+    return BLAS_SUCCESS;
 }
 API int cublasLtMatrixLayoutCreate(void** made, int type, uint64_t rows, uint64_t columns, int64_t leading) {
     if (leading < (int64_t)rows) broken("a matrix of %lu rows, %ld apart", (unsigned long)rows, (long)leading);
-    return *made = new Layout{type, rows, columns, leading}, BLAS_SUCCESS;
+    Layout* layout = keep(new Layout);
+    layout->type = type, layout->rows = rows, layout->columns = columns, layout->leading = leading;
+    return *made = layout, BLAS_SUCCESS;
 }
-API int cublasLtMatrixLayoutDestroy(void* handle) { return delete (Layout*)handle, BLAS_SUCCESS; }
-API int cublasLtMatmulPreferenceCreate(void** made) { return *made = new Preference{{256, 256, 256, 256}}, BLAS_SUCCESS; }
-API int cublasLtMatmulPreferenceDestroy(void* handle) { return delete (Preference*)handle, BLAS_SUCCESS; }
+API int cublasLtMatrixLayoutDestroy(void* handle) { return drop<Layout>(handle, "cublasLtMatrixLayoutDestroy"); }
+API int cublasLtMatmulPreferenceCreate(void** made) { return *made = keep(new Preference), BLAS_SUCCESS; }
+API int cublasLtMatmulPreferenceDestroy(void* handle) { return drop<Preference>(handle, "cublasLtMatmulPreferenceDestroy"); }
 API int cublasLtMatmulPreferenceSetAttribute(void* handle, int attribute, const void* value, size_t bytes) {
     // The workspace, and alignments.
     if (attribute == 1 && bytes == 8) return BLAS_SUCCESS;
     if (attribute < 5 || attribute > 8 || bytes != 4) return BLAS_INVALID_VALUE;
-    return ((Preference*)handle)->alignment[attribute - 5] = *(const uint32_t*)value, BLAS_SUCCESS;
+    object<Preference>(handle, "cublasLtMatmulPreferenceSetAttribute")->alignment[attribute - 5] = *(const uint32_t*)value;
+    return BLAS_SUCCESS;
 }
 struct Found {
     uint64_t algorithm[8];
@@ -720,8 +780,9 @@ API int cublasLtMatmulAlgoGetHeuristic(
     void* handle, void*, void* a, void* b, void*, void* d, void* preference, int, void* found, int* count) {
     Call call("cublasLtMatmulAlgoGetHeuristic");
     known(handles, handle, "cublasLtMatmulAlgoGetHeuristic");
-    const Preference& asked = *(Preference*)preference;
-    const Layout* matrices[3] = {(Layout*)a, (Layout*)b, (Layout*)d};
+    const char* name = "cublasLtMatmulAlgoGetHeuristic";
+    const Preference& asked = *object<Preference>(preference, name);
+    const Layout* matrices[3] = {object<Layout>(a, name), object<Layout>(b, name), object<Layout>(d, name)};
     const uint32_t alignments[3] = {asked.alignment[0], asked.alignment[1], asked.alignment[3]};
     for (int i = 0; i < 3; i++) {
         const bool is_even = matrices[i]->leading % 8 == 0 && alignments[i] >= 16;
@@ -745,19 +806,31 @@ static void set_element(void* matrix, int type, int64_t place, float value) {
     memcpy(&bits, &value, 4);
     ((uint16_t*)matrix)[place] = value != value ? 0x7fff : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+static void check_matrix(const void* at, const Layout& matrix, const char* name) {
+    const size_t bytes = matrix.type == BF16 ? 2 : 4;
+    if (matrix.type == BF16 && (uintptr_t)at % 16 != 0) broken("%s of an address that it has no algorithm for", name);
+    if (matrix.rows == 0 || matrix.columns == 0) return;
+    check_range((uintptr_t)at, ((matrix.columns - 1) * matrix.leading + matrix.rows) * bytes, name);
+}
 API int cublasLtMatmul(
     void* handle, void* description, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout,
     const float* beta, const void* c, void*, void* d, void* d_layout, const void*, void* workspace, size_t, void* stream) {
     Call call("cublasLtMatmul");
-    known(handles, handle, "cublasLtMatmul");
+    const char* name = "cublasLtMatmul";
+    Blas* blas = known(handles, handle, name);
     if (c != d || workspace == nullptr) broken("a product that is not in place, or without a workspace");
-    const Description how = *(Description*)description;
-    const Layout left = *(Layout*)a_layout, right = *(Layout*)b_layout, out = *(Layout*)d_layout;
+    const Description how = *object<Description>(description, name);
+    const Layout left = *object<Layout>(a_layout, name), right = *object<Layout>(b_layout, name);
+    const Layout out = *object<Layout>(d_layout, name);
     const int64_t depth = how.transposed[0] ? left.rows : left.columns;
     const bool fits = (how.transposed[0] ? left.columns : left.rows) == out.rows &&
         (how.transposed[1] ? right.rows : right.columns) == out.columns &&
         (int64_t)(how.transposed[1] ? right.columns : right.rows) == depth;
     if (!fits) return BLAS_INVALID_VALUE;
+    check_matrix(a, left, name), check_matrix(b, right, name), check_matrix(d, out, name);
+    std::stringstream kind;
+    for (const Layout& matrix : {left, right, out}) kind << matrix.type << " " << matrix.rows << " " << matrix.columns << " ";
+    if (blas->loaded.insert(kind.str()).second) may_wait_for_the_device();
     const float scale = *alpha, before = *beta;
     enqueue(known(streams, stream, "cublasLtMatmul"), [=] {
         *(volatile char*)workspace = 0;

@@ -41,7 +41,7 @@ pub use self::driver::Emulated;
 use self::driver::{Argument, Driver, Kernel, Launch, Module, Operation, Scalar};
 pub use self::driver::{
     CompileError, Compiled, Library, LibraryError, Properties, architecture, compile_to_cubin,
-    compile_to_ptx, require,
+    compile_to_ptx, compiler_version, require,
 };
 pub use self::error::CudaError;
 pub use self::graphs::GraphCounts;

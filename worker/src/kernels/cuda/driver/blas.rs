@@ -71,6 +71,8 @@ struct Plan {
     b: Layout,
     d: Layout,
     algorithm: sys::cublasLtMatmulAlgo_t,
+    /// Whether its kernels are loaded.
+    was_queued: bool,
 }
 
 /// Something of the library's that goes when it is dropped.
@@ -151,7 +153,7 @@ impl Key {
             result::get_matmul_algo_heuristic(handle, operation.0, a.0, b.0, d.0, d.0, preference.0)
         };
         match found {
-            Ok(found) => Ok(Some(Plan { operation, a, b, d, algorithm: found.algo })),
+            Ok(found) => Ok(Some(Plan { operation, a, b, d, algorithm: found.algo, was_queued: false })),
             Err(error) if error.0 == sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED => Ok(None),
             Err(error) => Err(failed("choosing an algorithm")(error)),
         }
@@ -241,7 +243,7 @@ impl Blas {
     }
 
     /// How a product is done, or that cuBLASLt has none of such sizes and addresses.
-    fn plan<'a>(&self, shared: &'a mut Shared, product: &Product) -> Result<Option<&'a Plan>, CudaError> {
+    fn plan<'a>(&self, shared: &'a mut Shared, product: &Product) -> Result<Option<&'a mut Plan>, CudaError> {
         let key = Key::new(product);
         if !shared.plans.contains_key(&key) {
             let plan = key.plan(self.handle)?;
@@ -251,7 +253,15 @@ impl Blas {
             }
             shared.plans.insert(key, plan);
         }
-        Ok(shared.plans[&key].as_ref())
+        Ok(shared.plans.get_mut(&key).expect("it is there by now").as_mut())
+    }
+
+    /// Whether a product of such sizes and addresses was queued before.
+    pub(super) fn has_queued(&self, product: &Product) -> bool {
+        self.shared()
+            .plans
+            .get(&Key::new(product))
+            .is_some_and(|plan| plan.as_ref().is_some_and(|plan| plan.was_queued))
     }
 
     /// Whether cuBLASLt has a product of such sizes and addresses.
@@ -272,6 +282,7 @@ impl Blas {
         let Some(plan) = self.plan(&mut shared, product)? else {
             return Err(CudaError::Blas { operation: "a product", status: format!("none for {product:?}") });
         };
+        plan.was_queued = true;
         let (alpha, beta) = (1.0f32, if product.add { 1.0f32 } else { 0.0 });
         let d = product.d as *mut c_void;
         // SAFETY: the addresses are those of allocations of at least the sizes that the plan was made for, and the plan

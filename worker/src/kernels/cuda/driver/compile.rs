@@ -29,8 +29,11 @@ pub struct Compiled {
     pub log: String,
 }
 
-/// The compiler's version, as a part of what names a compiled unit in the cache.
-pub(super) fn version() -> (i32, i32) {
+/// The compiler's version, which is a part of what names a compiled unit in the cache: zeros if it does not say.
+///
+/// # Panics
+/// If NVRTC cannot be used: ask [`require`](super::require) before.
+pub fn compiler_version() -> (i32, i32) {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: both pointers are valid for the call; a failure leaves the zeros.
     unsafe {

@@ -20,8 +20,8 @@ use super::{
 const ARGUMENTS_MAX: usize = 24;
 
 /// Held while a graph is recorded, and while a GPU is opened or closed, for which cuBLASLt waits for the whole device, or kernels
-/// are loaded, for which the driver may: CUDA forbids that while any of a device's queues records, and it ends the recording.
-/// Locked after `Device::modules`, and before what products share.
+/// are loaded, of ours or of cuBLASLt's, for which the driver may: CUDA forbids that while any of a device's queues records, and it
+/// ends the recording. Locked after `Device::modules`, and before what products share.
 static RECORDING: Mutex<()> = Mutex::new(());
 
 /// Waits until nobody records, opens, loads or closes, and has others wait.
@@ -255,13 +255,13 @@ fn check_versions() -> Result<(), CudaError> {
     unsafe { sys::cuDriverGetVersion(&raw mut driver) }
         .result()
         .map_err(failed("asking for the driver's version"))?;
-    let libraries = [("libnvrtc", compile::version().0), ("libcublasLt", blas::major_version())];
+    let libraries = [("libnvrtc", compile::compiler_version().0), ("libcublasLt", blas::major_version())];
     for (library, major) in libraries {
         if major < CUDA_MAJOR {
             return Err(CudaError::OldLibrary { library, major, needed: CUDA_MAJOR });
         }
     }
-    let needed = libraries.iter().map(|&(_, major)| major).max().expect("there are two");
+    let needed = libraries.iter().fold(CUDA_MAJOR, |most, &(_, major)| most.max(major));
     if driver / 1000 < needed { Err(CudaError::OldDriver { driver, needed }) } else { Ok(()) }
 }
 
@@ -313,10 +313,11 @@ impl Driver for Device {
     }
 
     fn free(&self, address: Address, _bytes: usize) {
-        // That freeing waits for what uses the memory is not promised. If the wait fails, so did what used it.
-        if address == 0 || (self.wait().is_err() && self.bind().is_err()) {
+        if address == 0 || self.bind().is_err() {
             return;
         }
+        // That freeing waits for what uses the memory is not promised. If this wait fails, so did what used it.
+        let _ = self.wait();
         // SAFETY: the address came from `allocate`, its owner is being dropped, and nothing that was queued uses it any more.
         if let Err(error) = unsafe { result::free_sync(address) } {
             tracing::debug!("memory of the GPU was not given back: {error}");
@@ -373,7 +374,7 @@ impl Driver for Device {
         self.bind()?;
         let architecture = compile::architecture(self.properties.architecture);
         let options = compile::options(source, &architecture);
-        let entry = Entry::new(&source.text, &options, compile::version());
+        let entry = Entry::new(&source.text, &options, compile::compiler_version());
         // Workers that begin together want the same units in the same order: one of them compiles, the others wait for it.
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(&module) = modules.get(entry.name()) {
@@ -389,7 +390,7 @@ impl Driver for Device {
         let no_kernel = |reason: String| CudaError::NoKernel { name: name.to_owned(), reason };
         let c_name = CString::new(name).map_err(|error| no_kernel(error.to_string()))?;
         let _none = record_or_open_alone();
-        // SAFETY: modules are never unloaded before the context goes.
+        // SAFETY: modules are not unloaded before this is dropped.
         let function = unsafe { result::module::get_function(module.0 as sys::CUmodule, c_name) };
         function.map(|function| Kernel(function as usize)).map_err(|error| match error.0 {
             // Kernels are loaded when they are first asked for.
@@ -410,6 +411,8 @@ impl Driver for Device {
 
     fn product(&self, product: &Product) -> Result<(), CudaError> {
         self.bind()?;
+        // cuBLASLt loads kernels when it first needs them.
+        let _none = (!self.blas.has_queued(product)).then(record_or_open_alone);
         self.blas.product(product, self.stream)
     }
 
@@ -510,20 +513,25 @@ impl Driver for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.bind().is_err() {
-            return;
-        }
         let _none = record_or_open_alone();
-        // SAFETY: nothing uses the queue or the context from here on. All of it is given back whatever fails of it: a context that
-        // is broken is made anew only when nobody holds it any more.
-        let closed = unsafe {
-            let waited = result::stream::synchronize(self.stream);
-            self.blas.destroy();
-            let destroyed = result::stream::destroy(self.stream);
-            let released = result::primary_ctx::release(self.device);
-            waited.and(destroyed).and(released)
+        let bound = self.bind();
+        let modules = self.modules.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: nothing uses the queue, the modules or the context from here on. The context is released whatever fails before:
+        // one that is broken is made anew only when nobody holds it any more.
+        let released = unsafe {
+            let closed = bound.and_then(|()| {
+                let waited = result::stream::synchronize(self.stream);
+                self.blas.destroy();
+                let destroyed = result::stream::destroy(self.stream);
+                // The context may be somebody else's too, and keep them.
+                let unloaded = modules
+                    .drain()
+                    .try_for_each(|(_, module)| result::module::unload(module.0 as sys::CUmodule));
+                waited.and(destroyed).and(unloaded).map_err(failed("closing the GPU"))
+            });
+            closed.and(result::primary_ctx::release(self.device).map_err(failed("closing the GPU")))
         };
-        if let Err(error) = closed {
+        if let Err(error) = released {
             tracing::debug!("the GPU was not closed in order: {error}");
         }
     }

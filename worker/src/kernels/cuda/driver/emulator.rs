@@ -180,7 +180,7 @@ impl Emulator {
             }));
         }
         // SAFETY: the library was just made of our own sources; it has no code that runs when it is loaded but the
-        // initialisation of an empty vector.
+        // initialisation of empty vectors.
         let library = unsafe { Library::new(&object) }.map_err(|error| failed(error.to_string()))?;
         // SAFETY: the function has that type in emulate.hpp, and lives as long as the library, which is never dropped.
         let launch = unsafe { library.get::<LaunchFunction>(b"emulate_launch\0") };

@@ -33,7 +33,7 @@ pub enum LibraryError {
     NotLoaded(Vec<Library>),
     /// One lacks what is called of it.
     #[error(
-        "{library} has no function {function}, so that it is too old or something else of that name: {}, or use the CPU",
+        "{library} has no function {function}, so it is too old or something else of that name: {}, or use the CPU",
         remedy(&[*.library])
     )]
     Incomplete {
@@ -105,6 +105,7 @@ impl Library {
                 "cuMemsetD8Async",
                 "cuModuleGetFunction",
                 "cuModuleLoadData",
+                "cuModuleUnload",
                 "cuStreamBeginCapture_v2",
                 "cuStreamCreate",
                 "cuStreamDestroy_v2",
@@ -193,6 +194,25 @@ pub fn require(wanted: &[Library]) -> Result<(), LibraryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The libraries that stand in for CUDA's in tests have what is called, or those tests fail.
+    #[test]
+    fn what_is_called_is_asked_for() {
+        let standin = include_str!("../../../../tests/standin/cuda.cpp");
+        let declared = standin.lines().filter_map(|line| {
+            line.strip_prefix("API ")?
+                .split(['(', ' '])
+                .find(|word| ["cu", "nvrtc"].iter().any(|start| word.starts_with(start)))
+        });
+        let libraries = [Library::Driver, Library::Nvrtc, Library::CublasLt];
+        let asked =
+            libraries.iter().flat_map(|library| library.first_functions().iter().chain(library.functions()));
+        let (mut declared, mut asked): (Vec<&str>, Vec<&str>) =
+            (declared.collect(), asked.copied().collect());
+        declared.sort_unstable();
+        asked.sort_unstable();
+        assert_eq!(declared, asked);
+    }
 
     #[test]
     fn everything_that_is_missing_is_told_at_once() {

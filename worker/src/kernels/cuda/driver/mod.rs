@@ -17,7 +17,9 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
-pub use self::compile::{CompileError, Compiled, architecture, compile_to_cubin, compile_to_ptx};
+pub use self::compile::{
+    CompileError, Compiled, architecture, compile_to_cubin, compile_to_ptx, compiler_version,
+};
 pub(super) use self::device::Device;
 #[cfg(feature = "emulator")]
 pub use self::emulator::Emulated;

@@ -10,8 +10,10 @@
 // told them, and a kernel that has them use more fails. It is not known which thread has stored what, so that any thread's
 // shared_fence tells of all that was stored; of what cp.async copied only that of the thread whose copy it was.
 //
-// Not seen are a __threadfence that is missing, what the order in which threads see each other's plain writes may do, as a
-// thread goes on alone until it waits, and what registers that a warpgroup gave up would be missed for.
+// Not seen are stores that leave the bytes as they were, registers that are written between a fence and the product, an operand
+// in registers that is read while its product is under way, a __threadfence that is missing, what the order in which threads see
+// each other's plain writes may do, as a thread goes on alone until it waits, and what registers that a warpgroup gave up would
+// be missed for.
 
 #ifndef SANDERLING_HOPPER_HPP
 #define SANDERLING_HOPPER_HPP
@@ -109,7 +111,7 @@ void more_registers() {}
 
 // ---- The copy engine ----
 
-// What a test puts into a TensorMap.
+// What tests put into a TensorMap: experts_hopper.cpp, and the stand-in for CUDA's driver.
 struct EmulateTensor {
     const bf16* data;
     long long sizes[3], strides[2];
@@ -135,6 +137,8 @@ inline void load_box(unsigned to, const TensorMap& map, unsigned barrier, int x,
     emulate_block.boxes++;
     memset(emulate_shared(to), 0xff, 64 * 128);
     emulate_know(to, 64 * 128);
+    // Nobody's copies any more.
+    for (unsigned at = to / 16; at < (to + 64 * 128) / 16; at++) emulate_block.copied_by[at] = 0;
 }
 inline void emulate_arrive(const EmulateBox& box) {
     for (int row = 0; row < 64; row++)
@@ -175,7 +179,7 @@ struct EmulateProduct {
     bool left_side, right_side, in_registers, add;
     unsigned a[4][4]; // a lane's rows of the left operand: `a` of the four lanes that hold them
     int group;
-    const unsigned* own; // the lane's part of them, and what it was
+    const unsigned* own; // the lane's part of them, which must live until the wait, and what it was
     unsigned own_before[4];
 };
 struct EmulateProducts {
