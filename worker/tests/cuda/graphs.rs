@@ -5,8 +5,8 @@ use std::thread;
 
 use ndarray::{Array2, s};
 use sanderling_common::capacity::{Capacity, CapacityConvention};
-use sanderling_worker::kernels::Kernels;
 use sanderling_worker::kernels::cuda::{Cuda, Emulated, GraphCounts, Precision};
+use sanderling_worker::kernels::{Kernels, Weights, Write};
 use sanderling_worker::model::{Balancing, Model};
 
 use crate::device::{Place, everywhere, kernels};
@@ -160,6 +160,14 @@ fn many_shapes(place: Place, precision: Precision) {
     assert!(counts.made + counts.refused >= 9 && counts.queued >= counts.made, "{counts:?}");
 }
 
+fn multiply(mut cuda: Cuda) {
+    let weights = Weights { offset: 0, outputs: 8, inputs: 16 };
+    let params = cuda.allocate_factors(weights.range().end).unwrap();
+    let [x, mut y] = [4 * 16, 4 * 8].map(|len| cuda.allocate_activations(len).unwrap());
+    cuda.product(&params, weights, 4, &x, &mut y, Write::Replace);
+    cuda.wait().unwrap();
+}
+
 /// Graphs of one thread between the products of others, while devices are opened and closed.
 fn threads_come_to_the_same(place: Place, precision: Precision) {
     let Some(cuda) = kernels(place, precision) else { return };
@@ -180,7 +188,8 @@ fn threads_come_to_the_same(place: Place, precision: Precision) {
         let (run, cuda) = (&run, &cuda);
         scope.spawn(move || {
             while !done.load(Ordering::Relaxed) {
-                drop(kernels(place, precision));
+                // Opened, with a product, for which cuBLASLt loads what it needs, and closed.
+                multiply(kernels(place, precision).unwrap());
             }
         });
         let threads: Vec<_> =
