@@ -370,7 +370,8 @@ fn libraries_that_are_not_cudas_are_told_in_a_sentence() {
     let said = |output: &Output| String::from_utf8(output.stderr.clone()).unwrap();
     let refused = bench("cuda");
     assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
-    let sentence = "NVIDIA's driver (libcuda) has no function cuInit, so that it is too old or something else of that name";
+    let sentence =
+        "NVIDIA's driver (libcuda) has no function cuInit, so it is too old or something else of that name";
     assert!(said(&refused).contains(sentence) && said(&refused).lines().count() == 1, "{}", said(&refused));
     let on_cpu = bench("auto");
     assert!(on_cpu.status.success(), "{}", said(&on_cpu));

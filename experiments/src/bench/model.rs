@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use anyhow::{anyhow, bail, ensure};
+use anyhow::{bail, ensure};
 use sanderling_common::config::RunConfig;
 use sanderling_common::model_config::ModelConfig;
 use sanderling_worker::kernels::cuda::{
@@ -80,7 +80,7 @@ pub fn model(arguments: &Arguments) -> anyhow::Result<()> {
         ([], Place::Gpu(_)) => &[Shape::Dense, Shape::E8t2, Shape::Layer],
         (shapes, _) => shapes,
     };
-    let mut failed = Ok(());
+    let mut without_room = 0;
     for &shape in shapes {
         let measured = match &place {
             Place::Cpu => on_cpu(arguments, shape),
@@ -90,12 +90,13 @@ pub fn model(arguments: &Arguments) -> anyhow::Result<()> {
         match measured {
             Err(error) if error.is::<NoRoom>() && shapes.len() > 1 => {
                 let _ = writeln!(std::io::stderr(), "{error}");
-                failed = Err(anyhow!("not all of the shapes have room"));
+                without_room += 1;
             }
             measured => measured?,
         }
     }
-    failed
+    ensure!(without_room == 0, "{without_room} of {} shapes have no room", shapes.len());
+    Ok(())
 }
 
 /// A shape that does not fit the memory, in a sentence.
@@ -133,7 +134,6 @@ fn on_cpu(arguments: &Arguments, shape: Shape) -> anyhow::Result<()> {
     });
     let needed_bytes = arguments.needed(shape, Precision::F32, batch)?;
     let available_bytes = available_bytes();
-    announce(shape, batch, needed_bytes, available_bytes);
     if let Some(available_bytes) = available_bytes.filter(|&available| available < needed_bytes) {
         bail!(NoRoom(format!(
             "{} with a batch of {batch} needs about {:.1} GB of memory, and {:.1} GB are available; --layers, --context and \
@@ -143,6 +143,7 @@ fn on_cpu(arguments: &Arguments, shape: Shape) -> anyhow::Result<()> {
             available_bytes as f64 / GB
         )));
     }
+    announce(shape, batch, needed_bytes, available_bytes);
     let measured = step(arguments, shape, batch, TimedCpu::default())?;
     let device = "one core of the CPU".to_owned();
     let peak = arguments.peak.map(given);
@@ -162,11 +163,11 @@ fn on_gpu(arguments: &Arguments, shape: Shape, cuda: Cuda) -> anyhow::Result<()>
         (None, _) => largest().unwrap_or(1),
     };
     let needed_bytes = needed(batch)?;
-    announce(shape, batch, needed_bytes, Some(free_bytes));
     if needed_bytes > free_bytes {
-        let remedy = largest().map_or("not even --batch 1 would fit".to_owned(), |largest| {
-            format!("--batch {largest} would fit")
-        });
+        let remedy = largest()
+            .map_or("no batch would fit; a smaller --context needs less".to_owned(), |largest| {
+                format!("--batch {largest} would fit")
+            });
         bail!(NoRoom(format!(
             "{} with a batch of {batch} needs about {:.1} GB of the GPU's memory, and {:.1} GB are free; {remedy}",
             shape.name(),
@@ -176,6 +177,7 @@ fn on_gpu(arguments: &Arguments, shape: Shape, cuda: Cuda) -> anyhow::Result<()>
     }
     let device = cuda.properties().name.clone();
     let peak = arguments.peak.map(given).or_else(|| known_peak(&device, precision));
+    announce(shape, batch, needed_bytes, Some(free_bytes));
     let measured = step(arguments, shape, batch, cuda)
         .map_err(|error| with_a_batch_to_try(error, batch, |batch| needed(batch).ok()))?;
     tell(arguments, shape, batch, (device, precision), peak, needed_bytes, &measured)
@@ -317,7 +319,7 @@ mod tests {
         assert!(told_of_model.ends_with("; --batch 1 needs about 3.0 MB less"), "{told_of_model}");
         assert!(told_of_model.contains("the GPU has no 3.0 MB more of memory"), "{told_of_model}");
         assert_eq!(told(ran_out().into(), 1), ran_out().to_string());
-        assert_eq!(told(anyhow!("something else"), 16), "something else");
+        assert_eq!(told(anyhow::anyhow!("something else"), 16), "something else");
     }
 
     #[test]

@@ -69,10 +69,10 @@ pub struct Arguments {
     #[arg(long)]
     stride: Option<usize>,
     /// Sequences computed together by each thread
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     batch_size: u16,
     /// Threads [default: one per core, and one on a GPU]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
     /// Another tokenizer.json than the checkpoint's
     #[arg(long, value_name = "FILE")]
@@ -243,7 +243,6 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
         stride >= 1 && stride <= length,
         UsageError(format!("--stride {stride} must lie between 1 and the window, {length}"))
     );
-    let (place, on) = open(arguments.device)?;
     let (tokens, text_bytes) = tokens(arguments, checkpoint)?;
     ensure!(
         tokens.len() >= 2,
@@ -251,6 +250,7 @@ fn language(arguments: &Arguments, checkpoint: &Checkpoint) -> anyhow::Result<()
         arguments.data.display(),
         tokens.len()
     );
+    let (place, on) = open(arguments.device)?;
     let held = hold(place, config, checkpoint.load()?)?;
     let windows = Windows { length, stride, batch: arguments.batch_size.into() };
     let started = Instant::now();

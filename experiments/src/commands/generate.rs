@@ -15,7 +15,7 @@ use tracing::warn;
 
 use super::device::{Held, hold, open};
 use super::{UsageError, say};
-use crate::generate::{Generator, Sampling};
+use crate::generate::{Ending, Generator, Sampling};
 use crate::work::Stop;
 
 /// Write text that goes on from a prompt, shown as it is made
@@ -38,13 +38,13 @@ pub struct Arguments {
     #[arg(long, value_name = "TEXT")]
     prompt: String,
     /// Tokens to make at most
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(long, allow_negative_numbers = true, value_name = "N", default_value_t = 200)]
     max_new_tokens: usize,
     /// Below 1 likelier tokens are preferred, above 1 unlikelier ones; 0 takes the likeliest each time
-    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    #[arg(long, allow_negative_numbers = true, value_name = "T", default_value_t = 0.8)]
     temperature: f32,
     /// Draw from the fewest tokens whose probabilities sum to at least this
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, value_name = "P", default_value_t = 1.0)]
     top_p: f32,
     /// Seed of the draws
     #[arg(long, value_name = "S", default_value_t = 1337)]
@@ -55,7 +55,8 @@ pub struct Arguments {
     /// Where and how precisely.
     #[command(flatten)]
     device: DeviceOptions,
-    /// Print the whole as JSON instead, with the tokens and the speed
+    /// Print the whole as JSON instead, with the tokens, why there are no more ("count", "end-of-text" or "stopped") and
+    /// the speed
     #[arg(long)]
     json: bool,
 }
@@ -65,6 +66,8 @@ pub struct Arguments {
 struct Made {
     text: String,
     tokens: Vec<u32>,
+    /// Why there is no more of it, in a word.
+    ending: &'static str,
 }
 
 /// Runs the command.
@@ -100,11 +103,11 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
         }
     }?;
     let seconds = started.elapsed().as_secs_f64();
-    let Some(Made { text, tokens }) = made.filter(|_| arguments.json) else { return Ok(()) };
+    let Some(Made { text, tokens, ending }) = made.filter(|_| arguments.json) else { return Ok(()) };
     say(&format!(
         "{:#}\n",
         json!({
-            "prompt": arguments.prompt, "text": text, "tokens": tokens, "seed": arguments.seed,
+            "prompt": arguments.prompt, "text": text, "tokens": tokens, "ending": ending, "seed": arguments.seed,
             "temperature": temperature, "top_p": top_p, "device": on.device, "precision": on.precision.to_string(),
             "seconds": seconds,
             "tokens_per_second": tokens.len() as f64 / seconds,
@@ -125,14 +128,14 @@ fn stream<K: Kernels>(
         if arguments.json { Ok(()) } else { out.write_all(piece.as_bytes()).and_then(|()| out.flush()) }
     };
     let mut decoder = tokenizer.stream_decoder();
-    let (mut made, mut shown, mut decoding) = (Made::default(), show(&arguments.prompt), Ok(()));
     if prompt.len() > generator.sight() {
         let (most, all) = (generator.sight(), prompt.len());
         warn!("the prompt has {all} tokens; only its last {most} are seen");
     }
+    let (mut made, mut shown, mut decoding) = (Made::default(), show(&arguments.prompt), Ok(()));
     let Arguments { temperature, top_p, seed, .. } = *arguments;
     let sampling = Sampling { temperature, top_p, seed };
-    generator.stream(prompt, &sampling, arguments.max_new_tokens, ends, |token| {
+    let ending = generator.stream(prompt, &sampling, arguments.max_new_tokens, ends, |token| {
         if let Some(token) = token {
             made.tokens.push(token);
             match decoder.push(token) {
@@ -147,6 +150,11 @@ fn stream<K: Kernels>(
         if is_over { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     decoding?;
+    made.ending = match ending {
+        Ending::Count => "count",
+        Ending::StopToken(_) => "end-of-text",
+        Ending::Receiver => "stopped",
+    };
     let rest = decoder.finish()?;
     made.text.push_str(&rest);
     match shown.and_then(|()| show(&format!("{rest}\n"))) {

@@ -65,7 +65,7 @@ pub enum Place {
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
     /// The GPU cannot be used.
-    #[error("{device} cannot be used: {source}")]
+    #[error("{device} cannot be used: {source}; --device cpu needs none of it")]
     Cuda {
         /// What was asked for.
         device: Device,

@@ -3,6 +3,7 @@
 use std::thread;
 
 use sanderling_worker::kernels::cuda::{Cuda, CudaError, Precision};
+use sanderling_worker::kernels::timed::Clocked;
 use sanderling_worker::kernels::{Kernels, Weights, Write};
 
 use crate::device::{Place, everywhere, kernels};
@@ -106,6 +107,14 @@ fn memory_is_given_back_in_time(place: Place, precision: Precision) {
     assert!(values.iter().all(|&value| value == 3.0), "{place:?}");
 }
 
+/// What was marked in the queue is given back by whoever gives up.
+fn timing_that_is_given_up_leaves_nothing(place: Place, precision: Precision) {
+    let Some(mut cuda) = kernels(place, precision) else { return };
+    let [a, mut out] = [0, 1].map(|_| cuda.allocate(100).unwrap());
+    cuda.start_timing();
+    cuda.add(100, &a, &a, &mut out);
+}
+
 /// Two GPUs of one machine, used in turns by one thread.
 #[test]
 fn a_second_gpu_computes_beside_the_first() {
@@ -141,4 +150,8 @@ fn a_second_gpu_computes_beside_the_first() {
     }
 }
 
-everywhere!(threads_get_the_same_products, memory_is_given_back_in_time);
+everywhere!(
+    threads_get_the_same_products,
+    memory_is_given_back_in_time,
+    timing_that_is_given_up_leaves_nothing
+);

@@ -12,7 +12,7 @@ pub enum CudaError {
     /// The compiler lacks a file of its own.
     #[error(
         "CUDA's run-time compiler (libnvrtc) finds no libnvrtc-builtins, which belongs beside it in the same version: name their \
-         folder in LD_LIBRARY_PATH, or use the CPU"
+         folder in LD_LIBRARY_PATH"
     )]
     NoBuiltins,
     /// There is no such GPU.
@@ -41,7 +41,7 @@ pub enum CudaError {
     Compile(#[from] CompileError),
     /// The driver is older than the libraries.
     #[error(
-        "NVIDIA's driver is for CUDA {}.{}, and CUDA {} is needed: install a newer driver, or use the CPU",
+        "NVIDIA's driver is for CUDA {}.{}, and CUDA {} is needed: install a newer driver",
         .driver / 1000, .driver % 1000 / 10, .needed
     )]
     OldDriver {
@@ -54,7 +54,7 @@ pub enum CudaError {
     #[error(
         "the first {library} that the loader finds is of CUDA {major}, and CUDA {needed} is needed: name the folder of CUDA \
          {needed}'s first in LD_LIBRARY_PATH, with a link {library}.so to {library}.so.{needed} in it (the name without a \
-         version is looked for before the one with it, in all folders), or use the CPU"
+         version is looked for before the one with it, in all folders)"
     )]
     OldLibrary {
         /// Which, by the beginning of its file's name.

@@ -182,7 +182,7 @@ impl Cuda {
         let Self { driver, timing, .. } = self;
         let outcome = match timing {
             None => operation.queue(driver.as_ref()),
-            Some(timing) => timing.around(name, driver.as_ref(), |driver| operation.queue(driver)),
+            Some(timing) => timing.around(name, driver, |driver| operation.queue(driver)),
         };
         self.attempt(outcome);
     }

@@ -494,20 +494,30 @@ impl Driver for Device {
         self.bind()?;
         let event =
             result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed("making a mark"))?;
+        let mark = Mark(event as usize);
         // SAFETY: the event was just made.
-        unsafe { result::event::record(event, self.stream) }.map_err(failed("making a mark"))?;
-        Ok(Mark(event as usize))
+        unsafe { result::event::record(event, self.stream) }
+            .map_err(failed("making a mark"))
+            .inspect_err(|_| self.free_mark(mark))?;
+        Ok(mark)
+    }
+
+    fn free_mark(&self, mark: Mark) {
+        // It may be in the queue.
+        let _ = self.wait();
+        // SAFETY: the event came from `mark`, and its owner is being dropped.
+        if let Err(error) = unsafe { result::event::destroy(mark.0 as sys::CUevent) } {
+            tracing::debug!("a mark was not given back: {error}");
+        }
     }
 
     fn elapsed_ms(&self, from: Mark, to: Mark) -> Result<f32, CudaError> {
         self.bind()?;
         let (from, to) = (from.0 as sys::CUevent, to.0 as sys::CUevent);
-        // SAFETY: both events came from `mark` and are destroyed here, once.
-        unsafe {
-            let elapsed = result::event::synchronize(to).and_then(|()| result::event::elapsed(from, to));
-            let destroyed = result::event::destroy(from).and(result::event::destroy(to));
-            destroyed.and(elapsed).map_err(failed("measuring time"))
-        }
+        // SAFETY: both events came from `mark`, and their owners hold them.
+        let elapsed =
+            unsafe { result::event::synchronize(to).and_then(|()| result::event::elapsed(from, to)) };
+        elapsed.map_err(failed("measuring time"))
     }
 }
 

@@ -370,6 +370,8 @@ impl Driver for Emulator {
         Ok(Mark(0))
     }
 
+    fn free_mark(&self, _mark: Mark) {}
+
     fn elapsed_ms(&self, _from: Mark, _to: Mark) -> Result<f32, CudaError> {
         Ok(0.0)
     }

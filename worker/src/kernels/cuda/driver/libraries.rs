@@ -29,11 +29,11 @@ impl fmt::Display for Library {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LibraryError {
     /// They are not there, or no libraries for this machine.
-    #[error("{} cannot be loaded: {}, or use the CPU", listed(.0), remedy(.0))]
+    #[error("{} cannot be loaded: {}", listed(.0), remedy(.0))]
     NotLoaded(Vec<Library>),
     /// One lacks what is called of it.
     #[error(
-        "{library} has no function {function}, so it is too old or something else of that name: {}, or use the CPU",
+        "{library} has no function {function}, so it is too old or something else of that name: {}",
         remedy(&[*.library])
     )]
     Incomplete {
@@ -60,7 +60,7 @@ fn remedy(libraries: &[Library]) -> String {
         "the CUDA toolkit 13 (or Python's nvidia-cuda-nvrtc and nvidia-cublas, with their folder in LD_LIBRARY_PATH)",
     );
     let all: Vec<&str> = driver.into_iter().chain(toolkit).collect();
-    format!("install {}", all.join(" and "))
+    format!("install {}", all.join(", and "))
 }
 
 impl Library {
@@ -219,13 +219,13 @@ mod tests {
         let told = |libraries: &[Library]| LibraryError::NotLoaded(libraries.to_vec()).to_string();
         assert_eq!(
             told(&[Library::Driver]),
-            "NVIDIA's driver (libcuda) cannot be loaded: install the NVIDIA driver, version 580 or later, or use the CPU"
+            "NVIDIA's driver (libcuda) cannot be loaded: install the NVIDIA driver, version 580 or later"
         );
         assert_eq!(
             told(&[Library::Driver, Library::Nvrtc, Library::CublasLt]),
             "NVIDIA's driver (libcuda), CUDA's run-time compiler (libnvrtc) and CUDA's matrix products (libcublasLt) cannot be \
-             loaded: install the NVIDIA driver, version 580 or later and the CUDA toolkit 13 (or Python's nvidia-cuda-nvrtc and \
-             nvidia-cublas, with their folder in LD_LIBRARY_PATH), or use the CPU"
+             loaded: install the NVIDIA driver, version 580 or later, and the CUDA toolkit 13 (or Python's nvidia-cuda-nvrtc and \
+             nvidia-cublas, with their folder in LD_LIBRARY_PATH)"
         );
     }
 }

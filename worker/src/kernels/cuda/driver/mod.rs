@@ -273,7 +273,9 @@ pub trait Driver: Debug + Send + Sync {
     /// # Errors
     /// If the device failed.
     fn mark(&self) -> Result<Mark, CudaError>;
-    /// Milliseconds between two marks, after a wait for the later one; both are used up.
+    /// Gives a mark back.
+    fn free_mark(&self, mark: Mark);
+    /// Milliseconds between two marks, after a wait for the later one.
     ///
     /// # Errors
     /// If the device failed.
