@@ -24,8 +24,6 @@ const BATCH_MAX: usize = 1024;
 /// Sequences of the layer's tokens, unless one asks for others.
 const LAYER_BATCH: usize = 4;
 
-const GB: f64 = 1e9;
-
 /// Measure a training step: tokens/s, share of the device's peak (MFU), and what each kernel takes
 ///
 /// A step is the forward and the backward pass with the gradient of every parameter; a method's step is not part of it.
@@ -136,11 +134,11 @@ fn on_cpu(arguments: &Arguments, shape: Shape) -> anyhow::Result<()> {
     let available_bytes = available_bytes();
     if let Some(available_bytes) = available_bytes.filter(|&available| available < needed_bytes) {
         bail!(NoRoom(format!(
-            "{} with a batch of {batch} needs about {:.1} GB of memory, and {:.1} GB are available; --layers, --context and \
+            "{} with a batch of {batch} needs about {} of memory, and {} are available; --layers, --context and \
              --batch make it smaller",
             shape.name(),
-            needed_bytes as f64 / GB,
-            available_bytes as f64 / GB
+            bytes_text(needed_bytes),
+            bytes_text(available_bytes)
         )));
     }
     announce(shape, batch, needed_bytes, available_bytes);
@@ -169,10 +167,10 @@ fn on_gpu(arguments: &Arguments, shape: Shape, cuda: Cuda) -> anyhow::Result<()>
                 format!("--batch {largest} would fit")
             });
         bail!(NoRoom(format!(
-            "{} with a batch of {batch} needs about {:.1} GB of the GPU's memory, and {:.1} GB are free; {remedy}",
+            "{} with a batch of {batch} needs about {} of the GPU's memory, and {} are free; {remedy}",
             shape.name(),
-            needed_bytes as f64 / GB,
-            free_bytes as f64 / GB
+            bytes_text(needed_bytes),
+            bytes_text(free_bytes)
         )));
     }
     let device = cuda.properties().name.clone();
@@ -208,12 +206,12 @@ fn available_bytes() -> Option<usize> {
 
 /// Says what is about to be done; nobody is left to tell when standard error is closed.
 fn announce(shape: Shape, batch: usize, needed_bytes: usize, free_bytes: Option<usize>) {
-    let free = free_bytes.map_or(String::new(), |free| format!(", of {:.1} GB free", free as f64 / GB));
+    let free = free_bytes.map_or(String::new(), |free| format!(", of {} free", bytes_text(free)));
     let name = shape.name();
     let _ = writeln!(
         std::io::stderr(),
-        "{name}: a batch of {batch} takes about {:.2} GB{free}",
-        needed_bytes as f64 / GB
+        "{name}: a batch of {batch} takes about {}{free}",
+        bytes_text(needed_bytes)
     );
 }
 

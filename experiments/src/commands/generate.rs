@@ -68,6 +68,8 @@ struct Made {
     tokens: Vec<u32>,
     /// Why there is no more of it, in a word.
     ending: &'static str,
+    /// From the first token of the prompt on.
+    seconds: f64,
 }
 
 /// Runs the command.
@@ -91,7 +93,6 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
     let ends = &checkpoint.special_tokens().eos;
     let (place, on) = open(arguments.device)?;
     let held = hold(place, config, checkpoint.load()?)?;
-    let started = Instant::now();
     let made = match &held {
         Held::Cpu(parameters) => {
             let generator = Generator::new(config, parameters)?;
@@ -102,8 +103,7 @@ pub fn generate(arguments: &Arguments) -> anyhow::Result<()> {
             stream(arguments, generator, &prompt, (&tokenizer, ends))
         }
     }?;
-    let seconds = started.elapsed().as_secs_f64();
-    let Some(Made { text, tokens, ending }) = made.filter(|_| arguments.json) else { return Ok(()) };
+    let Some(Made { text, tokens, ending, seconds }) = made.filter(|_| arguments.json) else { return Ok(()) };
     say(&format!(
         "{:#}\n",
         json!({
@@ -135,6 +135,7 @@ fn stream<K: Kernels>(
     let (mut made, mut shown, mut decoding) = (Made::default(), show(&arguments.prompt), Ok(()));
     let Arguments { temperature, top_p, seed, .. } = *arguments;
     let sampling = Sampling { temperature, top_p, seed };
+    let started = Instant::now();
     let ending = generator.stream(prompt, &sampling, arguments.max_new_tokens, ends, |token| {
         if let Some(token) = token {
             made.tokens.push(token);
@@ -150,6 +151,7 @@ fn stream<K: Kernels>(
         if is_over { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     decoding?;
+    made.seconds = started.elapsed().as_secs_f64();
     made.ending = match ending {
         Ending::Count => "count",
         Ending::StopToken(_) => "end-of-text",

@@ -99,7 +99,7 @@ struct Event : Owned {
 };
 typedef void (*Launch)(void*, const unsigned*, const unsigned*, unsigned, const long long*, const float*);
 struct Code {
-    void* library = nullptr;
+    void* loaded = nullptr;
     Launch launch;
     std::string text;
 };
@@ -438,7 +438,7 @@ API int cuModuleLoadData(void** made, const void* code) {
     may_wait_for_the_device();
     const std::string all_of_it = (const char*)code;
     Code& compiled = by_text[all_of_it];
-    if (compiled.library == nullptr) {
+    if (compiled.loaded == nullptr) {
         const size_t line = all_of_it.find('\n');
         const std::string folder = setting("STANDIN_FOLDER");
         const std::string file = folder + "/unit-" + std::to_string(std::hash<std::string>()(all_of_it));
@@ -459,9 +459,9 @@ API int cuModuleLoadData(void** made, const void* code) {
             for (const char* ending : {".txt", ".so"})
                 if (rename((own + ending).c_str(), (file + ending).c_str()) != 0) broken("%s cannot be named", own.c_str());
         }
-        compiled.library = dlopen((file + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
-        if (compiled.library == nullptr) broken("%s", dlerror());
-        compiled.launch = (Launch)dlsym(compiled.library, "emulate_launch");
+        compiled.loaded = dlopen((file + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
+        if (compiled.loaded == nullptr) broken("%s", dlerror());
+        compiled.launch = (Launch)dlsym(compiled.loaded, "emulate_launch");
         compiled.text = spaced(std::ifstream(file + ".txt"));
     }
     Module* module = new Module;
@@ -491,7 +491,7 @@ API int cuModuleGetFunction(void** made, void* handle, const char* name) {
     may_wait_for_the_device();
     const Code& compiled = *known(modules, handle, "cuModuleGetFunction")->code;
     const bool has_maps = takes_maps(list_of(compiled.text, name));
-    void* code = dlsym(compiled.library, ((has_maps ? "forward_" : "") + std::string(name)).c_str());
+    void* code = dlsym(compiled.loaded, ((has_maps ? "forward_" : "") + std::string(name)).c_str());
     if (code == nullptr) return NOT_FOUND;
     Kernel* kernel = new Kernel;
     kernel->name = name, kernel->code = code, kernel->launch = compiled.launch;

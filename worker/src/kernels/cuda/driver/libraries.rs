@@ -33,12 +33,12 @@ pub enum LibraryError {
     NotLoaded(Vec<Library>),
     /// One lacks what is called of it.
     #[error(
-        "{library} has no function {function}, so it is too old or something else of that name: {}",
-        remedy(&[*.library])
+        "{of} has no function {function}, so it is too old or something else of that name: {}",
+        remedy(&[*.of])
     )]
     Incomplete {
         /// Which.
-        library: Library,
+        of: Library,
         /// What it lacks.
         function: &'static str,
     },
@@ -165,7 +165,7 @@ impl Library {
                 .iter()
                 .find(|function| library.get::<unsafe extern "C" fn()>(function.as_bytes()).is_err())
         };
-        lacks.map_or(Ok(()), |&function| Err(LibraryError::Incomplete { library: self, function }))
+        lacks.map_or(Ok(()), |&function| Err(LibraryError::Incomplete { of: self, function }))
     }
 }
 
